@@ -1,0 +1,406 @@
+"""
+Align a FLUX model with a reward by Neighbor GRPO, Algorithm 1 of arXiv 2511.16955.
+Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+
+    python train.py                                   # the small FLUX in tiny/: minutes on two CPU cores, no download
+    python train.py --rewards jpeg --out_dir out/jpeg # another reward
+    python train.py --preset dpm8 --prompts prompts.txt --rewards jpeg    # FLUX.1-dev, a row of the paper's Table 3
+
+This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
+"""
+import argparse, json, math, os, shutil, sys, time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+import numpy as np
+import torch
+from tqdm import tqdm
+import rewards
+from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts
+from model import Flux
+from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
+from solvers import ddim_step, rollout, schedule
+
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------
+# settings: defaults < preset < command line
+
+def option(default, text):
+    return field(default=default, metadata=dict(help=text))
+
+@dataclass
+class Config:
+    model: str = option("black-forest-labs/FLUX.1-dev", "FluxPipeline directory or hub id")
+    prompts: str = option("", "training prompts, one a line")
+    eval_prompts: str = option("", "held-out prompts, one a line; empty: no evaluation")
+    rewards: str = option("", f"what to align with, of {', '.join(rewards.SCORERS)}; several by comma")
+    reward_weights: str = option("", "one number per reward, by comma; empty: equal (Sec. 4.1)")
+    eval_scorers: str = option("", "further scorers that only watch, by comma")
+    out_dir: str = option("", "where the run is written; empty: out/<preset>")
+    resolution: int = option(720, "side of the images in pixels")
+    guidance: float = option(3.5, "FLUX's guidance input")
+    shift: float = option(3.0, "timestep shift of the schedule")
+    iterations: int = option(300, "M of Algorithm 1 (Sec. 4)")
+    prompts_per_iteration: int = option(1, "groups in an iteration")
+    group_size: int = option(12, "G, candidates in a group (Table 3)")
+    num_anchors: int = option(4, "B, anchors drawn from the G (Sec. 3.4.1, Table 5)")
+    num_rollout_steps: int = option(8, "T, steps of a rollout (NFE_old, Table 3)")
+    num_train_steps: int = option(4, "K, times trained on, drawn from the first T-1 (Table 3)")
+    solver: str = option("dpmpp_2m", "of the rollout: ddim or dpmpp_2m (Sec. 3.4.3); training steps are DDIM's")
+    old_anchor: str = option("replay", "x_old of Eq. 10: replay, the rollout's velocity through a DDIM step; or rollout, its latent (Alg. 1)")
+    updates_per_iteration: int = option(1, "optimizer steps among which the B anchors are divided (Alg. 1: B)")
+    sigma: float = option(0.3, "strength of the perturbation, in (0, 1] (Eq. 7, Table 4)")
+    p: float = option(0.8, "exponent of the quasi-norm, in (0, 2]; 2 is GRPO (Eq. 11, Table 6)")
+    tau: str = option("dim", "temperature of the policy (Eq. 8): a number, 1 in the paper, or dim for D, a mean over dimensions")
+    clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)")
+    lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)")
+    weight_decay: float = option(1e-4, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    seed: int = option(0, "of prompts, noise, anchors and steps")
+    eval_every: int = option(25, "iterations between evaluations")
+    save_every: int = option(50, "iterations between checkpoints; 0: only at the end")
+    checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
+    resume: bool = option(False, "go on from the newest checkpoint in out_dir")
+    overwrite: bool = option(False, "delete the run that is in out_dir")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    threads: int = option(0, "CPU threads; 0: torch's own choice")
+
+PRESETS = {
+    "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
+                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=200, prompts_per_iteration=4, lr=1e-4, checkpointing=False),
+    "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),           # the rows of Table 3
+    "dpm16": dict(solver="dpmpp_2m", num_rollout_steps=16, num_anchors=4, num_train_steps=9),
+    "dpm8": dict(solver="dpmpp_2m", num_rollout_steps=8, num_anchors=4, num_train_steps=4),
+}
+
+def parse_config(argv=None):
+    """Command line -> Config, or exit code 2 with one sentence, before any model is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     usage="python train.py [--preset tiny|ddim25|dpm16|dpm8] [--setting value ...]")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(default tiny)")
+    for f in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        in_tiny = PRESETS["tiny"].get(f.name, f.default)
+        shown = os.path.relpath(in_tiny, HERE) if str(in_tiny).startswith(str(HERE)) else in_tiny
+        default = f"default {f.default}" + (f"; tiny: {shown}" if in_tiny != f.default else "")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default})", **kind)
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset")
+    cfg = Config(**{"out_dir": f"out/{preset}", **PRESETS[preset], **given})
+    try:
+        check(cfg)
+    except ValueError as error:
+        parser.error(str(error))
+    return cfg
+
+def check(c):
+    """Raise ValueError, in one sentence that says what is allowed, for the first setting that cannot work."""
+    rules = [
+        (0 < c.sigma <= 1, f"sigma is {c.sigma:g}, but must lie in (0, 1]"),
+        (0 < c.p <= 2, f"p is {c.p:g}, but must lie in (0, 2]"),
+        (c.tau == "dim" or _number(c.tau) > 0, f"tau is {c.tau}, but must be a number above 0, or dim"),
+        (c.clip_eps > 0, f"clip_eps is {c.clip_eps:g}, but must be above 0"),
+        (c.lr > 0 and c.max_grad_norm > 0 and c.weight_decay >= 0, "lr and max_grad_norm must be above 0, and weight_decay at least 0"),
+        (c.group_size >= 2, f"group_size (G) is {c.group_size}, but must be at least 2"),
+        (1 <= c.num_anchors <= c.group_size, f"num_anchors (B) is {c.num_anchors}, but must lie between 1 and group_size (G), {c.group_size}"),
+        (c.num_rollout_steps >= 2, f"num_rollout_steps (T) is {c.num_rollout_steps}, but must be at least 2"),
+        (1 <= c.num_train_steps <= c.num_rollout_steps - 1, f"num_train_steps (K) is {c.num_train_steps}, but must lie between 1 and T-1, "
+                                                            f"{c.num_rollout_steps - 1}: the last step is never trained"),
+        (c.updates_per_iteration >= 1 and c.num_anchors % max(1, c.updates_per_iteration) == 0,
+         f"updates_per_iteration is {c.updates_per_iteration}, but must divide num_anchors (B), {c.num_anchors}"),
+        (c.solver in ("ddim", "dpmpp_2m"), f"solver is {c.solver}, but must be ddim or dpmpp_2m"),
+        (c.old_anchor in ("replay", "rollout"), f"old_anchor is {c.old_anchor}, but must be replay or rollout"),
+        (c.iterations >= 1 and c.prompts_per_iteration >= 1, "iterations and prompts_per_iteration must be at least 1"),
+        (c.eval_every >= 1 and c.save_every >= 0 and c.threads >= 0, "eval_every must be at least 1, save_every and threads at least 0"),
+        (c.resolution >= 16 and c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
+        (c.shift > 0, f"shift is {c.shift:g}, but must be above 0"),
+        (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
+        (c.rewards, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
+        (c.prompts, "prompts is empty; name a text file with one prompt a line"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise ValueError(sentence)
+    names = split(c.rewards)
+    weights = [_number(w) for w in split(c.reward_weights)]
+    if weights and (len(weights) != len(names) or not all(w >= 0 for w in weights) or sum(weights) == 0):
+        raise ValueError(f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}")
+    for name in names + split(c.eval_scorers):
+        rewards.check(name)
+    read_prompts(c.prompts)
+    if c.eval_prompts:
+        read_prompts(c.eval_prompts)
+    check_model(c.model)
+    out = Path(c.out_dir)
+    if c.resume and c.overwrite:
+        raise ValueError("resume and overwrite exclude each other; give one of them")
+    if c.resume and not checkpoints(out):
+        raise ValueError(f"there is no checkpoint in {out} to resume from")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out_dir {out} is a file; it must be a directory")
+    if (out / "log.jsonl").exists() and not (c.resume or c.overwrite):
+        raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+def split(names):
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+# ---------------------------------------------------------------------------------------------------------------
+# randomness: every draw depends on (seed, iteration, group) alone, so a resumed run repeats what an unbroken one would do
+
+def generator(*key):
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+def draw(cfg, it, prompts, latent_shape):
+    """Everything random in iteration `it`: P prompts, eps* (P, N, C), delta (P, G, N, C), anchors (P, B), steps [K]."""
+    P, chosen, eps_star, delta, anchors = cfg.prompts_per_iteration, [], [], [], []
+    for group in range(P):
+        epoch, place = divmod(it * P + group, len(prompts))                     # each prompt once before any comes twice
+        chosen.append(prompts[torch.randperm(len(prompts), generator=generator(cfg.seed, 1, epoch))[place]])
+        rng = generator(cfg.seed, 2, it, group)
+        eps_star.append(torch.randn(latent_shape, generator=rng))
+        delta.append(torch.randn(cfg.group_size, *latent_shape, generator=rng))
+        anchors.append(torch.randperm(cfg.group_size, generator=rng)[: cfg.num_anchors])
+    steps = torch.randperm(cfg.num_rollout_steps - 1, generator=generator(cfg.seed, 3, it))[: cfg.num_train_steps]
+    return chosen, torch.stack(eps_star), torch.stack(delta), torch.stack(anchors), sorted(steps.tolist())
+
+# ---------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+def train(cfg, model, scorers, run):
+    """The iterations that are left. `scorers` are what is trained on; `run` holds the optimizer and keeps the books."""
+    P, G, U = cfg.prompts_per_iteration, cfg.group_size, cfg.updates_per_iteration
+    prompts, weights = read_prompts(cfg.prompts), reward_weights(cfg).to(model.device)
+    ts = schedule(cfg.num_rollout_steps, cfg.shift)                                                   # (T+1,)
+    tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
+    row = torch.arange(P)[:, None]                                                                    # (P, 1)  with anchors (P, b), picks from (P, G, ...)
+
+    bar = tqdm(range(run.iteration, cfg.iterations), initial=run.iteration, total=cfg.iterations, desc="train", disable=None)
+    for it in bar:
+        # Draw prompts, noise, anchors and steps
+        seconds, lap = stopwatch(model.device)
+        prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, model.latent_shape)
+
+        # Roll out G neighbours of one noise for each prompt
+        with torch.no_grad():
+            cond = model.encode(prompt)
+            x1 = torch.cat([perturb_noise(e, d, cfg.sigma) for e, d in zip(eps_star, delta)])         # (P G, N, C)         Eq. 7
+            traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
+            images = model.decode(traj[-1])                                                           # (P G, 3, H, W)
+            traj, vels = traj.unflatten(1, (P, G)), vels.unflatten(1, (P, G))                         # (T+1, P, G, N, C), (T, ...)
+        lap("rollout")
+
+        # Score them, and turn scores into advantages
+        scores = {name: scorer(images, [c for c in prompt for _ in range(G)]).unflatten(0, (P, G)) for name, scorer in scorers.items()}
+        A, finite, skipped = torch.zeros(P, G, device=model.device), torch.ones(P, dtype=torch.bool), 0
+        for g, r in enumerate(torch.stack(list(scores.values()), 1)):                                 # (M, G)
+            finite[g] = r.isfinite().all()
+            if finite[g]:
+                A[g] = advantages(combine_rewards(r, weights), cfg.p)                                 # (G,)                Eq. 3, 11
+            else:
+                tqdm.write(f"iter {it + 1}: a reward for {prompt[g]!r} is not finite; its group is skipped")
+        lap("reward")
+
+        # Update: from each anchor, one DDIM step of the model being trained
+        log_rhos, norms, trained = [], [], 0
+        for chosen in anchors.chunk(U, dim=1):                                                        # (P, b), b = B / U anchors of each group
+            for k in steps:                                                                           # K of the first T-1
+                x_t = traj[k][row, chosen]                                                            # (P, b, N, C)
+                v = model.velocity(x_t.flatten(0, 1), ts[k], cond).unflatten(0, chosen.shape)
+                anchor = ddim_step(x_t, v, ts[k], ts[k + 1])                                          # (P, b, N, C)        the only gradient
+                if cfg.old_anchor == "replay":                             # the same step with the rollout's velocity, so rho = 1 before the first update
+                    anchor_old = ddim_step(x_t, vels[k][row, chosen], ts[k], ts[k + 1])
+                else:                                                      # Algorithm 1 to the letter; DPM++ landed elsewhere than a DDIM step would
+                    anchor_old = traj[k + 1][row, chosen]
+                J = 0
+                for g in range(P):
+                    for x, x_old in zip(anchor[g], anchor_old[g]):
+                        log_rho = log_ratio(traj[k + 1, g], x, x_old, tau)                            # (G,)                Eq. 8, 10
+                        J = J + clipped_objective(log_rho, A[g], cfg.clip_eps)                        # ()                  Eq. 9
+                        log_rhos.append(log_rho.detach())
+                loss = -J / (chosen.numel() * len(steps))
+                loss.backward()
+                trained += chosen.numel()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), cfg.max_grad_norm))
+            if not norms[-1].isfinite():
+                skipped += 1
+                tqdm.write(f"iter {it + 1}: the gradient is not finite; this update is skipped")
+            elif A.any():                                                  # else momentum alone would move the weights
+                run.opt.step()
+            run.opt.zero_grad()
+        lap("update")
+
+        # Print what means something: not the loss, which is 0 before the first update whatever the model does
+        log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), first update first
+        reward = (sum(w * s for w, s in zip(weights, scores.values())) / weights.sum())[finite]       # (P, G)
+        run.log(bar, dict(
+            iter=it + 1, reward=reward.mean().item(), reward_std=reward.std(1).mean().item(), **{name: s[finite].mean().item() for name, s in scores.items()},
+            first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(), clip_fraction=clip_fraction(log_rhos, cfg.clip_eps).item(),
+            grad_norm=torch.stack(norms).mean().item(), flat_groups=int((A == 0).all(1)[finite].sum()), skipped=skipped + int((~finite).sum()),
+            **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)))
+        if (it + 1) % cfg.eval_every == 0 and it + 1 < cfg.iterations:
+            run.evaluate()
+        if cfg.save_every and (it + 1) % cfg.save_every == 0 and it + 1 < cfg.iterations:
+            run.save()
+
+def reward_weights(cfg):
+    return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * len(split(cfg.rewards)))
+
+def stopwatch(device):
+    """A dict of seconds per phase, and a function that ends a phase: one host synchronisation each."""
+    seconds, last = {}, [time.perf_counter()]
+    def lap(name):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[f"seconds_{name}"], last[0] = time.perf_counter() - last[0], time.perf_counter()
+    return seconds, lap
+
+# ---------------------------------------------------------------------------------------------------------------
+# the books: log.jsonl, checkpoints, evaluation, pictures
+
+def checkpoints(out):
+    """The checkpoints in a run's directory, oldest first."""
+    return sorted(Path(out).glob("checkpoint-*/state/state.pt"), key=lambda path: int(path.parts[-3].rpartition("-")[2]))
+
+class Run:
+    """What an interrupted run needs to go on, and everything it writes. `iteration`: how many are done."""
+
+    def __init__(self, cfg, model, scorers):
+        self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
+        self.opt = torch.optim.AdamW(model.transformer.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
+        self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
+        self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
+        self.iteration, self.saved, self.before = 0, None, None
+        if cfg.resume:                                          # the weights were loaded from there by main
+            state = torch.load(checkpoints(self.out)[-1])
+            self.iteration, self.saved, self.before = state["iteration"], state["iteration"], state["before"]
+            self.opt.load_state_dict(state["opt"])
+            kept = [line for line in self.lines() if line["iter"] <= self.iteration]
+            (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        else:
+            if cfg.overwrite and (self.out / "log.jsonl").exists():
+                shutil.rmtree(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "log.jsonl").write_text("")
+        (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+        shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
+
+    def lines(self):
+        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+
+    def write(self, line):
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def log(self, bar, line):
+        """One line of log.jsonl, and the same numbers to be read and grepped."""
+        self.iteration = line["iter"]
+        self.write(line)
+        each = " ".join(f"{name} {line[name]:.4f}" for name in split(self.cfg.rewards)) if "," in self.cfg.rewards else ""
+        memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if self.model.device.type == "cuda" else ""
+        tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each + ' | ' if each else ''}"
+                   f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | gnorm {line['grad_norm']:.2e} | flat {line['flat_groups']} skip {line['skipped']} | "
+                   f"roll {line['seconds_rollout']:.2f}s score {line['seconds_reward']:.2f}s update {line['seconds_update']:.2f}s{memory}")
+        bar.set_postfix_str(f"reward {line['reward']:.4f}")
+
+    def evaluate(self):
+        """Held-out prompts, always from the same noise: rewards and watchers into the log; the first pictures are kept to compare with."""
+        if not self.prompts:
+            return
+        images, scores = evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000)
+        line = dict(iter=self.iteration)
+        for name in scores:
+            line[f"eval_{name}"], line[f"eval_{name}_stderr"] = mean_and_stderr(scores[name])
+        if self.before is None:
+            self.before = dict(images=images[:, 0], scores=scores)
+        for name in scores:                                     # prompt by prompt, same noise: a finer comparison than two means
+            line[f"eval_{name}_gain"], line[f"eval_{name}_gain_stderr"] = mean_and_stderr(scores[name] - self.before["scores"][name])
+        self.write(line)
+        tqdm.write(f"eval {self.iteration:03d} | {len(self.prompts)} held-out prompts | " + " | ".join(
+            f"{name} {line[f'eval_{name}']:.4f} +- {line[f'eval_{name}_stderr']:.4f}, gain {line[f'eval_{name}_gain']:+.4f} +- {line[f'eval_{name}_gain_stderr']:.4f}" for name in scores))
+        return images[:, 0]
+
+    def save(self):
+        """checkpoint-<iteration>/: a FluxPipeline directory, and in state/ what --resume needs. Written aside, then renamed."""
+        if self.saved == self.iteration:
+            return
+        path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.model.save(aside)
+        (aside / "state").mkdir()
+        torch.save(dict(iteration=self.iteration, opt=self.opt.state_dict(), before=self.before, cfg=asdict(self.cfg)), aside / "state/state.pt")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+        self.saved = self.iteration
+
+    def finish(self):
+        """The last checkpoint, and pictures of what happened."""
+        self.save()
+        after = self.evaluate()
+        if after is not None:
+            show = torch.linspace(0, len(self.prompts) - 1, min(8, len(self.prompts))).long().unique()
+            rows = {"base": self.before["images"][show], f"aligned, {self.iteration} iterations": after[show]}
+            picture_grid(self.out / "before_after.png", rows, [self.prompts[i] for i in show])
+        draw_curve(self.lines(), self.out / "curve.png")
+        print(f"wrote {self.out}/: checkpoint-{self.iteration}, log.jsonl, " + ("before_after.png, " if after is not None else "") + "curve.png")
+
+def draw_curve(lines, path):
+    """Training reward of each iteration, and the held-out scores with their standard errors."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    steps, evals = [line for line in lines if "reward" in line], [line for line in lines if "reward" not in line]
+    names = [key for key in (evals[0] if evals else {}) if key.startswith("eval_") and not key.endswith(("_stderr", "_gain"))]
+    figure, panels = plt.subplots(1, 1 + len(names), figsize=(4 * (1 + len(names)), 3), squeeze=False, layout="constrained")
+    first, *others = panels[0]
+    reward = np.array([line["reward"] for line in steps])
+    first.plot([line["iter"] for line in steps], reward, color="tab:blue", alpha=0.3)
+    if len(reward) >= 10:
+        first.plot([line["iter"] for line in steps][9:], np.convolve(reward, np.ones(10) / 10, "valid"), color="tab:blue", label="mean of 10")
+        first.legend()
+    first.set(title="training reward", xlabel="iteration")
+    for panel, name in zip(others, names):
+        panel.errorbar([line["iter"] for line in evals], [line[name] for line in evals], [line[f"{name}_stderr"] for line in evals], marker="o", markersize=3, capsize=2)
+        panel.set(title=f"{name.removeprefix('eval_')} on held-out prompts", xlabel="iteration")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def announce(cfg, model, run):
+    """What will happen, and what it costs, before it does."""
+    c, count = cfg, sum(p.numel() for p in model.transformer.parameters())
+    forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
+    print(f"model      {c.model}: {count / 1e6:.1f} M trained parameters, {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
+          f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} held out\n"
+          f"rewards    {c.rewards}" + (f"; watched: {c.eval_scorers}" if c.eval_scorers else "") + "\n"
+          f"iteration  {c.prompts_per_iteration} prompts x G {c.group_size} x T {c.num_rollout_steps} = {forwards} forwards ({c.solver}), "
+          f"{c.prompts_per_iteration} x B {c.num_anchors} x K {c.num_train_steps} = {trained} trained steps in {c.updates_per_iteration} update{'s' * (c.updates_per_iteration > 1)}; "
+          f"NFE_old {c.num_rollout_steps}, NFE_theta {c.num_anchors * c.num_train_steps / c.group_size:.2f}\n"
+          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into {c.out_dir}/", flush=True)
+
+def main(argv=None):
+    cfg = parse_config(argv)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    source = checkpoints(cfg.out_dir)[-1].parents[1] if cfg.resume else cfg.model
+    model = Flux(source, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+    scorers = {name.partition("=")[0]: rewards.load(name, cfg.device) for name in dict.fromkeys(split(cfg.rewards) + split(cfg.eval_scorers))}
+    run = Run(cfg, model, scorers)
+    announce(cfg, model, run)
+    try:
+        if run.iteration == 0:
+            run.evaluate()
+        train(cfg, model, {name: scorers[name] for name in (spec.partition("=")[0] for spec in split(cfg.rewards))}, run)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after iteration {run.iteration}; saving what there is (--resume goes on from here)")
+    run.finish()
+
+if __name__ == "__main__":
+    sys.exit(main())
