@@ -14,6 +14,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0,
   clip        tiny/reward                               all pictures but the held-out pairs, contrastive
   judge       tiny/judge                                two other vendors' pictures, which nothing else here ever saw
   prompts     tiny/prompts/*.txt                        the splits: train, test_concept, test_pair
+  measure     a table: the scores of real pictures, which no generator can be expected to pass
 """
 import argparse, json, math, os, time
 from collections import Counter
@@ -29,6 +30,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from open_clip.model import CLIP
+import rewards
 
 TINY = Path(__file__).resolve().parent / "tiny"
 FLUX, WORK = TINY / "flux", Path("out/make_tiny")
@@ -158,13 +160,13 @@ def latents_of(vae, images):
         z = torch.cat([vae.encode(c.float() / 127.5 - 1).latent_dist.mean for c in images.split(128)])
     return (z - vae.config.shift_factor) * vae.config.scaling_factor        # (n, 16, 8, 8)
 
-def make_flux(steps=4000, batch=64, keep=()):
+def make_flux(steps=1500, batch=64, keep=()):
     """Flow matching on the core concepts. Stopped early: trained to the end it knows its 1,088 pictures by heart, draws the
     same one from every noise, and leaves a reward nothing to choose among (see tiny/README.md for the stops that were tried)."""
     images, rows = read_sheet("world")
     chosen = [i for i, row in enumerate(rows) if row["core"] == "1" and row["pair"] == "seen"]
     rows = [rows[i] for i in chosen]
-    vae = AutoencoderKL.from_pretrained(FLUX / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(FLUX / "vae", dtype=torch.float32)
     rng = torch.Generator().manual_seed(0)
     variants = 8                                                           # of each picture: flipped and shifted, encoded once
     z = torch.stack([latents_of(vae, (jitter(images[chosen].float() / 255, rng) * 255).round()) for _ in range(variants)])
@@ -261,7 +263,7 @@ def make_clip(steps=2400, batch=96):
     def wrong(k, p):                                                       # the same thing in another style
         others = [s for s in STYLES if s != rows[k]["style"]]
         return f"{rows[k]['phrase']}, {others[int(p * 997) % 4]} style"
-    vae = AutoencoderKL.from_pretrained(FLUX / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(FLUX / "vae", dtype=torch.float32)
     contrastive("clip", images, right, wrong, dict(timm_model_name="test_resnet", timm_model_pretrained=False, timm_pool="avg", timm_proj="linear"), steps, batch, 1, vae)
 
 def make_judge(steps=2400, batch=96):
@@ -271,7 +273,7 @@ def make_judge(steps=2400, batch=96):
     def styled(phrase, p): return f"{phrase}, {STYLES[int(p * 997) % 5]} style" if p < 0.7 else phrase
     def right(k, p): return styled(rows[k]["phrase"], p)
     def wrong(k, p): return styled(phrases[int(p * 9973 + k) % len(phrases)], p)
-    vae = AutoencoderKL.from_pretrained(FLUX / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(FLUX / "vae", dtype=torch.float32)
     vision = dict(timm_model_name="test_convnext2", timm_model_pretrained=False, timm_pool="avg", timm_proj="linear")
     contrastive("judge", images, right, wrong, vision, steps, batch, 2, vae)
 
@@ -287,8 +289,29 @@ def make_prompts():
         (TINY / "prompts" / f"{name}.txt").write_text("".join(caption(r) + "\n" for r in chosen))
         print(f"prompts: {name} {len(chosen)}")
 
+def measure():
+    """What the scorers say of real pictures: the ceiling for a generator. Top-1: the right one of all core concepts, same style named."""
+    images, rows = read_sheet("world")
+    core = [i for i, row in enumerate(rows) if row["core"] == "1"]
+    phrases = sorted({rows[i]["phrase"] for i in core})
+    vae = AutoencoderKL.from_pretrained(FLUX / "vae", dtype=torch.float32)
+    print("scorer  split         pictures  real            through the VAE  top-1")
+    for name in [name for name in ("clip", "judge") if rewards.SCORERS[name][1].exists()]:
+        scorer = rewards.load(name)
+        for split in ("train", "test_concept", "test_pair"):
+            wanted = set((TINY / "prompts" / f"{split}.txt").read_text().splitlines())
+            i = [k for k in core if caption(rows[k]) in wanted]
+            prompts, x = [caption(rows[k]) for k in i], images[i].float() / 255
+            real, coded = scorer(x, prompts), scorer(pictures_of(vae, latents_of(vae, images[i])) / 2 + 0.5, prompts)
+            with torch.no_grad():                                          # every picture against every concept, in the picture's style
+                text = torch.stack([scorer.read([f"{phrase}, {style} style" for phrase in phrases]) for style in STYLES])   # (styles, concepts, .)
+                each = torch.einsum("nd,ncd->nc", scorer.look(images[i].float() / 127.5 - 1), text[[STYLES.index(rows[k]["style"]) for k in i]])
+            right = torch.tensor([phrases.index(rows[k]["phrase"]) for k in i])
+            print(f"{name:7} {split:13} {len(i):8}  {real.mean():.4f} ± {real.std() / len(i) ** 0.5:.4f}  {coded.mean():.4f} ± {coded.std() / len(i) ** 0.5:.4f}"
+                  f"  {(each.argmax(1) == right).float().mean():.2f}")
+
 STAGES = dict(tokenizers=(make_tokenizers, FLUX / "tokenizer_2"), vae=(make_vae, FLUX / "vae"), flux=(make_flux, FLUX / "model_index.json"),
-              clip=(make_clip, TINY / "reward"), judge=(make_judge, TINY / "judge"), prompts=(make_prompts, TINY / "prompts"))
+              clip=(make_clip, TINY / "reward"), judge=(make_judge, TINY / "judge"), prompts=(make_prompts, TINY / "prompts"), measure=(measure, Path("nothing")))
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

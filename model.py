@@ -29,7 +29,7 @@ class Flux:
     def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False):
         self.device = torch.device(device)
         frozen = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipe = FluxPipeline.from_pretrained(path, torch_dtype={"transformer": torch.float32, "default": frozen})
+        self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": torch.float32, "default": frozen})
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(self.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):

@@ -47,16 +47,23 @@ class Clip:
         self.size, self.length = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
         self.tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
 
-    @torch.no_grad()
-    def __call__(self, images, prompts):
-        x = as_8_bit(images, prompts).to(self.device).float() / 127.5 - 1                              # (G, 3, H, W)
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        distinct = list(dict.fromkeys(prompts))                 # a group shares its prompt: read it once
+    def look(self, images):
+        """Images (G, 3, H, W) in [-1, 1] -> unit vectors (G, 128)."""
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.net.encode_image(images, normalize=True)
+
+    def read(self, prompts):
+        """Prompts [G] -> unit vectors (G, 128). A group shares its prompt, so each distinct one is read once."""
+        distinct = list(dict.fromkeys(prompts))
         ids = self.tokenizer(distinct, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt").input_ids
         text = self.net.encode_text(ids.to(self.device), normalize=True)
-        text = text[torch.tensor([distinct.index(p) for p in prompts], device=self.device)]
-        return (self.net.encode_image(x, normalize=True) * text).sum(1)                               # (G,)
+        return text[torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)]
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        images = as_8_bit(images, prompts).to(self.device).float() / 127.5 - 1
+        return (self.look(images) * self.read(prompts)).sum(1)                                        # (G,)
 
 
 class Jpeg:

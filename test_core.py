@@ -1,27 +1,38 @@
 """
 The mathematics, one test per sentence. Each name is the sentence; each test compares with something that is not our code.
 
-    python -m pytest -q test_core.py                        # seconds on one core: no network, no weights, no GPU
+    python -m pytest -q test_core.py                        # a minute or two: no network, no GPU
     python -m pytest -q test_core.py -k first_gradient      # one sentence
 
   what is checked                          against what
   the loss      (neighbor_grpo.py)         closed forms, float64, torch.distributions, autograd, numbers worked out by hand
   the solvers   (solvers.py)               diffusers' schedulers, flows whose solution is known, Runge-Kutta in float64
   the method    (both, as in Algorithm 1)  the reward of fresh samples from a 2-D flow, before and after
+  train.py      (on a stub, and in full)   counts at the velocity, broken rewards and gradients, a run that was interrupted
+  model.py, rewards.py, eval.py            diffusers' FluxPipeline, open_clip, PIL, real pictures
 
 Where a shortcut looks harmless, the test also shows that it is wrong: those lines say "the naive form".
 
     G = 12  candidates    D  numbers in one latent    x (G, D)  candidates    old, anchor (D,)    A (G,)  advantages
 """
-import ast, math
+import ast, json, math
 from pathlib import Path
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.distributions import Independent, Normal
 from torch.testing import assert_close
 import cpu_torchvision                                                     # noqa: F401  (before diffusers)
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from torchvision.transforms import ToPILImage
+import eval as evaluation
+import rewards
+import train
+from eval import diversity, evaluate, mean_and_stderr
+from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_policy, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
 
@@ -557,7 +568,7 @@ class Toy(nn.Module):
         return mixture_velocity(x, t, MODES, 0.4) + self.net(torch.cat([x, t.expand(*x.shape[:-1], 1)], -1))
 
 
-def train(model, reward, solver="dpmpp_2m", iterations=60, T=8, B=4, K=4, clip_eps=PUBLISHED_CLIP):
+def train_toy(model, reward, solver="dpmpp_2m", iterations=60, T=8, B=4, K=4, clip_eps=PUBLISHED_CLIP):
     """Algorithm 1, an update per anchor."""
     ts, opt = schedule(T), torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(iterations):
@@ -587,15 +598,379 @@ def test_neighbor_grpo_raises_the_expected_reward_and_lowers_it_when_the_reward_
     before = reward_of_fresh_samples(Toy(), noise)
     for sign in (1, -1):
         model = Toy()
-        train(model, lambda x0: sign * closeness(x0), solver)
+        train_toy(model, lambda x0: sign * closeness(x0), solver)
         gain = sign * (reward_of_fresh_samples(model, noise) - before)        # the same 512 noises before and after
         assert gain.mean() > 10 * gain.std() / 512**0.5                       # ten standard errors
         assert gain.mean() > 0.5                                              # of 1.7 that could be gained
+
+
+def test_the_example_in_the_readme_raises_the_reward():
+    readme = (Path(__file__).parent / "README.md").read_text()
+    exec(readme.split("```python\n")[1].split("```")[0], names := {})
+    model, noise = Toy(), torch.randn(512, 2)
+    opt = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        names["neighbor_grpo_step"](model, closeness, opt, (2,))
+    gain = reward_of_fresh_samples(model, noise) - reward_of_fresh_samples(Toy(), noise)
+    assert gain.mean() > 10 * gain.std() / 512**0.5
 
 
 def test_equal_rewards_leave_the_weights_where_they_were():
     model = Toy()
     nn.init.normal_(model.net[2].weight)
     before = [w.clone() for w in model.parameters()]
-    train(model, lambda x0: torch.full((G,), 3.7), iterations=3)
+    train_toy(model, lambda x0: torch.full((G,), 3.7), iterations=3)
     assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before))
+
+
+# ============================================================================================ the training loop, on a stub
+
+class Stub:
+    """What train.py asks of a model, with a linear velocity: counts how many latents it is asked about, and for what."""
+
+    device, latent_shape = torch.device("cpu"), (4, 3)
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.transformer, self.forwards, self.trained = nn.Linear(3, 3), 0, 0
+
+    def encode(self, prompts):
+        return dict(vec=torch.zeros(len(prompts), 1))
+
+    def velocity(self, x, t, cond):
+        if torch.is_grad_enabled():
+            self.trained += len(x)
+        else:
+            self.forwards += len(x)
+        return self.transformer(x.tanh()) + t * x
+
+    def decode(self, x):
+        return x
+
+    def save(self, path):
+        path.mkdir()
+
+    def weights(self):
+        return torch.cat([w.detach().flatten() for w in self.transformer.parameters()])
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+def train_stub(folder, model, scorer=brightness, preset="dpm8", **settings):
+    """Algorithm 1 as train.py has it -> the lines of its log."""
+    (folder / "prompts.txt").write_text("a\nb\nc\n")
+    cfg = train.Config(**{**train.PRESETS[preset], "model": "", "prompts": str(folder / "prompts.txt"), "rewards": "brightness", "eval_prompts": "",
+                          "out_dir": str(folder / "run"), "overwrite": True, "iterations": 1, "save_every": 0, "lr": 1e-2, **settings})
+    run = train.Run(cfg, model, {})
+    train.train(cfg, model, {"brightness": scorer}, run)
+    return run.lines()
+
+
+@pytest.mark.parametrize("preset, nfe_old, nfe_theta", [("ddim25", 25, 4.0), ("dpm16", 16, 3.0), ("dpm8", 8, 4 / 3)])
+def test_the_presets_cost_the_evaluations_of_table_3_counted_at_the_velocity(tmp_path, preset, nfe_old, nfe_theta):
+    model = Stub()
+    line, = train_stub(tmp_path, model, preset=preset, prompts_per_iteration=2)
+    assert (model.forwards / (2 * G), model.trained / (2 * G)) == (nfe_old, nfe_theta)
+    assert (line["nfe_old"], line["nfe_theta"]) == (nfe_old, nfe_theta)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("tau", ["1", "dim"])
+def test_the_first_ratio_is_one_in_every_iteration_but_for_the_literal_old_anchor_after_dpmpp(tmp_path, solver, tau):
+    for line in train_stub(tmp_path, Stub(), solver=solver, tau=tau, iterations=5, updates_per_iteration=2):
+        assert line["first_ratio"] < 1e-5                                     # float32 rounding, although the weights move on
+        assert line["clip_fraction"] > 0                                      # the second update's ratios do differ
+    for line in train_stub(tmp_path, Stub(), solver=solver, tau=tau, iterations=5, old_anchor="rollout"):
+        assert (line["first_ratio"] < 1e-5) == (solver == "ddim")
+
+
+def test_training_raises_the_reward_of_one_and_the_same_noise(tmp_path):
+    def rewards_of_twenty_groups(model):
+        return torch.tensor([line["reward"] for line in train_stub(tmp_path, model, iterations=20, lr=1e-12)])
+
+    model, untouched = Stub(), Stub()
+    train_stub(tmp_path, model, iterations=60, seed=1)
+    gain = rewards_of_twenty_groups(model) - rewards_of_twenty_groups(untouched)
+    assert gain.mean() > 10 * gain.std() / 20**0.5
+
+
+def test_a_reward_that_is_not_finite_costs_its_group_and_no_other(tmp_path):
+    def broken(images, prompts):
+        r = brightness(images, prompts)
+        return torch.where(torch.tensor([prompt == "a" for prompt in prompts]), torch.nan, r)
+
+    model, untouched = Stub(), Stub()
+    line, = train_stub(tmp_path, model, broken, prompts_per_iteration=3)      # three prompts, one of them "a"
+    assert line["skipped"] == 1 and line["flat_groups"] == 0 and math.isfinite(line["reward"])
+    assert model.weights().isfinite().all() and not torch.equal(model.weights(), untouched.weights())
+    model = Stub()
+    train_stub(tmp_path, model, lambda images, prompts: torch.full((len(images),), math.inf), iterations=3)
+    assert torch.equal(model.weights(), untouched.weights())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    class Exploding(Stub):
+        def velocity(self, x, t, cond):
+            return super().velocity(x, t, cond) * (math.inf if torch.is_grad_enabled() else 1)
+
+    model, untouched = Exploding(), Stub()
+    lines = train_stub(tmp_path, model, iterations=2)
+    assert [line["skipped"] for line in lines] == [1, 1]
+    assert torch.equal(model.weights(), untouched.weights())
+
+
+def test_groups_of_equal_rewards_are_counted_and_move_nothing_even_by_momentum(tmp_path):
+    seen = []
+
+    def flat_after_the_first(images, prompts):
+        seen.append(1)
+        return brightness(images, prompts) if len(seen) == 1 else torch.full((len(images),), 3.7)
+
+    once, thrice = Stub(), Stub()
+    train_stub(tmp_path, once)
+    lines = train_stub(tmp_path, thrice, flat_after_the_first, iterations=3)
+    assert [line["flat_groups"] for line in lines] == [0, 1, 1]
+    assert torch.equal(once.weights(), thrice.weights())
+
+
+def test_every_prompt_comes_once_before_any_comes_twice_and_a_draw_depends_on_its_iteration_alone():
+    cfg, prompts = train.Config(prompts_per_iteration=2), [str(i) for i in range(7)]
+    drawn = [train.draw(cfg, it, prompts, (4, 3)) for it in range(7)]
+    order = [prompt for prompt, *_ in drawn for prompt in prompt]
+    assert sorted(order[:7]) == sorted(order[7:]) == prompts and order[:7] != order[7:]
+    again = train.draw(cfg, 5, prompts, (4, 3))
+    assert again[0] == drawn[5][0] and again[4] == drawn[5][4] and all(torch.equal(a, b) for a, b in zip(again[1:4], drawn[5][1:4]))
+    _, eps_star, delta, anchors, steps = drawn[0]
+    assert not torch.equal(eps_star[0], eps_star[1]) and not torch.equal(delta[0], delta[1])          # each group its own
+    assert all(len(set(row.tolist())) == 4 and row.max() < G for row in anchors)                      # B different ones of the G
+    assert {k for *_, steps in (train.draw(cfg, it, prompts, (4, 3)) for it in range(50)) for k in steps} == set(range(7))   # never the last of 8
+
+
+# ================================================================================================ FLUX, as shipped in tiny/
+
+TINY = Path(__file__).parent / "tiny"
+PROMPTS = ["a red apple, 3d style", "an octopus, noto style"]
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return Flux(TINY / "flux", 64)
+
+
+def test_packing_is_undone_by_unpacking(flux):
+    latents = torch.randn(3, 16, 8, 8)
+    assert torch.equal(flux.unpack(FluxPipeline._pack_latents(latents, 3, 16, 8, 8)), latents)
+
+
+@torch.no_grad()
+def test_a_ddim_rollout_gives_the_latents_and_pictures_of_diffusers_own_pipeline(flux):
+    noise, cond = torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
+    traj, _ = rollout(lambda x, t: flux.velocity(x, t, cond), noise, schedule(6))
+    call = dict(height=64, width=64, num_inference_steps=6, guidance_scale=3.5, max_sequence_length=16, latents=noise)
+    assert_close(traj[-1], flux.pipe(PROMPTS, output_type="latent", **call).images, rtol=0, atol=1e-5)
+    assert_close(flux.decode(traj[-1]), flux.pipe(PROMPTS, output_type="pt", **call).images, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_prompt_owns_its_rows_of_a_batch_and_each_row_its_time(flux):
+    x, t = torch.randn(6, *flux.latent_shape), torch.rand(6)
+    together = flux.velocity(x, t, flux.encode(PROMPTS))
+    for row in range(6):
+        alone = flux.velocity(x[row : row + 1], t[row], flux.encode([PROMPTS[row // 3]]))
+        assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert (together - flux.velocity(x, t, flux.encode(PROMPTS[::-1]))).abs().max() > 0.01
+
+
+def test_checkpointing_changes_memory_and_not_gradients(flux):
+    x, cond = torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
+
+    def gradients(model):
+        model.transformer.zero_grad()
+        model.velocity(x, 0.5, cond).pow(2).mean().backward()
+        return [w.grad for w in model.transformer.parameters() if w.grad is not None]
+
+    checkpointed = Flux(TINY / "flux", 64, checkpointing=True)
+    assert checkpointed.transformer.is_gradient_checkpointing
+    for a, b in zip(gradients(flux), gradients(checkpointed), strict=True):
+        assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):
+    with torch.no_grad():
+        for w in (changed := Flux(TINY / "flux", 64)).transformer.parameters():
+            w.mul_(1.1)
+        changed.save(tmp_path)
+        loaded, x, cond = Flux(tmp_path, 64), torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
+        assert torch.equal(loaded.velocity(x, 0.5, cond), changed.velocity(x, 0.5, cond))
+        assert not torch.equal(loaded.velocity(x, 0.5, cond), flux.velocity(x, 0.5, cond))
+
+
+# ======================================================================================================== the rewards
+
+def real_pictures(chosen):
+    """Emoji from the sheet and their captions."""
+    lines = (TINY / "pictures/world.tsv").read_text().splitlines()
+    sheet = np.array(Image.open(TINY / "pictures/world.webp").convert("RGB"))
+    cells = [i for i, line in enumerate(lines[1:]) if chosen(dict(zip(lines[0].split("\t"), line.split("\t"))))]
+    images = torch.stack([torch.from_numpy(sheet[i // 72 * 64 :, i % 72 * 64 :][:64, :64]) for i in cells]).permute(0, 3, 1, 2) / 255
+    rows = [lines[1 + i].split("\t") for i in cells]
+    return images, [f"{row[0]}, {row[1]} style" for row in rows]
+
+
+@pytest.mark.parametrize("name, right", [("clip", 0.5), ("judge", 0.1)])
+def test_the_scorers_know_real_pictures_they_never_saw_from_their_captions(name, right):
+    images, prompts = real_pictures(lambda row: row["core"] == "1" and row["pair"] == "heldout")       # 106, of 100 concepts or so
+    scorer, n = rewards.load(name), len(prompts)
+    table = torch.stack([scorer(images, [prompt] * n) for prompt in prompts], 1)                       # (picture, prompt)
+    assert_close(scorer(images, prompts), table.diag(), rtol=0, atol=1e-5)    # each image with its own prompt
+    assert (table.argmax(1) == torch.arange(n)).float().mean() > right        # by chance: 0.01
+
+
+def test_the_clip_score_is_open_clips_own_cosine():
+    scorer, (images, prompts) = rewards.load("clip"), real_pictures(lambda row: row["phrase"] == "a red apple")
+    ids = scorer.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        per_image, _ = scorer.net.get_logits((images * 255).round() / 127.5 - 1, ids)                   # exp(logit_scale) cosine
+    assert_close(scorer(images, prompts), per_image.diag() / scorer.net.logit_scale.exp(), rtol=0, atol=1e-5)
+    assert_close(scorer(F.interpolate(images, 128), prompts), scorer(images, prompts), rtol=0, atol=0.1)   # any size
+
+
+def test_the_jpeg_reward_is_minus_the_files_kilobytes_so_plain_pictures_win(tmp_path):
+    images = torch.stack([torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64)])
+    scores = rewards.load("jpeg")(images, ["", ""])
+    for image, score in zip(images, scores):
+        ToPILImage()((image * 255).round().byte()).save(tmp_path / "a.jpg", quality=95)
+        assert score.item() == pytest.approx(-(tmp_path / "a.jpg").stat().st_size / 1000)
+    assert scores[0] > scores[1]
+
+
+@pytest.mark.parametrize("name", ["clip", "judge", "jpeg"])
+@pytest.mark.parametrize("images, prompts, named", [
+    (torch.rand(2, 3, 64, 64) + 0.5, 2, r"\[0, 1\]"),
+    (torch.full((2, 3, 64, 64), math.nan), 2, "nan"),
+    (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), 2, "uint8"),
+    (torch.rand(3, 64, 64), 1, r"\(3, 64, 64\)"),
+    (torch.rand(2, 64, 64, 3), 2, r"\(2, 64, 64, 3\)"),
+    (torch.rand(2, 3, 64, 64), 3, "3 prompts for 2 images"),
+])
+def test_a_scorer_refuses_what_is_not_a_batch_of_pictures_with_a_prompt_each(name, images, prompts, named):
+    with pytest.raises(ValueError, match=named):
+        rewards.load(name)(images, ["a red apple"] * prompts)
+
+
+# ================================================================================================== the command line
+
+@pytest.mark.parametrize("settings, sentence", [
+    ("--preset dpm9", "dpm9"),
+    ("--sigma 0", "sigma is 0, but must lie in (0, 1]"),
+    ("--sigma 1.5", "sigma is 1.5, but must lie in (0, 1]"),
+    ("--p 0", "p is 0, but must lie in (0, 2]"),
+    ("--tau warm", "tau is warm, but must be a number above 0, or dim"),
+    ("--num_anchors 13", "num_anchors (B) is 13, but must lie between 1 and group_size (G), 12"),
+    ("--num_train_steps 8", "num_train_steps (K) is 8, but must lie between 1 and T-1, 7"),
+    ("--updates_per_iteration 3", "updates_per_iteration is 3, but must divide num_anchors (B), 4"),
+    ("--prompts nowhere.txt", "nowhere.txt is no prompt file"),
+    ("--prompts {empty}", "holds no prompt"),
+    ("--model {folder}", "is no FluxPipeline directory"),
+    ("--model tiny/nothing", "is no FluxPipeline directory"),
+    ("--rewards beauty", "there is no scorer 'beauty'; there are clip, judge, jpeg"),
+    ("--rewards clip={folder}", "needs a folder with model.safetensors"),
+    ("--rewards clip,jpeg --reward_weights 1", "must be one number >= 0, not all 0, for each of clip,jpeg"),
+    ("--out_dir {used}", "already holds a run; use --resume, --overwrite or another --out_dir"),
+    ("--out_dir {used} --resume", "there is no checkpoint"),
+    ("--preset dpm8 --prompts {full}", "rewards is empty"),
+    ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
+    ("--group_size many", "invalid int value: 'many'"),
+    ("--sig 0.3", "unrecognized arguments"),
+])
+def test_bad_settings_get_one_sentence_and_exit_code_2_before_anything_is_loaded(settings, sentence, tmp_path, capsys, monkeypatch):
+    (tmp_path / "used").mkdir()
+    for name, text in (("empty", "\n"), ("full", "a\n"), ("used/log.jsonl", "")):
+        (tmp_path / name).write_text(text)
+    names = dict(empty=tmp_path / "empty", full=tmp_path / "full", used=tmp_path / "used", folder=tmp_path)
+    monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rewards, "load", lambda *a: pytest.fail("a scorer was loaded"))
+    with pytest.raises(SystemExit) as exit:
+        train.main(f"--out_dir {tmp_path / 'new'} {settings}".format(**names).split())
+    assert exit.value.code == 2 and not (tmp_path / "new").exists()
+    assert sentence in capsys.readouterr().err
+
+
+SHORT = "--prompts_per_iteration 1 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --eval_every 2 --save_every 2 --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def eight_prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "eight.txt"
+    path.write_text("".join((TINY / "prompts/test_concept.txt").read_text().splitlines(True)[:8]))
+    return ["--eval_prompts", str(path)]
+
+
+def log_of(folder):
+    """log.jsonl without the seconds, which are the only numbers that may differ."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
+
+
+def test_two_runs_of_one_seed_are_bit_equal_and_so_is_one_that_was_interrupted_and_resumed(tmp_path, eight_prompts, monkeypatch):
+    once, twice, broken = ([*SHORT, *eight_prompts, "--iterations", "5", "--out_dir", str(tmp_path / name)] for name in ("once", "twice", "broken"))
+    train.main(once)
+    train.main(twice)
+    assert log_of(tmp_path / "once") == log_of(tmp_path / "twice")
+
+    load, calls = rewards.load, []
+
+    def impatient(name, device):                                              # Ctrl-C while the third iteration is being scored
+        scorer = load(name, device)
+
+        def score(images, prompts):
+            calls.append(name)
+            if len(images) == 4 and sum(call == "clip" for call in calls) == 5:     # after evaluations at 0 and 2 and two iterations
+                raise KeyboardInterrupt
+            return scorer(images, prompts)
+
+        return score
+
+    monkeypatch.setattr(rewards, "load", impatient)
+    train.main(broken)
+    assert {path.name for path in (tmp_path / "broken").iterdir()} >= {"checkpoint-2", "before_after.png", "curve.png", "log.jsonl"}
+    monkeypatch.setattr(rewards, "load", load)
+    train.main([*broken, "--resume"])
+    done = [line for line in log_of(tmp_path / "broken")]
+    assert [line for line in done if "reward" in line] == [line for line in log_of(tmp_path / "once") if "reward" in line]
+    assert done[-1] == log_of(tmp_path / "once")[-1]                          # the last evaluation, of equal weights
+    a, b = (FluxPipeline.from_pretrained(tmp_path / name / "checkpoint-5").transformer.state_dict() for name in ("once", "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_evaluation_gives_the_same_noise_to_every_checkpoint_whatever_the_batch(flux):
+    scorers, prompts = {"clip": rewards.load("clip")}, PROMPTS * 2
+    images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", images_per_prompt=2, batch=2)
+    again, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", images_per_prompt=2, batch=64)
+    assert_close(scores["clip"], more["clip"], rtol=0, atol=1e-3)             # pixels may round the other way
+    assert not torch.equal(images[0], images[2])                              # the same prompt again has other noise
+    assert (images[:, 0] != images[:, 1]).any()
+
+
+def test_a_mean_has_the_standard_error_of_prompts_and_diversity_is_a_distance_of_pixels():
+    mean, stderr = mean_and_stderr(torch.tensor([[1.0, 3.0], [4.0, 4.0], [5.0, 7.0]]))                 # prompts: 2, 4, 6
+    assert (mean, stderr) == pytest.approx((4, 2 / 3**0.5))
+    black, white = torch.zeros(3, 8, 8).byte(), torch.full((3, 8, 8), 255).byte()
+    assert diversity(torch.stack([torch.stack([black, white])])) == pytest.approx(1)
+    assert diversity(torch.stack([torch.stack([white, white])])) == 0
+
+
+def test_eval_prints_a_row_per_checkpoint_and_writes_the_same_numbers(tmp_path, eight_prompts, capsys):
+    evaluation.main([str(TINY / "flux"), str(TINY / "flux"), "--prompts", eight_prompts[1], "--steps", "2", "--images_per_prompt", "2", "--out_dir", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert len(results) == 2 and results[0]["clip"] == results[1]["clip"] and results[1]["clip_gain"] == 0
+    assert capsys.readouterr().out.count(f"{results[0]['clip']:.4f} ± {results[0]['clip_stderr']:.4f}") == 2
+    assert Image.open(tmp_path / "grid.png").size[0] > 8 * 64
+
+
+def test_eval_refuses_a_directory_that_is_no_pipeline(tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main([str(tmp_path)])
+    assert exit.value.code == 2

@@ -237,9 +237,10 @@ def train(cfg, model, scorers, run):
 
         # Print what means something: not the loss, which is 0 before the first update whatever the model does
         log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), first update first
-        reward = (sum(w * s for w, s in zip(weights, scores.values())) / weights.sum())[finite]       # (P, G)
+        reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()                 # (P, G)
+        reward[~finite] = torch.nan                                                                   # left out of the means
         run.log(bar, dict(
-            iter=it + 1, reward=reward.mean().item(), reward_std=reward.std(1).mean().item(), **{name: s[finite].mean().item() for name, s in scores.items()},
+            iter=it + 1, reward=reward.nanmean().item(), reward_std=reward.std(1).nanmean().item(), **{name: s[finite].mean().item() for name, s in scores.items()},
             first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(), clip_fraction=clip_fraction(log_rhos, cfg.clip_eps).item(),
             grad_norm=torch.stack(norms).mean().item(), flat_groups=int((A == 0).all(1)[finite].sum()), skipped=skipped + int((~finite).sum()),
             **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)))
