@@ -3,7 +3,7 @@ Sample held-out prompts from one or more checkpoints, score them, write a table,
 Time t runs from 1 (noise) to 0 (image).
 
     python eval.py                                               # the base model in tiny/flux
-    python eval.py tiny/flux out/tiny/checkpoint-200             # base against aligned: same prompts, same noise
+    python eval.py tiny/flux out/tiny/checkpoint-150             # base against aligned: same prompts, same noise
     python eval.py tiny/flux --prompts tiny/prompts/test_pair.txt --steps 25 --solver ddim
 
 Each row: every scorer's mean +- standard error over prompts; "gain" is the mean difference from the first row, prompt by
@@ -75,6 +75,12 @@ def diversity(images):
     return square.sqrt().mean().item()
 
 
+def spread(n, most):
+    """The indices of at most `most` of n prompts, evenly spaced: pictures are shown by this rule, not picked."""
+    count = min(n, most)
+    return [int((i + 0.5) * n / count) for i in range(count)]
+
+
 def picture_grid(path, rows, captions):
     """Write a PNG with one labelled row of pictures per checkpoint. rows: {label: (k, 3, H, W) uint8}, captions: k."""
     side, gap, left, font = 128, 6, 84, ImageFont.load_default(11)
@@ -134,7 +140,7 @@ def main(argv=None):
     scorers = {name.partition("=")[0]: rewards.load(name, args.device) for name in names}
     print(f"{len(prompts)} prompts of {args.prompts}, {args.images_per_prompt} images each, {args.resolution}x{args.resolution}, "
           f"{args.solver} {args.steps} steps, shift {args.shift:g}, guidance {args.guidance:g}, seed {args.seed}, on {args.device}")
-    show = torch.linspace(0, len(prompts) - 1, min(args.columns, len(prompts))).long().unique()
+    show = spread(len(prompts), args.columns)
     table, grid, first = [], {}, None
     for path in args.checkpoints:
         began = time.time()

@@ -821,11 +821,11 @@ def real_pictures(chosen):
 
 @pytest.mark.parametrize("name, right", [("clip", 0.5), ("judge", 0.1)])
 def test_the_scorers_know_real_pictures_they_never_saw_from_their_captions(name, right):
-    images, prompts = real_pictures(lambda row: row["core"] == "1" and row["pair"] == "heldout")       # 106, of 100 concepts or so
-    scorer, n = rewards.load(name), len(prompts)
+    images, prompts = real_pictures(lambda row: row["core"] == "1" and row["pair"] == "heldout")
+    images, prompts, n, scorer = images[::2], prompts[::2], 53, rewards.load(name)
     table = torch.stack([scorer(images, [prompt] * n) for prompt in prompts], 1)                       # (picture, prompt)
     assert_close(scorer(images, prompts), table.diag(), rtol=0, atol=1e-5)    # each image with its own prompt
-    assert (table.argmax(1) == torch.arange(n)).float().mean() > right        # by chance: 0.01
+    assert (table.argmax(1) == torch.arange(n)).float().mean() > right        # by chance: 0.02
 
 
 def test_the_clip_score_is_open_clips_own_cosine():

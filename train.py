@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
-from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts
+from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts, spread
 from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
@@ -67,7 +67,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
-                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=200, prompts_per_iteration=4, lr=1e-4, checkpointing=False),
+                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=150, prompts_per_iteration=8, lr=5e-5, checkpointing=False),
     "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),           # the rows of Table 3
     "dpm16": dict(solver="dpmpp_2m", num_rollout_steps=16, num_anchors=4, num_train_steps=9),
     "dpm8": dict(solver="dpmpp_2m", num_rollout_steps=8, num_anchors=4, num_train_steps=4),
@@ -344,7 +344,7 @@ class Run:
         self.save()
         after = self.evaluate()
         if after is not None:
-            show = torch.linspace(0, len(self.prompts) - 1, min(8, len(self.prompts))).long().unique()
+            show = spread(len(self.prompts), 8)
             rows = {"base": self.before["images"][show], f"aligned, {self.iteration} iterations": after[show]}
             picture_grid(self.out / "before_after.png", rows, [self.prompts[i] for i in show])
         draw_curve(self.lines(), self.out / "curve.png")
