@@ -8,7 +8,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, json, math, os, shutil, sys, time
+import argparse, json, math, os, shutil, signal, sys, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -182,6 +182,8 @@ def train(cfg, model, scorers, run):
 
     bar = tqdm(range(run.iteration, cfg.iterations), initial=run.iteration, total=cfg.iterations, desc="train", disable=None)
     for it in bar:
+        if run.stop:
+            break
         # Draw prompts, noise, anchors and steps
         seconds, lap = stopwatch(model.device)
         prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, model.latent_shape)
@@ -269,14 +271,14 @@ def checkpoints(out):
     return sorted(Path(out).glob("checkpoint-*/state/state.pt"), key=lambda path: int(path.parts[-3].rpartition("-")[2]))
 
 class Run:
-    """What an interrupted run needs to go on, and everything it writes. `iteration`: how many are done."""
+    """What an interrupted run needs to go on, and everything it writes. `iteration`: how many are done; `stop`: begin no other."""
 
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
         self.opt = torch.optim.AdamW(model.transformer.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
         self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
-        self.iteration, self.saved, self.before = 0, None, None
+        self.iteration, self.saved, self.before, self.stop = 0, None, None, False
         if cfg.resume:                                          # the weights were loaded from there by main
             state = torch.load(checkpoints(self.out)[-1])
             self.iteration, self.saved, self.before = state["iteration"], state["iteration"], state["before"]
@@ -395,13 +397,16 @@ def main(argv=None):
     scorers = {name.partition("=")[0]: rewards.load(name, cfg.device) for name in dict.fromkeys(split(cfg.rewards) + split(cfg.eval_scorers))}
     run = Run(cfg, model, scorers)
     announce(cfg, model, run)
-    try:
-        if run.iteration == 0:
-            run.evaluate()
-        train(cfg, model, {name: scorers[name] for name in (spec.partition("=")[0] for spec in split(cfg.rewards))}, run)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted after iteration {run.iteration}; saving what there is (--resume goes on from here)")
+    def stop(*_):                                               # Ctrl-C: not in the middle of an update, so that --resume repeats nothing
+        run.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this iteration, with a checkpoint and pictures; Ctrl-C again stops at once, without")
+    previous = signal.signal(signal.SIGINT, stop)
+    if run.before is None:
+        run.evaluate()
+    train(cfg, model, {name: scorers[name] for name in (spec.partition("=")[0] for spec in split(cfg.rewards))}, run)
     run.finish()
+    signal.signal(signal.SIGINT, previous)
 
 if __name__ == "__main__":
     sys.exit(main())
