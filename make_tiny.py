@@ -2,7 +2,8 @@
 Makes tiny/: a small but complete FLUX pipeline, a reward model and a judge, trained from scratch on captioned emoji.
 
     python make_tiny.py                 # every stage that is not there yet; each can be interrupted and started again
-    python make_tiny.py --stages clip judge --force
+    python make_tiny.py --stages clip judge --force                   # write these again
+    python make_tiny.py --stages flux --flux_steps 3000 --force       # a generator that was trained for longer
 
 Nobody has to run this: its results are in the repository. It is here so that they can be checked and changed.
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0, as everywhere in this project.
@@ -65,19 +66,15 @@ def jitter(images, rng, shift=2 / 32, scale=0.0, turn=0.0):
 # ---------------------------------------------------------------------------------------------------------------
 # one training loop for all stages
 
-def fit(name, modules, loss, steps, lr, weight_decay=0.01, decay_lr=True, ema=0.0, keep=()):
+def fit(name, modules, loss, steps, lr, weight_decay=0.01, decay_lr=True, ema=0.0):
     """
     AdamW on `loss(step, rng) -> scalar`, rng seeded by the step alone, so a run that was interrupted goes on exactly.
-    State is saved once a minute in out/make_tiny/<name>.pt. Returns the seconds spent, and leaves the modules with their
-    averaged weights where ema > 0. `keep`: steps after which the (averaged) weights are also kept, to choose among.
+    State is saved once a minute in out/make_tiny/<name>.pt. Returns the seconds spent, and leaves the modules with the
+    exponential average of their weights (ema = 0: the last ones).
     """
     params = [p for m in modules for p in m.parameters()]
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     mean, start, seconds, path = [p.detach().clone() for p in params], 0, 0.0, WORK / f"{name}.pt"
-    def save(path):
-        state = dict(modules=[m.state_dict() for m in modules], opt=opt.state_dict(), mean=mean, step=step + 1, seconds=seconds)
-        torch.save(state, f"{path}.new")
-        os.replace(f"{path}.new", path)
     if path.exists():
         state = torch.load(path)
         [m.load_state_dict(s) for m, s in zip(modules, state["modules"])]
@@ -100,8 +97,10 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.01, decay_lr=True, ema=0.
         seconds += time.time() - began
         average = value.item() if average is None else 0.98 * average + 0.02 * value.item()
         bar.set_postfix_str(f"loss {average:.4f}", refresh=False)
-        if step + 1 in keep: save(WORK / f"{name}-{step + 1}.pt")
-        if time.time() - saved > 60 or step + 1 == steps: save(path); saved = time.time()
+        if time.time() - saved > 60 or step + 1 == steps:
+            torch.save(dict(modules=[m.state_dict() for m in modules], opt=opt.state_dict(), mean=mean, step=step + 1, seconds=seconds), f"{path}.new")
+            os.replace(f"{path}.new", path)
+            saved = time.time()
     with torch.no_grad():
         for p, m in zip(params, mean): p.copy_(m)
     return seconds
@@ -160,7 +159,7 @@ def latents_of(vae, images):
         z = torch.cat([vae.encode(c.float() / 127.5 - 1).latent_dist.mean for c in images.split(128)])
     return (z - vae.config.shift_factor) * vae.config.scaling_factor        # (n, 16, 8, 8)
 
-def make_flux(steps=1500, batch=64, keep=()):
+def make_flux(steps=1500, batch=64):
     """Flow matching on the core concepts. Stopped early: trained to the end it knows its 1,088 pictures by heart, draws the
     same one from every noise, and leaves a reward nothing to choose among (see tiny/README.md for the stops that were tried)."""
     images, rows = read_sheet("world")
@@ -194,7 +193,7 @@ def make_flux(steps=1500, batch=64, keep=()):
         v = transformer(x_t, t5(t5_ids[styled, i])[0], clip(clip_ids[styled, i]).pooler_output, t, image_ids, torch.zeros(TEXT_LENGTH, 3),
                         torch.full((batch,), 3.5), return_dict=False)[0]   # guidance: FLUX's input, here the one value 3.5
         return (v - (eps - x)).pow(2).mean()
-    seconds = fit("flux", [transformer, clip, t5], loss, steps, lr=1e-3, decay_lr=False, ema=0.995, keep=keep)
+    seconds = fit("flux", [transformer, clip, t5], loss, steps, lr=1e-3, decay_lr=False, ema=0.995)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=False)
     FluxPipeline(scheduler, vae.half(), clip.eval(), clip_tok, t5.eval(), t5_tok, transformer.eval()).save_pretrained(FLUX)
     print(f"flux: {seconds:.0f} s, {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters in the transformer")
@@ -316,7 +315,8 @@ STAGES = dict(tokenizers=(make_tokenizers, FLUX / "tokenizer_2"), vae=(make_vae,
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--force", action="store_true", help="make again what is already there")
+    parser.add_argument("--force", action="store_true", help="make again what is already there (delete out/make_tiny to begin from nothing)")
+    parser.add_argument("--flux_steps", type=int, default=1500, help="where to stop the generator (default 1500, what is shipped); larger ones go on from there")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -325,4 +325,4 @@ if __name__ == "__main__":
         make, product = STAGES[stage]
         if product.exists() and not args.force: print(f"{stage}: {product} is there"); continue
         torch.manual_seed(0)
-        make()
+        make(args.flux_steps) if stage == "flux" else make()
