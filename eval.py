@@ -9,7 +9,7 @@ Time t runs from 1 (noise) to 0 (image).
 Each row: every scorer's mean +- standard error over prompts; "gain" is the mean difference from the first row, prompt by
 prompt, with its own standard error; diversity is the root-mean-square pixel distance of two pictures of one prompt.
 """
-import argparse, json, sys, time
+import argparse, json, math, sys, time
 from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -22,13 +22,19 @@ HERE = Path(__file__).resolve().parent
 
 
 def read_prompts(path):
-    """One prompt a line; empty lines are skipped."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is no prompt file; it must be a text file with one prompt a line")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    """One prompt a line, UTF-8; empty lines are skipped."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{path} is no prompt file; it must be a UTF-8 text file with one prompt a line")
     if not prompts:
-        raise ValueError(f"{path} holds no prompt; it must be a text file with one prompt a line")
+        raise ValueError(f"{path} holds no prompt; it must be a UTF-8 text file with one prompt a line")
     return prompts
+
+
+def split(names):
+    """ "a, b" -> ["a", "b"]."""
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def check_model(path):
@@ -62,16 +68,16 @@ def evaluate(model, scorers, prompts, ts, solver, images_per_prompt=1, seed=0, b
 
 
 def mean_and_stderr(scores):
-    """scores (P, n) -> mean, and the standard error of it over the P prompts."""
+    """scores (P, n) -> mean, and the standard error of it over the P prompts (0 for a single one, which has none)."""
     each = scores.double().mean(1)
-    return each.mean().item(), (each.std() / len(each) ** 0.5).item()
+    return each.mean().item(), (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
 
 
 def diversity(images):
-    """images (P, n, 3, H, W) uint8, n > 1 -> root-mean-square distance, in [0, 1], of two pictures of one prompt; mean over prompts."""
-    x = images.float().flatten(2) / 255
-    n = x.shape[1]
-    square = 2 * x.var(1, correction=1).mean(1) if n > 1 else torch.full((len(x),), torch.nan)       # E|a - b|^2 = 2 var
+    """images (P, n, 3, H, W) uint8 -> root-mean-square distance, in [0, 1], of two pictures of one prompt; mean over prompts. n = 1: None."""
+    if images.shape[1] == 1:
+        return None
+    square = 2 * (images.float().flatten(2) / 255).var(1).mean(1)                                     # (P,)  E|a - b|^2 = 2 var
     return square.sqrt().mean().item()
 
 
@@ -84,7 +90,7 @@ def spread(n, most):
 def picture_grid(path, rows, captions):
     """Write a PNG with one labelled row of pictures per checkpoint. rows: {label: (k, 3, H, W) uint8}, captions: k."""
     side, gap, left, font = 128, 6, 84, ImageFont.load_default(11)
-    lines = [_wrap(caption, 20) for caption in captions]
+    lines = [_wrap(caption, 20)[:5] for caption in captions]
     top = 14 * max(len(line) for line in lines) + 6
     canvas = Image.new("RGB", (left + len(captions) * (side + gap), top + len(rows) * (side + gap)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -126,15 +132,28 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        prompts = read_prompts(args.prompts)
+        prompts, names = read_prompts(args.prompts), split(args.scorers)
         ts = schedule(args.steps, args.shift)
         for path in args.checkpoints:
             check_model(path)
-        for name in (names := args.scorers.split(",")):
+        for name in names:
             rewards.check(name)
-        if args.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt is {args.images_per_prompt}, but must be at least 1")
-    except ValueError as error:
+        short = [name.partition("=")[0] for name in names]
+        for holds, sentence in [
+            (names and len(short) == len(set(short)), f"scorers is {args.scorers!r}, but must name at least one, and none twice"),
+            (args.images_per_prompt >= 1 and args.columns >= 1, "images_per_prompt and columns must be at least 1"),
+            (0.01 <= args.shift <= 100, f"shift is {args.shift:g}, but must lie between 0.01 and 100"),
+            (math.isfinite(args.guidance), f"guidance is {args.guidance}, but must be a finite number"),
+            (args.resolution >= 16 and args.resolution % 16 == 0, f"resolution is {args.resolution}, but must be a multiple of 16"),
+            (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
+            (args.device == "cpu" or (args.device.startswith("cuda") and torch.cuda.is_available()), f"device is {args.device}, but must be cpu, or cuda where there is one"),
+            (args.out_dir, "out_dir is empty; name a directory"),
+        ]:
+            if not holds:
+                raise ValueError(sentence)
+        out = Path(args.out_dir)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
     scorers = {name.partition("=")[0]: rewards.load(name, args.device) for name in names}
@@ -158,9 +177,7 @@ def main(argv=None):
     print("|---" * (2 * len(scorers) + 3) + "|")
     for row in table:
         cells = [f"{row[n]:.4f} ± {row[n + '_stderr']:.4f} | {row[n + '_gain']:+.4f} ± {row[n + '_gain_stderr']:.4f}" for n in scorers]
-        print(f"| {row['checkpoint']} | " + " | ".join(cells) + f" | {row['diversity']:.3f} | {row['seconds']:.0f} |")
-    out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+        print(f"| {row['checkpoint']} | " + " | ".join(cells) + (f" | {row['diversity']:.3f}" if row["diversity"] is not None else " | -") + f" | {row['seconds']:.0f} |")
     picture_grid(out / "grid.png", grid, [prompts[i] for i in show])
     (out / "results.json").write_text(json.dumps(dict(settings=vars(args), results=table), indent=1))
     print(f"\nwrote {out / 'grid.png'} and {out / 'results.json'}")

@@ -27,7 +27,8 @@ Where this departs from the text of the paper, and why:
      differ from 1 before any update as soon as the rollout's solver is not the trained step's.
   4. Rewards that are equal up to rounding give zero advantages; Eq. 3 would divide by zero, Eq. 11 blow rounding up to 1.
   5. Eq. 3's standard deviation is left out of `advantages`: Eq. 11 divides by a norm, so it cancels.
-  6. rho is cut at e^80, just below float32's overflow, where an infinite ratio would turn a zero gradient into NaN.
+  6. rho is cut at e^80, just below float32's overflow, where an infinite ratio would turn a zero gradient into NaN. Beyond it
+     no candidate has a gradient; a run that gets there is lost anyway.
 """
 import torch
 
@@ -74,8 +75,8 @@ def advantages(rewards, p=0.8):
     """
     if not 0 < p <= 2:
         raise ValueError(f"p is {p}, but must lie in (0, 2]")
-    if rewards.ndim != 1 or not rewards.isfinite().all():
-        raise ValueError(f"rewards must be one finite number for each of the G candidates, not {rewards.tolist()}")
+    if rewards.ndim != 1 or not rewards.is_floating_point() or not rewards.isfinite().all():
+        raise ValueError(f"rewards must be floats, one finite number for each of the G candidates, not {rewards.tolist()}")
     if is_flat(rewards):
         return torch.zeros_like(rewards)
     A = rewards - rewards.mean()                                                                      # (G,)     Eq. 3
@@ -89,6 +90,8 @@ def log_policy(x, anchor, tau=1.0):
     x (G, ...), anchor (...) -> (G,). The squared distance is a SUM over the D dimensions, as in the paper; tau = D turns it
     into a mean. It is also the posterior of Eq. 30 for a leaping kernel of variance tau / 2.
     """
+    if not 0 < tau < float("inf"):
+        raise ValueError(f"tau is {tau}, but must be a number above 0")
     if x.shape[1:] != anchor.shape:
         raise ValueError(f"x is {tuple(x.shape)}, but must be (G, ...) over the anchor's {tuple(anchor.shape)}")
     sq_dist = (x - anchor).flatten(1).pow(2).sum(1)                                                   # (G,)

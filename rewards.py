@@ -95,6 +95,8 @@ def check(spec):
     if name not in SCORERS:
         raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
     scorer, default = SCORERS[name]
+    if folder and not default:
+        raise ValueError(f"scorer {name!r} has no weights, so nothing may follow its name, and {spec!r} names a folder")
     folder = folder or default
     if folder and not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(f"scorer {name!r} needs a folder with model.safetensors, and {folder} is none")

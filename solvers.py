@@ -13,7 +13,7 @@ def schedule(num_steps, shift=1.0):
 
     FLUX's dynamic shift at a given resolution is this one with shift = exp(mu). Returns (T+1,) float32.
     """
-    if num_steps < 1 or shift <= 0:
+    if num_steps < 1 or not 0 < shift < float("inf"):
         raise ValueError(f"num_steps is {num_steps} and shift {shift}, but there must be at least one step and a shift above 0")
     u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()                                 # (T+1,)

@@ -356,6 +356,7 @@ def test_a_reward_that_is_flat_in_a_group_adds_nothing_to_it():
     (lambda x: combine_rewards(x, torch.tensor([1.0, 1.0, 1.0, -1.0])), r"-1\.0"),
     (lambda x: combine_rewards(x, torch.zeros(4)), "not all 0"),
     (lambda x: log_policy(x, x[0, :2]), r"\(2,\)"),
+    (lambda x: log_policy(x, x[0], tau=0), "tau is 0"),
     (lambda x: log_ratio(x, x[0, :1], x[0]), r"\(1,\)"),
     (lambda x: log_ratio(x, x[0, :2], x[0, :2]), r"\(2,\)"),
     (lambda x: clipped_objective(x[:, 0], x[:3, 0], 0.2), r"\(3,\)"),
@@ -882,6 +883,14 @@ def test_a_scorer_refuses_what_is_not_a_batch_of_pictures_with_a_prompt_each(nam
     ("--out_dir {used} --resume", "there is no checkpoint"),
     ("--preset dpm8 --prompts {full}", "rewards is empty"),
     ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
+    ("--sigma nan", "sigma is nan, but must be a finite number"),
+    ("--lr inf", "lr is inf, but must be a finite number"),
+    ("--seed -1", "seed is -1, but must lie between 0 and 2^63"),
+    ("--rewards ,", "rewards is empty"),
+    ("--rewards clip --eval_scorers clip=tiny/judge", "a scorer is named twice"),
+    ("--rewards jpeg={folder}", "nothing may follow its name"),
+    ("--prompts {latin}", "is no prompt file; it must be a UTF-8 text file"),
+    ("--out_dir {full}", "cannot be made a directory"),
     ("--group_size many", "invalid int value: 'many'"),
     ("--sig 0.3", "unrecognized arguments"),
 ])
@@ -889,7 +898,8 @@ def test_bad_settings_get_one_sentence_and_exit_code_2_before_anything_is_loaded
     (tmp_path / "used").mkdir()
     for name, text in (("empty", "\n"), ("full", "a\n"), ("used/log.jsonl", "")):
         (tmp_path / name).write_text(text)
-    names = dict(empty=tmp_path / "empty", full=tmp_path / "full", used=tmp_path / "used", folder=tmp_path)
+    (tmp_path / "latin").write_bytes("é\n".encode("latin-1"))
+    names = dict(latin=tmp_path / "latin", empty=tmp_path / "empty", full=tmp_path / "full", used=tmp_path / "used", folder=tmp_path)
     monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a: pytest.fail("a scorer was loaded"))
     with pytest.raises(SystemExit) as exit:
@@ -944,6 +954,33 @@ def test_two_runs_of_one_seed_are_bit_equal_and_so_is_one_that_was_interrupted_a
     assert log_of(tmp_path / "broken")[-1] == log_of(tmp_path / "once")[-1]   # the last evaluation
     a, b = (FluxPipeline.from_pretrained(tmp_path / name / "checkpoint-5").transformer.state_dict() for name in ("once", "broken"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(tmp_path, eight_prompts, capsys):
+    train.main([*SHORT, *eight_prompts, "--iterations", "2", "--out_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        train.main([*SHORT, *eight_prompts, "--iterations", "3", "--out_dir", str(tmp_path), "--resume", "--lr", "1e-3"])
+    assert exit.value.code == 2 and "lr is 0.001, but was 5e-05 in the run to resume" in capsys.readouterr().err
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"iter": 3, "rew')                                         # as a kill or a full disk leaves it
+    assert train.main([*SHORT, *eight_prompts, "--iterations", "3", "--out_dir", str(tmp_path), "--resume"]) is None
+    assert [line["iter"] for line in log_of(tmp_path) if "reward" in line] == [1, 2, 3]
+
+
+def test_overwriting_a_run_leaves_what_others_put_beside_it(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-1" / "state").mkdir(parents=True)
+    for name in ("thesis.txt", "log.jsonl", "checkpoint-1/state/state.pt"):
+        (run / name).write_text("{}\n")
+    assert len(train_stub(tmp_path, Stub())) == 1                             # the new run's one line
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.jsonl", "neighbor_grpo.py", "thesis.txt"]
+
+
+def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(tmp_path, eight_prompts, capsys, monkeypatch):
+    monkeypatch.setattr(train, "check", lambda cfg: None)                     # which refuses lr above 1
+    assert train.main([*SHORT, *eight_prompts, "--iterations", "3", "--lr", "1e30", "--out_dir", str(tmp_path / "run")]) == 1
+    assert "no longer finite" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_evaluation_gives_the_same_noise_to_every_checkpoint_whatever_the_batch(flux):

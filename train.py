@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
-from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts, spread
+from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts, split, spread
 from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
@@ -95,12 +95,17 @@ def parse_config(argv=None):
 
 def check(c):
     """Raise ValueError, in one sentence that says what is allowed, for the first setting that cannot work."""
+    for f in fields(c):
+        if f.type is float and not math.isfinite(getattr(c, f.name)):
+            raise ValueError(f"{f.name} is {getattr(c, f.name)}, but must be a finite number")
+    names, watched, weights = split(c.rewards), split(c.eval_scorers), [_number(w) for w in split(c.reward_weights)]
+    known = [spec.partition("=")[0] for spec in dict.fromkeys(names + watched)]
     rules = [
         (0 < c.sigma <= 1, f"sigma is {c.sigma:g}, but must lie in (0, 1]"),
         (0 < c.p <= 2, f"p is {c.p:g}, but must lie in (0, 2]"),
-        (c.tau == "dim" or _number(c.tau) > 0, f"tau is {c.tau}, but must be a number above 0, or dim"),
+        (c.tau == "dim" or 0 < _number(c.tau) < math.inf, f"tau is {c.tau}, but must be a number above 0, or dim"),
         (c.clip_eps > 0, f"clip_eps is {c.clip_eps:g}, but must be above 0"),
-        (c.lr > 0 and c.max_grad_norm > 0 and c.weight_decay >= 0, "lr and max_grad_norm must be above 0, and weight_decay at least 0"),
+        (0 < c.lr <= 1 and c.max_grad_norm > 0 and 0 <= c.weight_decay <= 1, "lr must lie in (0, 1], weight_decay in [0, 1], and max_grad_norm above 0"),
         (c.group_size >= 2, f"group_size (G) is {c.group_size}, but must be at least 2"),
         (1 <= c.num_anchors <= c.group_size, f"num_anchors (B) is {c.num_anchors}, but must lie between 1 and group_size (G), {c.group_size}"),
         (c.num_rollout_steps >= 2, f"num_rollout_steps (T) is {c.num_rollout_steps}, but must be at least 2"),
@@ -111,44 +116,53 @@ def check(c):
         (c.solver in ("ddim", "dpmpp_2m"), f"solver is {c.solver}, but must be ddim or dpmpp_2m"),
         (c.old_anchor in ("replay", "rollout"), f"old_anchor is {c.old_anchor}, but must be replay or rollout"),
         (c.iterations >= 1 and c.prompts_per_iteration >= 1, "iterations and prompts_per_iteration must be at least 1"),
-        (c.eval_every >= 1 and c.save_every >= 0 and c.threads >= 0, "eval_every must be at least 1, save_every and threads at least 0"),
+        (c.eval_every >= 1 and c.save_every >= 0, "eval_every must be at least 1, and save_every at least 0"),
+        (0 <= c.threads <= 1024, f"threads is {c.threads}, but must lie between 0 and 1024"),
+        (0 <= c.seed < 2**63, f"seed is {c.seed}, but must lie between 0 and 2^63"),
         (c.resolution >= 16 and c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
-        (c.shift > 0, f"shift is {c.shift:g}, but must be above 0"),
+        (0.01 <= c.shift <= 100, f"shift is {c.shift:g}, but must lie between 0.01 and 100"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
-        (c.rewards, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
+        (names, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
+        (len(names) == len(set(names)) and len(known) == len(set(known)), f"a scorer is named twice in {', '.join(names + watched)}"),
+        (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < math.inf for w in weights) and sum(weights) > 0),
+         f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}"),
         (c.prompts, "prompts is empty; name a text file with one prompt a line"),
+        (c.out_dir, "out_dir is empty; name a directory for this run"),
+        (not (c.resume and c.overwrite), "resume and overwrite exclude each other; give one of them"),
+        (not (c.overwrite and Path(c.out_dir).resolve() in Path(c.model).resolve().parents), f"model {c.model} lies in {c.out_dir}, which --overwrite would delete"),
     ]
     for holds, sentence in rules:
         if not holds:
             raise ValueError(sentence)
-    names = split(c.rewards)
-    weights = [_number(w) for w in split(c.reward_weights)]
-    if weights and (len(weights) != len(names) or not all(w >= 0 for w in weights) or sum(weights) == 0):
-        raise ValueError(f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}")
-    for name in names + split(c.eval_scorers):
+    for name in names + watched:
         rewards.check(name)
     read_prompts(c.prompts)
     if c.eval_prompts:
         read_prompts(c.eval_prompts)
     check_model(c.model)
     out = Path(c.out_dir)
-    if c.resume and c.overwrite:
-        raise ValueError("resume and overwrite exclude each other; give one of them")
-    if c.resume and not checkpoints(out):
-        raise ValueError(f"there is no checkpoint in {out} to resume from")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out_dir {out} is a file; it must be a directory")
-    if (out / "log.jsonl").exists() and not (c.resume or c.overwrite):
+    if c.resume:
+        if not checkpoints(out):
+            raise ValueError(f"there is no checkpoint in {out} to resume from")
+        before = json.loads((checkpoints(out)[-1].parents[1] / "state/config.json").read_text())
+        free = ("iterations", "eval_every", "save_every", "checkpointing", "device", "threads", "out_dir", "resume", "overwrite")
+        for name, value in asdict(c).items():
+            if name not in free and value != before[name]:
+                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:6])} may change")
+    elif any((out / name).exists() for name in OURS) and not c.overwrite:
         raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out_dir {out} cannot be made a directory: {error.strerror}")
+
+OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png")      # what a run writes, beside its checkpoints
 
 def _number(text):
     try:
         return float(text)
     except ValueError:
         return math.nan
-
-def split(names):
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 # ---------------------------------------------------------------------------------------------------------------
 # randomness: every draw depends on (seed, iteration, group) alone, so a resumed run repeats what an unbroken one would do
@@ -193,6 +207,9 @@ def train(cfg, model, scorers, run):
             cond = model.encode(prompt)
             x1 = torch.cat([perturb_noise(e, d, cfg.sigma) for e, d in zip(eps_star, delta)])         # (P G, N, C)         Eq. 7
             traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
+            if not traj[-1].isfinite().all():
+                raise ArithmeticError(f"iteration {it + 1}: the model's latents are no longer finite, so the run ends here, with nothing of it saved; lower lr, "
+                                      f"now {cfg.lr:g}" + (f", and see checkpoint-{run.saved}" if run.saved else ""))
             images = model.decode(traj[-1])                                                           # (P G, 3, H, W)
             traj, vels = traj.unflatten(1, (P, G)), vels.unflatten(1, (P, G))                         # (T+1, P, G, N, C), (T, ...)
         lap("rollout")
@@ -268,7 +285,8 @@ def stopwatch(device):
 
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
-    return sorted(Path(out).glob("checkpoint-*/state/state.pt"), key=lambda path: int(path.parts[-3].rpartition("-")[2]))
+    found = [path for path in Path(out).glob("checkpoint-*/state/state.pt") if path.parts[-3].removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.parts[-3].removeprefix("checkpoint-")))
 
 class Run:
     """What an interrupted run needs to go on, and everything it writes. `iteration`: how many are done; `stop`: begin no other."""
@@ -280,21 +298,25 @@ class Run:
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
         self.iteration, self.saved, self.before, self.stop = 0, None, None, False
         if cfg.resume:                                          # the weights were loaded from there by main
-            state = torch.load(checkpoints(self.out)[-1])
+            state = torch.load(checkpoints(self.out)[-1], map_location="cpu")
             self.iteration, self.saved, self.before = state["iteration"], state["iteration"], state["before"]
             self.opt.load_state_dict(state["opt"])
             kept = [line for line in self.lines() if line["iter"] <= self.iteration]
-            (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(self.out / "log.new", self.out / "log.jsonl")
         else:
-            if cfg.overwrite and (self.out / "log.jsonl").exists():
-                shutil.rmtree(self.out)
+            for path in [self.out / name for name in OURS]:     # --overwrite: what a run wrote, and nothing else that lies there
+                path.unlink(missing_ok=True)
+            for path in checkpoints(self.out):
+                shutil.rmtree(path.parents[1])
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "log.jsonl").write_text("")
+            (self.out / "log.jsonl").touch()
         (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
         shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
 
     def lines(self):
-        return [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+        lines = (self.out / "log.jsonl").read_text().split("\n")[:-1]         # what follows the last line end was cut off while writing
+        return [json.loads(line) for line in lines]
 
     def write(self, line):
         with open(self.out / "log.jsonl", "a") as file:
@@ -323,7 +345,8 @@ class Run:
             self.before = dict(images=images[:, 0], scores=scores)
         for name in scores:                                     # prompt by prompt, same noise: a finer comparison than two means
             line[f"eval_{name}_gain"], line[f"eval_{name}_gain_stderr"] = mean_and_stderr(scores[name] - self.before["scores"][name])
-        self.write(line)
+        if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):     # a resumed run evaluates its last state again
+            self.write(line)
         tqdm.write(f"eval {self.iteration:03d} | {len(self.prompts)} held-out prompts | " + " | ".join(
             f"{name} {line[f'eval_{name}']:.4f} +- {line[f'eval_{name}_stderr']:.4f}, gain {line[f'eval_{name}_gain']:+.4f} +- {line[f'eval_{name}_gain_stderr']:.4f}" for name in scores))
         return images[:, 0]
@@ -332,11 +355,14 @@ class Run:
         """checkpoint-<iteration>/: a FluxPipeline directory, and in state/ what --resume needs. Written aside, then renamed."""
         if self.saved == self.iteration:
             return
+        if not all(w.isfinite().all() for w in self.model.transformer.parameters()):
+            raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
         shutil.rmtree(aside, ignore_errors=True)
         self.model.save(aside)
         (aside / "state").mkdir()
-        torch.save(dict(iteration=self.iteration, opt=self.opt.state_dict(), before=self.before, cfg=asdict(self.cfg)), aside / "state/state.pt")
+        (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+        torch.save(dict(iteration=self.iteration, opt=self.opt.state_dict(), before=self.before), aside / "state/state.pt")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(aside, path)
         self.saved = self.iteration
@@ -393,7 +419,11 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     source = checkpoints(cfg.out_dir)[-1].parents[1] if cfg.resume else cfg.model
-    model = Flux(source, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+    try:
+        model = Flux(source, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+    except OSError as error:
+        print(f"train.py: {source} could not be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     scorers = {name.partition("=")[0]: rewards.load(name, cfg.device) for name in dict.fromkeys(split(cfg.rewards) + split(cfg.eval_scorers))}
     run = Run(cfg, model, scorers)
     announce(cfg, model, run)
@@ -402,11 +432,16 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.write("stopping after this iteration, with a checkpoint and pictures; Ctrl-C again stops at once, without")
     previous = signal.signal(signal.SIGINT, stop)
-    if run.before is None:
-        run.evaluate()
-    train(cfg, model, {name: scorers[name] for name in (spec.partition("=")[0] for spec in split(cfg.rewards))}, run)
-    run.finish()
-    signal.signal(signal.SIGINT, previous)
+    try:
+        if run.before is None:
+            run.evaluate()
+        train(cfg, model, {name: scorers[name] for name in (spec.partition("=")[0] for spec in split(cfg.rewards))}, run)
+        run.finish()
+    except ArithmeticError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 if __name__ == "__main__":
     sys.exit(main())
