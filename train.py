@@ -36,7 +36,7 @@ class Config:
     rewards: str = option("", f"what to align with, of {', '.join(rewards.SCORERS)}; several by comma")
     reward_weights: str = option("", "one number per reward, by comma; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "further scorers that only watch, by comma")
-    out_dir: str = option("", "where the run is written; empty: out/<preset>")
+    out_dir: str = option("", "where the run is written; unless told, out/<preset>")
     resolution: int = option(720, "side of the images in pixels")
     guidance: float = option(3.5, "FLUX's guidance input")
     shift: float = option(3.0, "timestep shift of the schedule")
@@ -155,8 +155,6 @@ def check(c):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out_dir {out} cannot be made a directory: {error.strerror}")
-
-OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png")      # what a run writes, beside its checkpoints
 
 def _number(text):
     try:
@@ -283,6 +281,8 @@ def stopwatch(device):
 # ---------------------------------------------------------------------------------------------------------------
 # the books: log.jsonl, checkpoints, evaluation, pictures
 
+OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png")      # what a run writes, beside its checkpoints
+
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
     found = [path for path in Path(out).glob("checkpoint-*/state/state.pt") if path.parts[-3].removeprefix("checkpoint-").isdigit()]
@@ -326,9 +326,10 @@ class Run:
         """One line of log.jsonl, and the same numbers to be read and grepped."""
         self.iteration = line["iter"]
         self.write(line)
-        each = " ".join(f"{name} {line[name]:.4f}" for name in split(self.cfg.rewards)) if "," in self.cfg.rewards else ""
+        names = [spec.partition("=")[0] for spec in split(self.cfg.rewards)]
+        each = " ".join(f"{name} {line[name]:.4f}" for name in names) + " | " if len(names) > 1 else ""
         memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if self.model.device.type == "cuda" else ""
-        tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each + ' | ' if each else ''}"
+        tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each}"
                    f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | gnorm {line['grad_norm']:.2e} | flat {line['flat_groups']} skip {line['skipped']} | "
                    f"roll {line['seconds_rollout']:.2f}s score {line['seconds_reward']:.2f}s update {line['seconds_update']:.2f}s{memory}")
         bar.set_postfix_str(f"reward {line['reward']:.4f}")
