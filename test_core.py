@@ -663,7 +663,7 @@ def train_stub(folder, model, scorer=brightness, preset="dpm8", **settings):
     """Algorithm 1 as train.py has it -> the lines of its log."""
     (folder / "prompts.txt").write_text("a\nb\nc\n")
     cfg = train.Config(**{**train.PRESETS[preset], "model": "", "prompts": str(folder / "prompts.txt"), "rewards": "brightness", "eval_prompts": "",
-                          "out_dir": str(folder / "run"), "overwrite": True, "iterations": 1, "save_every": 0, "lr": 1e-2, **settings})
+                          "out_dir": str(folder / "run"), "overwrite": True, "iterations": 1, "updates_per_iteration": 1, "save_every": 0, "lr": 1e-2, **settings})
     run = train.Run(cfg, model, {})
     train.train(cfg, model, {"brightness": scorer}, run)
     return run.lines()

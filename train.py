@@ -48,7 +48,7 @@ class Config:
     num_train_steps: int = option(4, "K, times trained on, drawn from the first T-1 (Table 3)")
     solver: str = option("dpmpp_2m", "of the rollout: ddim or dpmpp_2m (Sec. 3.4.3); training steps are DDIM's")
     old_anchor: str = option("replay", "x_old of Eq. 10: replay, the rollout's velocity through a DDIM step; or rollout, its latent (Alg. 1)")
-    updates_per_iteration: int = option(1, "optimizer steps among which the B anchors are divided (Alg. 1: B)")
+    updates_per_iteration: int = option(2, "optimizer steps among which the B anchors are divided (Alg. 1: B; the same authors' arXiv 2603.17461: 2)")
     sigma: float = option(0.3, "strength of the perturbation, in (0, 1] (Eq. 7, Table 4)")
     p: float = option(0.8, "exponent of the quasi-norm, in (0, 2]; 2 is GRPO (Eq. 11, Table 6)")
     tau: str = option("dim", "temperature of the policy (Eq. 8): a number, 1 in the paper, or dim for D, a mean over dimensions")
