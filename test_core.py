@@ -607,7 +607,7 @@ def test_neighbor_grpo_raises_the_expected_reward_and_lowers_it_when_the_reward_
 
 def test_the_example_in_the_readme_raises_the_reward():
     readme = (Path(__file__).parent / "README.md").read_text()
-    exec(readme.split("```python\n")[1].split("```")[0], names := {})
+    exec(readme.split("## Copy the loss")[1].split("```python\n")[1].split("```")[0], names := {})
     model, noise = Toy(), torch.randn(512, 2)
     opt = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
