@@ -12,7 +12,7 @@ import torch
 import rewards
 from model import Flux
 from solvers import schedule
-from train import Run, parse_config, split, train
+from train import Run, parse_config, train
 
 def bare_calls(cfg, model, scorers, prompts):
     P, G, B = cfg.prompts_per_iteration, cfg.group_size, cfg.num_anchors
@@ -44,7 +44,7 @@ def main(repeats=15, warmup=3):
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
-        scorers = {name: rewards.load(name, cfg.device) for name in split(cfg.rewards)}
+        scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, ["a red apple, 3d style"])
         run, prompts, pairs = Run(cfg, model, scorers), ["a red apple, 3d style"] * cfg.prompts_per_iteration, []
         for i in range(warmup + repeats):
             cfg.iterations = i + 1                              # one more than are done

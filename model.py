@@ -21,20 +21,21 @@ class Flux:
     resolution   side of the square images in pixels, a multiple of twice the VAE's factor (16)
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
     checkpointing  recompute each block's activations in the backward pass: less memory for about a third more time
+    frozen       to be sampled from only: on a GPU the transformer's weights are bf16 too, half the memory
 
     The transformer's weights are float32 and are what is trained; on a GPU it runs in bf16 by autocast. The text encoders and
     the VAE are frozen. Latents and velocities that cross this border are float32.
     """
 
-    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False):
+    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False, frozen=False):
         self.device = torch.device(device)
-        frozen = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": torch.float32, "default": frozen})
+        small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen else torch.float32, "default": small})
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(self.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False).eval()
-        self.transformer = self.pipe.transformer.requires_grad_(True)
+        self.transformer = self.pipe.transformer.requires_grad_(not frozen)
         if checkpointing:
             self.transformer.enable_gradient_checkpointing()
         step = 2 * self.pipe.vae_scale_factor                   # pixels of one image token: the VAE's 8, packed 2 x 2

@@ -3,107 +3,570 @@ Images and prompts in, numbers out. (Time t, here as everywhere, runs from 1, no
 
 Every scorer is called the same way:  scorer(images (G, 3, H, W) in [0, 1], prompts [G]) -> (G,) float32, higher is better.
 All G are scored in one batch, and all scorers see images rounded to 8 bits, as anybody else would who is sent the file.
-`load("clip", device)` makes one by name; `load("clip=some/folder", device)` takes its weights from elsewhere.
+A scorer that fails, or gives a number that is not finite, raises ScorerError with its name; it never becomes 0.
+
+    load("hpsv2", device)                            the published weights, from the hub's cache or downloaded now
+    load("hpsv2=weights/HPS_v2.1_compressed.pt")     the same file from here; a folder that holds it; or another hub id
+
+    hpsv2, pickscore, imagereward         what people prefer: the paper trains on these three
+    clipscore, aesthetic, unifiedreward   the paper watches these
+    clip, judge, jpeg                     the small world's, nothing to download
+
+Scores are formed in float32, also under somebody's autocast: bf16 has steps of 0.002 at 0.3, where a group of HPSv2.1 scores
+spreads over 0.01. On a GPU the two largest networks, not their scores, run in float16: `half` in HPSv2 and ClipScore.
 """
-import cpu_torchvision                                          # noqa: F401  (must come before open_clip)
-import io
-import json
+import cpu_torchvision                                          # noqa: F401  (must come before transformers and open_clip)
+import base64, io, json, os, re, time, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
+from torch import nn
 
 TINY = Path(__file__).resolve().parent / "tiny"
+HUB = "https://huggingface.co/"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # of RGB in [0, 1]: OpenAI CLIP's, used by all who came after
+
+
+class ScorerError(RuntimeError):
+    """A scorer failed, or gave something else than one finite number per image."""
 
 
 def as_8_bit(images, prompts):
     """Check a scorer's input and round it to what an image file holds: (G, 3, H, W) in [0, 1] -> uint8."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, but must be float (G, 3, H, W)")
-    if len(prompts) != len(images):
-        raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images; each image needs its own")
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"there are {1 if isinstance(prompts, str) else len(prompts)} prompts for {len(images)} images; each image needs its own, in a list")
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):                            # also false for NaN
         raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], but must lie in [0, 1]")
     return (images * 255).round().to(torch.uint8)
 
 
-class Clip:
+class Scorer:
+    """What all scorers share. Each adds `score(pixels uint8 (G, 3, H, W), prompts [G]) -> (G,)`."""
+    name = ""                                                   # what it is called in SCORERS
+
+    def __init__(self, where="", device="cpu"):
+        self.device = torch.device(device)
+
+    @classmethod
+    def check(cls, where):
+        """Refuse, before anything is loaded, what cannot follow the name and "="."""
+        if where:
+            raise ValueError(f"scorer {cls.name!r} has no weights, so nothing may follow its name, and {where!r} does")
+
+    def check_prompt(self, prompt):
+        """Refuse a prompt that this scorer cannot score an image by. Most take any."""
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        pixels = as_8_bit(images, prompts)
+        try:
+            with torch.autocast(images.device.type, enabled=False):
+                scores = self.score(pixels.to(self.device), prompts)
+        except Exception as error:
+            raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: {type(error).__name__}: {error}") from error
+        if scores.shape != (len(images),) or not scores.isfinite().all():
+            raise ScorerError(f"scorer {self.name!r} gave {scores.tolist()} for the prompt {prompts[0]!r}, but must give each of {len(images)} images a finite number")
+        return scores.to(images.device, torch.float32)                                                # (G,)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# published weights: found and loaded to the last tensor, before a run starts
+
+class Published(Scorer):
+    """A scorer with weights that were published as `file` at `source`."""
+    source = file = ""
+
+    @classmethod
+    def check(cls, where):
+        if where and not Path(where).expanduser().exists() and not is_hub_id(where):
+            raise ValueError(f"scorer {cls.name!r} needs {cls.file} of {cls.source}, and {where} is neither that file, nor a folder, nor a hub id")
+
+
+def is_hub_id(where):
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", where) and not Path(where).parent.exists()
+
+
+def fetch(where, source, file):
+    """The path of a published file. `where`: the file, a folder that holds it, or a hub id; "" downloads it from `source`, once."""
+    if where and not is_hub_id(where):
+        path = Path(where).expanduser()
+        path = path / file if path.is_dir() else path
+        if path.is_file():
+            return path
+        raise ValueError(f"there is no file {path}; it should be {file} of {source}")
+    source = HUB + where if where else source
+    try:
+        if source.startswith(HUB):
+            from huggingface_hub import hf_hub_download
+            return Path(hf_hub_download(source.removeprefix(HUB), file))
+        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(f"{source}/raw/main/{file}", path)
+        return path
+    except Exception as error:
+        raise ValueError(f"{file} of {source} could not be downloaded ({str(error).splitlines()[0]}); give its path on this machine after the scorer's name and '='") from error
+
+
+def read_weights(path):
+    """A file of tensors, read without running code that may hide in it -> {name: tensor on the CPU}."""
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("state_dict", state)
+    except Exception as error:
+        raise ValueError(f"{path} could not be read as a file of tensors: {str(error).splitlines()[0]}") from error
+
+
+def load_strictly(net, state, path, source):
+    """Fill `net` with `state`: no tensor missing, none left over, each of the right shape. Returns it, frozen."""
+    wanted = net.state_dict()
+    for what, names in [("lacks", wanted.keys() - state.keys()), ("has in excess", state.keys() - wanted.keys()),
+                        ("has in another shape", {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape})]:
+        if names:
+            first = min(names)
+            expected = f" {tuple(wanted[first].shape)}" if first in wanted else ""
+            raise ValueError(f"{path} is not the file of {source}: of {len(wanted)} tensors it {what} {len(names)}, such as {first}{expected}")
+    net.load_state_dict(state)
+    return net.float().eval().requires_grad_(False)
+
+
+def load_transformers(cls, where, source, spare=()):
+    """A transformers model from a folder or hub id, frozen, float32, with every weight of class `cls`; what begins with `spare` is not its."""
+    from transformers.utils import logging
+    path, level = Path(where).expanduser() if where and not is_hub_id(where) else where or source.removeprefix(HUB), logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()                           # what it would warn of is an error here, or expected
+        net, info = cls.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    except Exception as error:
+        raise ValueError(f"{path} could not be loaded ({str(error).splitlines()[0]}); it should be a folder with the files of {source}") from error
+    finally:
+        logging.set_verbosity(level)
+    excess = [name for name in info["unexpected_keys"] if not name.startswith(spare) and not name.endswith("position_ids")]    # older files list positions
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"], *excess]:
+        raise ValueError(f"{path} is not what is at {source}: {len(wrong)} tensors are missing, in excess or of another shape, such as {wrong[0]}")
+    return net.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# CLIP and its descendants: the cosine of an image and a text
+
+def shorter_edge_to(size):
+    """The usual CLIP preprocessing, open_clip's own: PIL's bicubic until the shorter edge is `size`, the middle cut out, normalised."""
+    from open_clip import image_transform
+    return image_transform(size, is_train=False, mean=MEAN, std=STD, resize_mode="shortest", interpolation="bicubic")
+
+
+def prepare(pixels, transform):
+    """A transform of one PIL image, applied to each: uint8 (G, 3, H, W) -> float (G, 3, size, size). The group makes one trip to the host."""
+    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return torch.stack([transform(Image.fromarray(array)) for array in arrays]).to(pixels.device)
+
+
+class Cosine(Published):
+    """Subclasses add `look(pixels) -> (G, D)` and `read(prompts) -> (G, D)`."""
+    half = False                                                # on a GPU: networks in float16, the rest in float32 all the same
+    scale = 1.0
+
+    def score(self, pixels, prompts):
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half and self.device.type == "cuda"):
+            image, text = self.look(pixels), self.recall(prompts)
+        return self.scale * (F.normalize(image.float(), dim=1) * F.normalize(text.float(), dim=1)).sum(1)      # (G,)
+
+    def recall(self, prompts, most=4096):
+        """`read`, but each prompt only once: a group shares one, and an evaluation comes back to all."""
+        memory = self.__dict__.setdefault("memory", {})
+        if len(memory) > most:
+            memory.clear()
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in memory]:
+            memory.update(zip(new, self.read(new)))
+        return torch.stack([memory[prompt] for prompt in prompts])
+
+
+class HPSv2(Cosine):
+    """HPSv2.1 (Wu et al., arXiv 2306.09341): a CLIP ViT-H/14 fine-tuned on which of two pictures people preferred.
+
+    Weights      HPS_v2.1_compressed.pt of xswu/HPSv2 (open_clip's layout). Apache-2.0.
+    Image        unlike the others: as floats, bicubic with antialiasing until the LONGER edge is 224, not clamped; black bars to a
+                 square before normalising; nothing is cut off.
+    Text         open_clip's tokenizer, 77 tokens, longer prompts are cut.
+    Score        the cosine itself, about 0.13 to 0.38 (SDXL 0.31); no logit scale. Leaderboards print it times 100.
+    Source       github.com/tgxs002/HPSv2, hpsv2/img_score.py with hps_version="v2.1" (its own default is v2.0).
+    """
+    source, file, half = HUB + "xswu/HPSv2", "HPS_v2.1_compressed.pt", True
+    architecture = "ViT-H-14"
+
+    def __init__(self, where="", device="cpu"):
+        import open_clip
+        self.device, path = torch.device(device), fetch(where, self.source, self.file)
+        state = read_weights(path)
+        self.net = load_strictly(open_clip.model.CLIP(**open_clip.get_model_config(self.architecture)), state, path, self.source).to(device)
+        self.tokenizer = open_clip.get_tokenizer(self.architecture)
+
+    def look(self, pixels, size=224):
+        x = pixels.float() / 255
+        height, width = (round(size / max(x.shape[-2:]) * side) for side in x.shape[-2:])
+        if (height, width) != x.shape[-2:]:
+            x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
+        left, top = (size - width) // 2, (size - height) // 2
+        x = F.pad(x, (left, size - width - left, top, size - height - top))
+        return self.net.encode_image((x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None])
+
+    def read(self, prompts):
+        return self.net.encode_text(self.tokenizer(prompts).to(self.device))
+
+
+class PickScore(Cosine):
+    """PickScore (Kirstain et al., arXiv 2305.01569): a CLIP ViT-H/14 fine-tuned on the choices of Pick-a-Pic's users.
+
+    Weights      yuvalkirstain/PickScore_v1 (transformers' layout). Its card states no licence; code MIT.
+    Image        `shorter_edge_to(224)`.
+    Text         CLIP's tokenizer as in transformers, 77 tokens, longer prompts are cut.
+    Score        exp(logit_scale) * cosine, about 17 to 24. The paper's Table 1 prints it over 100.
+    Source       github.com/yuvalkirstain/PickScore, README (calc_probs).
+    """
+    source, file = HUB + "yuvalkirstain/PickScore_v1", "config.json and model.safetensors"
+
+    def __init__(self, where="", device="cpu"):
+        from transformers import CLIPModel
+        self.device, self.net = torch.device(device), load_transformers(CLIPModel, where, self.source).to(device)
+        self.scale = self.net.logit_scale.exp().item()
+        self.tokenizer, self.transform = clip_tokenizer(), shorter_edge_to(self.net.config.vision_config.image_size)
+
+    def look(self, pixels):
+        return self.net.get_image_features(prepare(pixels, self.transform)).pooler_output
+
+    def read(self, prompts):
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        return self.net.get_text_features(**ids).pooler_output
+
+
+def clip_tokenizer():
+    """transformers' CLIPTokenizer with the one vocabulary all CLIPs share, out of open_clip's package: nothing to download."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+    bpe = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return CLIPTokenizer(vocab={special.get(token, token): i for token, i in bpe.encoder.items()}, merges=list(bpe.bpe_ranks), model_max_length=77)
+
+
+class ClipScore(Cosine):
+    """CLIP score, out of domain in the paper: how well the picture fits its prompt, to a CLIP that no preference touched.
+
+    Weights      apple/DFN5B-CLIP-ViT-H-14-378 (arXiv 2309.17425), Apple ML research licence. That this is Table 1's is inferred: it is
+                 what DanceGRPO and MixGRPO, whose protocol the paper follows, use. Or any other of open_clip's:
+                 `clipscore=ViT-B-32/openai`, `clipscore=hf-hub:owner/name`, `clipscore=folder` with an open_clip_config.json.
+    Image, text  open_clip's own transform and tokenizer for that model; for DFN5B PIL's bicubic straight to 378 x 378, nothing cut.
+    Score        the cosine, about 0.2 to 0.45 with DFN5B (FLUX.1-dev 0.39 in Table 1); 0.2 to 0.3 with OpenAI's.
+    Source       github.com/mlfoundations/open_clip.
+    """
+    source, file, half = HUB + "apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_config.json", True
+
+    @classmethod
+    def locate(cls, where):
+        """-> open_clip's (model name, tag of its weights or None)."""
+        if Path(where or "?").expanduser().is_dir():
+            return f"local-dir:{Path(where).expanduser()}", None
+        if not where or where.startswith("hf-hub:"):
+            return where or "hf-hub:" + cls.source.removeprefix(HUB), None
+        import open_clip
+        name, _, tag = where.partition("/")
+        if (name, tag) not in open_clip.list_pretrained():
+            raise ValueError(f"clipscore={where} is no model/tag of open_clip.list_pretrained(), no folder with {cls.file}, and does not begin with hf-hub:")
+        return name, tag
+
+    check = locate
+
+    def __init__(self, where="", device="cpu"):
+        import open_clip
+        self.device, (name, tag) = torch.device(device), self.locate(where)
+        try:
+            self.net, self.transform = open_clip.create_model_from_pretrained(name, tag, precision="fp32")
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except Exception as error:
+            raise ValueError(f"clipscore: {where or self.source} could not be loaded ({str(error).splitlines()[0]})") from error
+        self.net.eval().requires_grad_(False).to(device)
+
+    def look(self, pixels):
+        return self.net.encode_image(prepare(pixels, self.transform))
+
+    def read(self, prompts):
+        return self.net.encode_text(self.tokenizer(prompts).to(self.device))
+
+
+class Clip(Cosine):
     """Cosine of image and caption in a small CLIP: open_clip's model, trained from scratch by make_tiny.py.
 
     `clip` (tiny/reward, 1.9 M parameters) saw the emoji styles the generator was trained on and is the reward; `judge`
     (tiny/judge, 0.7 M, another architecture) saw only two other vendors' emoji and says whether a gain is more than a trick on the
     reward. 64x64 pixels, RGB in [-1, 1]; other sizes are resized. Range about 0 to 0.6. MIT, data as in tiny/README.md.
     """
+    home = TINY / "reward"
 
-    def __init__(self, folder, device):
+    @classmethod
+    def check(cls, where):
+        if not (Path(where or cls.home) / "model.safetensors").is_file():
+            raise ValueError(f"scorer {cls.name!r} needs a folder with model.safetensors, and {where or cls.home} is none")
+
+    def __init__(self, where="", device="cpu"):
         from open_clip.model import CLIP                        # imported late: two seconds that the JPEG reward need not wait
-        config = json.loads((Path(folder) / "config.json").read_text())
-        self.net, self.device = CLIP(**config), device
-        self.net.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        from transformers import CLIPTokenizer
+        folder = Path(where or self.home)
+        config = json.loads((folder / "config.json").read_text())
+        self.device, self.net = torch.device(device), CLIP(**config)
+        self.net.load_state_dict(load_file(folder / "model.safetensors"))
         self.net.float().eval().requires_grad_(False).to(device)
         self.size, self.length = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
-        self.tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
-    def look(self, images):
-        """Images (G, 3, H, W) in [-1, 1] -> unit vectors (G, 128)."""
-        if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.net.encode_image(images, normalize=True)
+    def look(self, pixels):
+        x = pixels.float() / 127.5 - 1
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.net.encode_image(x)                                                               # (G, 128)
 
     def read(self, prompts):
-        """Prompts [G] -> unit vectors (G, 128). A group shares its prompt, so each distinct one is read once."""
-        distinct = list(dict.fromkeys(prompts))
-        ids = self.tokenizer(distinct, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt").input_ids
-        text = self.net.encode_text(ids.to(self.device), normalize=True)
-        return text[torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)]
-
-    @torch.no_grad()
-    def __call__(self, images, prompts):
-        images = as_8_bit(images, prompts).to(self.device).float() / 127.5 - 1
-        return (self.look(images) * self.read(prompts)).sum(1)                                        # (G,)
+        ids = self.tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt").input_ids
+        return self.net.encode_text(ids.to(self.device))                                              # (G, 128)
 
 
-class Jpeg:
+class Judge(Clip):
+    __doc__ = Clip.__doc__
+    home = TINY / "judge"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# a head on somebody's features
+
+def mlp(width):
+    """The head that LAION's aesthetic predictor and ImageReward share: linear maps with dropout between, no activation."""
+    sizes = [nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
+    return nn.ModuleDict({"layers": nn.Sequential(*sizes)})     # so that names are the files': layers.0.weight ... layers.7.bias
+
+
+class ImageReward(Published):
+    """ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while it looks at the picture; a head on its first token.
+
+    Weights      ImageReward.pt of THUDM/ImageReward, and bert-base-uncased's vocab.txt (beside it, or from the hub). Apache-2.0; BLIP BSD-3.
+    Image        `shorter_edge_to(224)`.
+    Text         BERT's lower-cased tokens, cut to 35: one HPDv2 prompt in 17 is longer. The first stays [CLS], although BLIP elsewhere puts [ENC].
+    Score        (head(first hidden state) - 0.167) / 1.033, about -2.3 to 2; over ImageReward's own test set mean 0, deviation 1.
+    Source       github.com/zai-org/ImageReward, ImageReward/ImageReward.py; here in transformers' BLIP classes.
+    """
+    source, file = HUB + "THUDM/ImageReward", "ImageReward.pt"
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16, layer_norm_eps=1e-6)   # ViT-L/16
+    text = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                max_position_embeddings=512, is_decoder=True)   # BERT-base; is_decoder builds the cross-attention, and is not passed when it is called
+
+    def __init__(self, where="", device="cpu"):
+        from transformers import BertTokenizer
+        self.device, path = torch.device(device), fetch(where, self.source, self.file)
+        self.net = load_strictly(self.build(), self.rename(read_weights(path)), path, self.source).to(device)
+        beside = path.parent / "vocab.txt"
+        self.tokenizer = BertTokenizer(vocab=str(beside if beside.is_file() else fetch("", HUB + "google-bert/bert-base-uncased", "vocab.txt")))
+        self.transform = shorter_edge_to(self.vision["image_size"])
+
+    @classmethod
+    def build(cls):
+        from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+        return nn.ModuleDict(dict(eye=BlipVisionModel(BlipVisionConfig(**cls.vision)), reader=BlipTextModel(BlipTextConfig(**cls.text), add_pooling_layer=False),
+                                  mlp=mlp(cls.text["hidden_size"])))
+
+    @staticmethod
+    def rename(state):
+        """The checkpoint's names -> those of transformers' BLIP."""
+        names = [("blip.visual_encoder.cls_token", "eye.embeddings.class_embedding"), ("blip.visual_encoder.pos_embed", "eye.embeddings.position_embedding"),
+                 ("blip.visual_encoder.patch_embed.proj", "eye.embeddings.patch_embedding"), ("blip.visual_encoder.norm.", "eye.post_layernorm."),
+                 ("blip.visual_encoder.blocks", "eye.encoder.layers"), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."), (".attn.proj.", ".self_attn.projection."),
+                 (".attn.qkv.", ".self_attn.qkv."), ("blip.text_encoder.", "reader.")]
+        renamed = {}
+        for name, tensor in state.items():
+            if not name.startswith(("blip.vision_proj.", "blip.text_proj.")) and not name.endswith("position_ids"):       # BLIP's contrastive half is not used
+                for old, new in names:
+                    name = name.replace(old, new)
+                renamed[name] = tensor
+        return renamed
+
+    def score(self, pixels, prompts):
+        image = self.net["eye"](prepare(pixels, self.transform)).last_hidden_state                    # (G, 197, 1024)
+        text = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(self.device)
+        seen = torch.ones(image.shape[:2], dtype=torch.long, device=self.device)
+        hidden = self.net["reader"](text.input_ids, text.attention_mask, encoder_hidden_states=image, encoder_attention_mask=seen).last_hidden_state
+        return (self.net["mlp"]["layers"](hidden[:, 0]).squeeze(1) - 0.16717362830052426) / 1.0333394966054072           # (G,)
+
+
+class Aesthetic(Published):
+    """LAION's aesthetic predictor V2, out of domain in the paper: how pretty people would call the picture, from 1 to 10. The prompt is not read.
+
+    Weights      the head sac+logos+ava1-l14-linearMSE.pth (Apache-2.0) of github.com/christophschuhmann/improved-aesthetic-predictor, and
+                 openai/clip-vit-large-patch14 (MIT), whose files may lie in the same folder as the head.
+    Image        `shorter_edge_to(224)`.
+    Score        head(unit image embedding), about 4 to 7 (FLUX.1-dev 6.1 in Table 1).
+    Source       simple_inference.py of the head's repository.
+    """
+    source, file = "https://github.com/christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
+
+    def __init__(self, where="", device="cpu"):
+        from transformers import CLIPVisionModelWithProjection
+        self.device, path = torch.device(device), fetch(where, self.source, self.file)
+        self.head = load_strictly(mlp(768), read_weights(path), path, self.source).to(device)
+        beside = str(path.parent) if (path.parent / "config.json").is_file() else ""
+        self.net = load_transformers(CLIPVisionModelWithProjection, beside, HUB + "openai/clip-vit-large-patch14", spare=("text_", "logit_scale")).to(device)
+        self.transform = shorter_edge_to(self.net.config.image_size)
+
+    def score(self, pixels, prompts):
+        return self.rate(self.net(prepare(pixels, self.transform)).image_embeds)
+
+    def rate(self, features):
+        """Image embeddings of ViT-L/14 (G, 768), of any length -> (G,)."""
+        return self.head["layers"](F.normalize(features, dim=1)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# a judge that is asked
+
+class UnifiedReward(Scorer):
+    """UnifiedReward (Wang et al., arXiv 2503.05236), out of domain in the paper: a vision-language model that is asked for a mark from 1 to 5.
+
+    Weights      CodeGoat24/UnifiedReward-qwen-7b (MIT, on Qwen2.5-VL-7B), served where `unifiedreward=http://host:port/v1` says, e.g. by
+                 vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward
+    Image        JPEG, quality 95. Text: the model's published prompt word for word, temperature 0.
+    Score        `unifiedreward`: "Alignment Score" of the prompt that also asks for coherence and style, MixGRPO's choice; about 3.2 for FLUX.1-dev.
+                 `unifiedreward_final`: "Final Score" of the one that asks for a single mark. Table 1 does not say which it shows.
+    Source       github.com/CodeGoat24/UnifiedReward, inference_qwen/image_generation/qwen_point_score{_ACS,}_image_generation.py
+    """
+    question = """You are presented with a generated image and its associated text caption. Your task is to analyze the image across multiple dimensions in relation to the caption. Specifically:
+
+1. Evaluate each word in the caption based on how well it is visually represented in the image. Assign a numerical score to each word using the format:
+   Word-wise Scores: [["word1", score1], ["word2", score2], ..., ["wordN", scoreN], ["[No_mistakes]", scoreM]]
+   - A higher score indicates that the word is less well represented in the image.
+   - The special token [No_mistakes] represents whether all elements in the caption were correctly depicted. A high score suggests no mistakes; a low score suggests missing or incorrect elements.
+
+2. Provide overall assessments for the image along the following axes (each rated from 1 to 5):
+- Alignment Score: How well the image matches the caption in terms of content.
+- Coherence Score: How logically consistent the image is (absence of visual glitches, object distortions, etc.).
+- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.
+
+Output your evaluation using the format below:
+
+---
+
+Word-wise Scores: [["word1", score1], ..., ["[No_mistakes]", scoreM]]
+
+Alignment Score (1-5): X
+Coherence Score (1-5): Y
+Style Score (1-5): Z
+
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+    answer = r"Alignment Score \(1-5\):\s*([0-5](?:\.\d+)?)(?![\d.]*\d)"
+    timeout, pauses = 120, (2, 10)                              # seconds for a reply, and before the second and third try
+
+    @classmethod
+    def check(cls, where):
+        if where and not re.match(r"https?://\S+$", where):
+            raise ValueError(f"{cls.name}={where} is no address; it must be like http://127.0.0.1:8000/v1, where the model is served")
+
+    def __init__(self, where="", device="cpu"):
+        self.device, self.url = torch.device("cpu"), (where or "http://127.0.0.1:8000/v1").rstrip("/") + "/chat/completions"
+
+    def score(self, pixels, prompts):
+        pictures = [jpeg(array) for array in pixels.permute(0, 2, 3, 1).numpy()]
+        with ThreadPoolExecutor(16) as pool:                    # the server makes its own batches
+            return torch.tensor(list(pool.map(self.ask, pictures, prompts)))                          # (G,)
+
+    def ask(self, picture, prompt):
+        """One question, one mark. A server that is slow, busy or away is asked three times; a reply without a mark is an error."""
+        content = [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(picture).decode()}},
+                   {"type": "text", "text": self.question.replace("{prompt}", prompt)}]
+        body = json.dumps(dict(model="UnifiedReward", messages=[dict(role="user", content=content)], temperature=0, max_tokens=4096)).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        for pause in (*self.pauses, None):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as reply:
+                    reply = reply.read().decode(errors="replace")
+                break
+            except OSError as error:                            # no connection, no reply in time, or an HTTP error
+                final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+                if pause is None or final:
+                    raise ConnectionError(f"{self.url} did not answer{'' if final else f' in {len(self.pauses) + 1} tries'}: {error}") from error
+                time.sleep(pause)
+        try:
+            text = json.loads(reply)["choices"][0]["message"]["content"]
+            return float(re.search(self.answer, text)[1])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"the reply holds no mark that matches {self.answer!r}: {reply[:500]!r}") from error
+
+
+class UnifiedRewardFinal(UnifiedReward):
+    __doc__ = UnifiedReward.__doc__
+    question = """You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on two key criteria:
+1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider the accuracy of depicted objects, their relationships, and attributes as described in the caption.
+2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail preservation, color accuracy, and overall aesthetic appeal.
+Extract key elements from the provided text caption, evaluate their presence in the generated image using the format: 'element (type): value' (where value=0 means not generated, and value=1 means generated), and assign a score from 1 to 5 after 'Final Score:'.
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+    answer = r"Final Score:\s*([0-5](?:\.\d+)?)(?![\d.]*\d)"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# no network at all
+
+def jpeg(array, quality=95):
+    """A uint8 (H, W, 3) array as the bytes of a JPEG file."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "jpeg", quality=quality)
+    return file.getvalue()
+
+
+class Jpeg(Scorer):
     """Minus the size of the image as a JPEG file, in kB (quality 95): DDPO's compressibility, arXiv 2305.13301, Section 5. The prompt is
     not read. It needs no model, and shows what a reward without taste does: the picture goes flat and pale."""
 
-    def __init__(self, device):
-        self.device = device
-
-    def __call__(self, images, prompts):
-        sizes = []
-        for image in as_8_bit(images, prompts).permute(0, 2, 3, 1).cpu().numpy():
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, "jpeg", quality=95)
-            sizes.append(file.tell())
-        return -torch.tensor(sizes, dtype=torch.float32, device=self.device) / 1000                    # (G,)
+    def score(self, pixels, prompts):
+        return -torch.tensor([len(jpeg(array)) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]) / 1000      # (G,)
 
 
-SCORERS = {                                                     # name -> (scorer, where its weights are unless told otherwise)
-    "clip": (Clip, TINY / "reward"),
-    "judge": (Clip, TINY / "judge"),
-    "jpeg": (Jpeg, None),
-}
+# ---------------------------------------------------------------------------------------------------------------
+
+SCORERS = dict(hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore, aesthetic=Aesthetic,
+               unifiedreward=UnifiedReward, unifiedreward_final=UnifiedRewardFinal, clip=Clip, judge=Judge, jpeg=Jpeg)
+for _name, _scorer in SCORERS.items():
+    _scorer.name = _name
 
 
-def check(spec):
-    """ "name" or "name=folder" -> (scorer, folder). Refuses what cannot be loaded, before anything is."""
-    name, _, folder = spec.partition("=")
-    if name not in SCORERS:
-        raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
-    scorer, default = SCORERS[name]
-    if folder and not default:
-        raise ValueError(f"scorer {name!r} has no weights, so nothing may follow its name, and {spec!r} names a folder")
-    folder = folder or default
-    if folder and not (Path(folder) / "model.safetensors").is_file():
-        raise ValueError(f"scorer {name!r} needs a folder with model.safetensors, and {folder} is none")
-    return scorer, folder
+def parse(specs):
+    """ "hpsv2=weights/HPS.pt, pickscore" -> {"hpsv2": "weights/HPS.pt", "pickscore": ""}. Refuses what cannot be loaded, before anything is."""
+    found = {}
+    for spec in specs.split(","):
+        name, _, where = (part.strip() for part in spec.partition("="))
+        if name in found:
+            raise ValueError(f"scorer {name!r} is named twice in {specs!r}")
+        if name and name not in SCORERS:
+            raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
+        if name:
+            SCORERS[name].check(where)
+            found[name] = where
+    return found
 
 
 def load(spec, device="cpu"):
-    """ "name" or "name=folder" -> a scorer, ready to be called."""
-    scorer, folder = check(spec)
-    return scorer(folder, device) if folder else scorer(device)
+    """ "name" or "name=where" -> a scorer, ready to be called."""
+    (name, where), = parse(spec).items()
+    return SCORERS[name](where, device)
+
+
+def load_all(specs, device, prompts):
+    """`parse`'s {name: where} -> {name: scorer}. Each is tried on a grey image, and shown all prompts: what is missing is missed before a run, not in it."""
+    scorers = {name: load(f"{name}={where}", device) for name, where in specs.items()}
+    for scorer in scorers.values():
+        for prompt in prompts:
+            scorer.check_prompt(prompt)
+        scorer(torch.full((1, 3, 64, 64), 0.5), prompts[:1])
+    return scorers

@@ -28,7 +28,6 @@ from torch.testing import assert_close
 import cpu_torchvision                                                     # noqa: F401  (before diffusers)
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torchvision.transforms import ToPILImage
-import eval as evaluation
 import rewards
 import train
 from eval import diversity, evaluate, mean_and_stderr
@@ -876,7 +875,7 @@ def test_a_scorer_refuses_what_is_not_a_batch_of_pictures_with_a_prompt_each(nam
     ("--prompts {empty}", "holds no prompt"),
     ("--model {folder}", "is no FluxPipeline directory"),
     ("--model tiny/nothing", "is no FluxPipeline directory"),
-    ("--rewards beauty", "there is no scorer 'beauty'; there are clip, judge, jpeg"),
+    ("--rewards beauty", "there is no scorer 'beauty'; there are hpsv2, pickscore, imagereward"),
     ("--rewards clip={folder}", "needs a folder with model.safetensors"),
     ("--rewards clip,jpeg --reward_weights 1", "must be one number >= 0, not all 0, for each of clip,jpeg"),
     ("--out_dir {used}", "already holds a run; use --resume, --overwrite or another --out_dir"),
@@ -887,7 +886,7 @@ def test_a_scorer_refuses_what_is_not_a_batch_of_pictures_with_a_prompt_each(nam
     ("--lr inf", "lr is inf, but must be a finite number"),
     ("--seed -1", "seed is -1, but must lie between 0 and 2^63"),
     ("--rewards ,", "rewards is empty"),
-    ("--rewards clip --eval_scorers clip=tiny/judge", "a scorer is named twice"),
+    ("--rewards clip --eval_scorers clip=tiny/judge", "scorer 'clip' is named twice"),
     ("--rewards jpeg={folder}", "nothing may follow its name"),
     ("--prompts {latin}", "is no prompt file; it must be a UTF-8 text file"),
     ("--out_dir {full}", "cannot be made a directory"),
@@ -930,24 +929,19 @@ def test_two_runs_of_one_seed_are_bit_equal_and_so_is_one_that_was_interrupted_a
     train.main(twice)
     assert log_of(tmp_path / "once") == log_of(tmp_path / "twice")
 
-    load, groups = rewards.load, []
+    score, groups = rewards.Clip.score, []
 
-    def pressed(name, device):                                                # Ctrl-C while the third iteration is being scored
-        scorer = load(name, device)
+    def pressed(self, pixels, prompts):                                       # Ctrl-C while the third iteration is being scored
+        if self.name == "clip" and len(pixels) == 4:                          # evaluations score 8
+            groups.append(prompts)
+            if len(groups) == 3:
+                signal.raise_signal(signal.SIGINT)
+        return score(self, pixels, prompts)
 
-        def score(images, prompts):
-            if name == "clip" and len(images) == 4:                           # evaluations score 8
-                groups.append(prompts)
-                if len(groups) == 3:
-                    signal.raise_signal(signal.SIGINT)
-            return scorer(images, prompts)
-
-        return score
-
-    monkeypatch.setattr(rewards, "load", pressed)
+    monkeypatch.setattr(rewards.Clip, "score", pressed)
     train.main(broken)
     assert {path.name for path in (tmp_path / "broken").iterdir()} >= {"checkpoint-2", "checkpoint-3", "before_after.png", "curve.png", "log.jsonl"}
-    monkeypatch.setattr(rewards, "load", load)
+    monkeypatch.setattr(rewards.Clip, "score", score)
     train.main([*broken, "--resume"])
     whole, mended = ([line for line in log_of(tmp_path / name) if "reward" in line] for name in ("once", "broken"))
     assert [line["iter"] for line in whole] == [1, 2, 3, 4, 5] and mended == whole
@@ -995,20 +989,6 @@ def test_evaluation_gives_the_same_noise_to_every_checkpoint_whatever_the_batch(
 def test_a_mean_has_the_standard_error_of_prompts_and_diversity_is_a_distance_of_pixels():
     mean, stderr = mean_and_stderr(torch.tensor([[1.0, 3.0], [4.0, 4.0], [5.0, 7.0]]))                 # prompts: 2, 4, 6
     assert (mean, stderr) == pytest.approx((4, 2 / 3**0.5))
-    black, white = torch.zeros(3, 8, 8).byte(), torch.full((3, 8, 8), 255).byte()
-    assert diversity(torch.stack([torch.stack([black, white])])) == pytest.approx(1)
-    assert diversity(torch.stack([torch.stack([white, white])])) == 0
-
-
-def test_eval_prints_a_row_per_checkpoint_and_writes_the_same_numbers(tmp_path, eight_prompts, capsys):
-    evaluation.main([str(TINY / "flux"), str(TINY / "flux"), "--prompts", eight_prompts[1], "--steps", "2", "--images_per_prompt", "2", "--out_dir", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert len(results) == 2 and results[0]["clip"] == results[1]["clip"] and results[1]["clip_gain"] == 0
-    assert capsys.readouterr().out.count(f"{results[0]['clip']:.4f} ± {results[0]['clip_stderr']:.4f}") == 2
-    assert Image.open(tmp_path / "grid.png").size[0] > 8 * 64
-
-
-def test_eval_refuses_a_directory_that_is_no_pipeline(tmp_path):
-    with pytest.raises(SystemExit) as exit:
-        evaluation.main([str(tmp_path)])
-    assert exit.value.code == 2
+    black, white = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    pairs = torch.stack([torch.stack([black, white]), torch.stack([white, white]), torch.stack([black, white / 2])])
+    assert_close(diversity(pairs), torch.tensor([[1.0], [0.0], [0.5]]))

@@ -98,8 +98,8 @@ def check(c):
     for f in fields(c):
         if f.type is float and not math.isfinite(getattr(c, f.name)):
             raise ValueError(f"{f.name} is {getattr(c, f.name)}, but must be a finite number")
-    names, watched, weights = split(c.rewards), split(c.eval_scorers), [_number(w) for w in split(c.reward_weights)]
-    known = [spec.partition("=")[0] for spec in dict.fromkeys(names + watched)]
+    names, weights = rewards.parse(c.rewards), [_number(w) for w in split(c.reward_weights)]
+    rewards.parse(f"{c.rewards},{c.eval_scorers}")
     rules = [
         (0 < c.sigma <= 1, f"sigma is {c.sigma:g}, but must lie in (0, 1]"),
         (0 < c.p <= 2, f"p is {c.p:g}, but must lie in (0, 2]"),
@@ -123,7 +123,6 @@ def check(c):
         (0.01 <= c.shift <= 100, f"shift is {c.shift:g}, but must lie between 0.01 and 100"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
         (names, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
-        (len(names) == len(set(names)) and len(known) == len(set(known)), f"a scorer is named twice in {', '.join(names + watched)}"),
         (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < math.inf for w in weights) and sum(weights) > 0),
          f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}"),
         (c.prompts, "prompts is empty; name a text file with one prompt a line"),
@@ -134,8 +133,6 @@ def check(c):
     for holds, sentence in rules:
         if not holds:
             raise ValueError(sentence)
-    for name in names + watched:
-        rewards.check(name)
     read_prompts(c.prompts)
     if c.eval_prompts:
         read_prompts(c.eval_prompts)
@@ -187,7 +184,7 @@ def draw(cfg, it, prompts, latent_shape):
 def train(cfg, model, scorers, run):
     """The iterations that are left. `scorers` are what is trained on; `run` holds the optimizer and keeps the books."""
     P, G, U = cfg.prompts_per_iteration, cfg.group_size, cfg.updates_per_iteration
-    prompts, weights = read_prompts(cfg.prompts), reward_weights(cfg).to(model.device)
+    prompts, weights = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                                                   # (T+1,)
     tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P)[:, None]                                                                    # (P, 1)  with anchors (P, b), picks from (P, G, ...)
@@ -260,14 +257,14 @@ def train(cfg, model, scorers, run):
             iter=it + 1, reward=reward.nanmean().item(), reward_std=reward.std(1).nanmean().item(), **{name: s[finite].mean().item() for name, s in scores.items()},
             first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(), clip_fraction=clip_fraction(log_rhos, cfg.clip_eps).item(),
             grad_norm=torch.stack(norms).mean().item(), flat_groups=int((A == 0).all(1)[finite].sum()), skipped=skipped + int((~finite).sum()),
-            **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)))
+            **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)), scorers.keys())
         if (it + 1) % cfg.eval_every == 0 and it + 1 < cfg.iterations:
             run.evaluate()
         if cfg.save_every and (it + 1) % cfg.save_every == 0 and it + 1 < cfg.iterations:
             run.save()
 
-def reward_weights(cfg):
-    return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * len(split(cfg.rewards)))
+def reward_weights(cfg, count):
+    return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * count)
 
 def stopwatch(device):
     """A dict of seconds per phase, and a function that ends a phase: one host synchronisation each."""
@@ -322,11 +319,10 @@ class Run:
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def log(self, bar, line):
+    def log(self, bar, line, names):
         """One line of log.jsonl, and the same numbers to be read and grepped."""
         self.iteration = line["iter"]
         self.write(line)
-        names = [spec.partition("=")[0] for spec in split(self.cfg.rewards)]
         each = " ".join(f"{name} {line[name]:.4f}" for name in names) + " | " if len(names) > 1 else ""
         memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if self.model.device.type == "cuda" else ""
         tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each}"
@@ -420,12 +416,13 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     source = checkpoints(cfg.out_dir)[-1].parents[1] if cfg.resume else cfg.model
+    prompts = read_prompts(cfg.prompts) + (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
     try:
+        scorers = rewards.load_all(rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}"), cfg.device, prompts)
         model = Flux(source, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
-    except OSError as error:
-        print(f"train.py: {source} could not be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (OSError, ValueError, rewards.ScorerError) as error:
+        print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    scorers = {name.partition("=")[0]: rewards.load(name, cfg.device) for name in dict.fromkeys(split(cfg.rewards) + split(cfg.eval_scorers))}
     run = Run(cfg, model, scorers)
     announce(cfg, model, run)
     def stop(*_):                                               # Ctrl-C: not in the middle of an update, so that --resume repeats nothing
@@ -436,9 +433,9 @@ def main(argv=None):
     try:
         if run.before is None:
             run.evaluate()
-        train(cfg, model, {name: scorers[name] for name in (spec.partition("=")[0] for spec in split(cfg.rewards))}, run)
+        train(cfg, model, {name: scorers[name] for name in rewards.parse(cfg.rewards)}, run)
         run.finish()
-    except ArithmeticError as error:
+    except (ArithmeticError, rewards.ScorerError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:
