@@ -226,7 +226,7 @@ class Row:
             lines = [line for line in map(json.loads, (Path(self.path).parent / "log.jsonl").read_text().split("\n")[:-1]) if "nfe_old" in line]
             seconds = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
             return dict(solver={"ddim": "DDIM", "dpmpp_2m": "DPM++"}[config["solver"]], nfe_old=f"{lines[-1]['nfe_old']}", nfe_theta=f"{lines[-1]['nfe_theta']:.2f}",
-                        seconds=f"{sum(seconds) / len(seconds):.2f}", trained_on=list(rewards.parse(config["rewards"])))
+                        seconds=f"{sum(seconds) / len(seconds):.2f}", trained_on=[spec.partition("=")[0] for spec in split(config["rewards"])])
         except (OSError, ValueError, LookupError):
             return dict(solver="N/A", nfe_old="N/A", nfe_theta="N/A", seconds="N/A", trained_on=[])
 
