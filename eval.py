@@ -169,11 +169,12 @@ class Row:
 
     def __init__(self, args, path, prompts):
         self.path, self.prompts, self.n = str(path), prompts, args.images_per_prompt
-        self.label = label_of(path) + (f"-hybrid-{args.hybrid:g}" if args.hybrid and path != args.model else "")
+        hybrid = args.hybrid if path != args.model else 0.0
+        self.label = label_of(path) + (f"-hybrid-{hybrid:g}" if hybrid else "")
         self.folder = Path(args.out_dir) / self.label
         files = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in sorted((Path(path) / "transformer").glob("*.safetensors"))]
-        self.settings = dict(model=self.path, transformer=files, prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-                             **{key: getattr(args, key) for key in ("images_per_prompt", "solver", "steps", "shift", "resolution", "guidance", "seed", "hybrid")})
+        self.settings = dict(transformer=files, prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid, base=label_of(args.model) if hybrid else "",
+                             **{key: getattr(args, key) for key in ("images_per_prompt", "solver", "steps", "shift", "resolution", "guidance", "seed")})
         if (self.folder / "settings.json").is_file() and not args.overwrite:
             before = json.loads((self.folder / "settings.json").read_text())
             for key, value in json.loads(json.dumps(self.settings)).items():

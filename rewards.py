@@ -68,7 +68,7 @@ class Scorer:
     def __call__(self, images, prompts):
         pixels = as_8_bit(images, prompts)
         try:
-            with torch.autocast(images.device.type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 scores = self.score(pixels.to(self.device), prompts)
         except Exception as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: {type(error).__name__}: {error}") from error

@@ -3,8 +3,8 @@ Align a FLUX model with a reward by Neighbor GRPO, Algorithm 1 of arXiv 2511.169
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python train.py                                   # the small FLUX in tiny/: minutes on two CPU cores, no download
-    python train.py --rewards jpeg --out_dir out/jpeg # another reward
-    python train.py --preset dpm8 --prompts prompts.txt --rewards jpeg    # FLUX.1-dev, a row of the paper's Table 3
+    python train.py --rewards clip,jpeg --reward_weights 2,1 --out_dir out/two     # other rewards
+    python train.py --preset dpm8 --prompts hpdv2_train       # FLUX.1-dev, a row of the paper's Table 3, with its three rewards
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
@@ -31,9 +31,9 @@ def option(default, text):
 @dataclass
 class Config:
     model: str = option("black-forest-labs/FLUX.1-dev", "FluxPipeline directory or hub id")
-    prompts: str = option("", "training prompts, one a line")
-    eval_prompts: str = option("", "held-out prompts, one a line; empty: no evaluation")
-    rewards: str = option("", f"what to align with, of {', '.join(rewards.SCORERS)}; several by comma")
+    prompts: str = option("", "training prompts: a text file, one a line; HPDv2's JSON; or hpdv2_train")
+    eval_prompts: str = option("", "held-out prompts, likewise; empty: no evaluation")
+    rewards: str = option("hpsv2,pickscore,imagereward", f"what to align with (Sec. 4), by comma, of {', '.join(rewards.SCORERS)}; name=where for weights elsewhere")
     reward_weights: str = option("", "one number per reward, by comma; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "further scorers that only watch, by comma")
     out_dir: str = option("", "where the run is written; unless told, out/<preset>")
@@ -125,7 +125,7 @@ def check(c):
         (names, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
         (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < math.inf for w in weights) and sum(weights) > 0),
          f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}"),
-        (c.prompts, "prompts is empty; name a text file with one prompt a line"),
+        (c.prompts, "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
         (c.out_dir, "out_dir is empty; name a directory for this run"),
         (not (c.resume and c.overwrite), "resume and overwrite exclude each other; give one of them"),
         (not (c.overwrite and Path(c.out_dir).resolve() in Path(c.model).resolve().parents), f"model {c.model} lies in {c.out_dir}, which --overwrite would delete"),
