@@ -181,12 +181,14 @@ class Cosine(Published):
         return self.scale * (F.normalize(image.float(), dim=1) * F.normalize(text.float(), dim=1)).sum(1)      # (G,)
 
     def recall(self, prompts, most=4096):
-        """`read`, but each prompt only once: a group shares one, and an evaluation comes back to all."""
+        """`read`, but each prompt once: a group shares one, and an evaluation comes back to all. And alone: the last bit of a row of a matrix
+        product depends on how many rows there are, and a run that was resumed must not differ from one that was not."""
         memory = self.__dict__.setdefault("memory", {})
         if len(memory) > most:
             memory.clear()
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in memory]:
-            memory.update(zip(new, self.read(new)))
+        for prompt in prompts:
+            if prompt not in memory:
+                memory[prompt] = self.read([prompt])[0]
         return torch.stack([memory[prompt] for prompt in prompts])
 
 

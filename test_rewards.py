@@ -310,16 +310,19 @@ def test_a_batch_scores_like_its_parts_in_any_order_and_under_autocast(name, loa
     assert_close(scorer(x + 0.4 / 255 * (x < 0.9), PROMPTS), scorer((x * 255 + 0.4 * (x < 0.9)).round() / 255, PROMPTS), rtol=0, atol=0)   # as 8-bit files
 
 
-def test_each_prompt_is_read_once(load, monkeypatch):
+def test_each_prompt_is_read_once_and_alone_so_that_a_score_does_not_depend_on_what_came_before(load, monkeypatch):
     scorer, read = load("hpsv2"), []
     encode = scorer.read
-    monkeypatch.setattr(scorer, "read", lambda prompts: (read.extend(prompts), encode(prompts))[1])
+    monkeypatch.setattr(scorer, "read", lambda prompts: (read.append(prompts), encode(prompts))[1])
     x = pictures((64, 64))[0]
     first = scorer(x, ["a", "b", "a", "a"])
-    assert torch.equal(scorer(x, ["a", "b", "a", "a"]), first) and read == ["a", "b"]
-    for k in range(100):
-        scorer.recall([f"{k} {i}" for i in range(100)])
-    assert len(scorer.memory) <= 4096 + 100                                   # and forgotten when there are too many
+    assert torch.equal(scorer(x, ["a", "b", "a", "a"]), first) and read == [["a"], ["b"]]
+    other = load("hpsv2")
+    other.recall(["b", "c", "d"])
+    assert torch.equal(other(x, ["a", "b", "a", "a"]), first)                 # bit for bit, as a resumed run needs it
+    for k in range(6):
+        scorer.recall([f"{k} {i}" for i in range(4)], most=10)
+    assert len(scorer.memory) <= 10 + 4                                       # and forgotten when there are too many
     assert torch.equal(scorer(x, ["a", "b", "a", "a"]), first)
 
 
