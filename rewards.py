@@ -40,8 +40,8 @@ def as_8_bit(images, prompts):
     """Check a scorer's input and round it to what an image file holds: (G, 3, H, W) in [0, 1] -> uint8."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, but must be float (G, 3, H, W)")
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        raise ValueError(f"there are {1 if isinstance(prompts, str) else len(prompts)} prompts for {len(images)} images; each image needs its own, in a list")
+    if isinstance(prompts, str) or len(prompts) != len(images) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"there are {1 if isinstance(prompts, str) else len(prompts)} prompts for {len(images)} images; each image needs its own, a string in a list")
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):                            # also false for NaN
         raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], but must lie in [0, 1]")
@@ -91,10 +91,15 @@ class Published(Scorer):
 
 
 def is_hub_id(where):
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", where) and not Path(where).parent.exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", where) and not where.endswith((".pt", ".pth", ".bin", ".safetensors")) and not Path(where).parent.exists()
 
 
-def fetch(where, source, file):
+def short(error):
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def fetch(where, source, file, advice="give its path on this machine after the scorer's name and '='"):
     """The path of a published file. `where`: the file, a folder that holds it, or a hub id; "" downloads it from `source`, once."""
     if where and not is_hub_id(where):
         path = Path(where).expanduser()
@@ -113,16 +118,18 @@ def fetch(where, source, file):
             torch.hub.download_url_to_file(f"{source}/raw/main/{file}", path)
         return path
     except Exception as error:
-        raise ValueError(f"{file} of {source} could not be downloaded ({str(error).splitlines()[0]}); give its path on this machine after the scorer's name and '='") from error
+        raise ValueError(f"{file} of {source} could not be downloaded ({short(error)}); {advice}") from error
 
 
-def read_weights(path):
+def read_weights(path, source):
     """A file of tensors, read without running code that may hide in it -> {name: tensor on the CPU}."""
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
+        state = state.get("state_dict", state)
+        assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+        return state
     except Exception as error:
-        raise ValueError(f"{path} could not be read as a file of tensors: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read as a file of tensors alone; it may be cut off, or something else, and should be the one of {source}") from error
 
 
 def load_strictly(net, state, path, source):
@@ -138,20 +145,25 @@ def load_strictly(net, state, path, source):
     return net.float().eval().requires_grad_(False)
 
 
-def load_transformers(cls, where, source, spare=()):
-    """A transformers model from a folder or hub id, frozen, float32, with every weight of class `cls`; what begins with `spare` is not its."""
+def load_transformers(cls, where, source, vision, spare=(), advice="give a folder with its files after the scorer's name and '='"):
+    """A transformers model from a folder or hub id, frozen, float32, with every weight of class `cls`; what begins with `spare` is not its.
+    `vision`: what its vision tower's config must say."""
     from transformers.utils import logging
     path, level = Path(where).expanduser() if where and not is_hub_id(where) else where or source.removeprefix(HUB), logging.get_verbosity()
     try:
         logging.set_verbosity_error()                           # what it would warn of is an error here, or expected
-        net, info = cls.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+        net, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32)
     except Exception as error:
-        raise ValueError(f"{path} could not be loaded ({str(error).splitlines()[0]}); it should be a folder with the files of {source}") from error
+        raise ValueError(f"{path} could not be loaded as what is at {source} ({short(error)}); {advice}") from error
     finally:
         logging.set_verbosity(level)
+    config = getattr(net.config, "vision_config", net.config)
+    wrong = [f"{name} {getattr(config, name)} instead of {value}" for name, value in vision.items() if getattr(config, name) != value]
     excess = [name for name in info["unexpected_keys"] if not name.startswith(spare) and not name.endswith("position_ids")]    # older files list positions
-    if wrong := [*info["missing_keys"], *info["mismatched_keys"], *excess]:
-        raise ValueError(f"{path} is not what is at {source}: {len(wrong)} tensors are missing, in excess or of another shape, such as {wrong[0]}")
+    wrong += [f"{what} {len(names)} tensors, such as {sorted(names)[0]}" for what, names in
+              [("lacks", info["missing_keys"]), ("has in excess", excess), ("has in another shape", info["mismatched_keys"])] if names]
+    if wrong:
+        raise ValueError(f"{path} is not what is at {source}: {', '.join(wrong)}")
     return net.eval().requires_grad_(False)
 
 
@@ -200,6 +212,7 @@ class HPSv2(Cosine):
                  square before normalising; nothing is cut off.
     Text         open_clip's tokenizer, 77 tokens, longer prompts are cut.
     Score        the cosine itself, about 0.13 to 0.38 (SDXL 0.31); no logit scale. Leaderboards print it times 100.
+                 (Its own code stops at a picture that is not square and whose longer edge is 224 already; here it gets its bars.)
     Source       github.com/tgxs002/HPSv2, hpsv2/img_score.py with hps_version="v2.1" (its own default is v2.0).
     """
     source, file, half = HUB + "xswu/HPSv2", "HPS_v2.1_compressed.pt", True
@@ -208,7 +221,7 @@ class HPSv2(Cosine):
     def __init__(self, where="", device="cpu"):
         import open_clip
         self.device, path = torch.device(device), fetch(where, self.source, self.file)
-        state = read_weights(path)
+        state = read_weights(path, self.source)
         self.net = load_strictly(open_clip.model.CLIP(**open_clip.get_model_config(self.architecture)), state, path, self.source).to(device)
         self.tokenizer = open_clip.get_tokenizer(self.architecture)
 
@@ -234,11 +247,18 @@ class PickScore(Cosine):
     Score        exp(logit_scale) * cosine, about 17 to 24. The paper's Table 1 prints it over 100.
     Source       github.com/yuvalkirstain/PickScore, README (calc_probs).
     """
-    source, file = HUB + "yuvalkirstain/PickScore_v1", "config.json and model.safetensors"
+    source, file = HUB + "yuvalkirstain/PickScore_v1", "a folder with config.json and model.safetensors"
+    vision = dict(hidden_size=1280, num_hidden_layers=32, patch_size=14, image_size=224)
+
+    @classmethod
+    def check(cls, where):
+        super().check(where)
+        if where and Path(where).expanduser().is_file():
+            raise ValueError(f"scorer {cls.name!r} needs {cls.file} of {cls.source}, and {where} is a file")
 
     def __init__(self, where="", device="cpu"):
         from transformers import CLIPImageProcessorPil, CLIPModel
-        self.device, self.net = torch.device(device), load_transformers(CLIPModel, where, self.source).to(device)
+        self.device, self.net = torch.device(device), load_transformers(CLIPModel, where, self.source, self.vision).to(device)
         self.scale = self.net.logit_scale.exp().item()
         self.tokenizer, self.processor = clip_tokenizer(), CLIPImageProcessorPil()
 
@@ -294,7 +314,7 @@ class ClipScore(Cosine):
             self.net, self.transform = open_clip.create_model_from_pretrained(name, tag, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
-            raise ValueError(f"clipscore: {where or self.source} could not be loaded ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"clipscore: {where or self.source} could not be loaded ({short(error)}); it should be like {self.source}") from error
         self.net.eval().requires_grad_(False).to(device)
 
     def look(self, pixels):
@@ -371,9 +391,13 @@ class ImageReward(Published):
     def __init__(self, where="", device="cpu"):
         from transformers import BertTokenizer
         self.device, path = torch.device(device), fetch(where, self.source, self.file)
-        self.net = load_strictly(self.build(), self.rename(read_weights(path)), path, self.source).to(device)
-        beside = path.parent / "vocab.txt"
-        self.tokenizer = BertTokenizer(vocab=str(beside if beside.is_file() else fetch("", HUB + "google-bert/bert-base-uncased", "vocab.txt")))
+        beside, bert = path.parent / "vocab.txt", HUB + "google-bert/bert-base-uncased"
+        vocabulary = beside if beside.is_file() else fetch("", bert, "vocab.txt", f"put it beside {path}")
+        words = len(vocabulary.read_text(encoding="utf-8", errors="replace").splitlines())
+        if words != self.text["vocab_size"] - 2:                # less [DEC] and [ENC], which are not used
+            raise ValueError(f"{vocabulary} has {words} lines, but that of {bert} has {self.text['vocab_size'] - 2}")
+        self.tokenizer = BertTokenizer(vocab=str(vocabulary))
+        self.net = load_strictly(self.build(), self.rename(read_weights(path, self.source)), path, self.source).to(device)
         self.transform = shorter_edge_to(self.vision["image_size"])
 
     @classmethod
@@ -416,13 +440,15 @@ class Aesthetic(Published):
     Source       simple_inference.py of the head's repository.
     """
     source, file = "https://github.com/christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
+    vision = dict(hidden_size=1024, num_hidden_layers=24, patch_size=14, image_size=224)
 
     def __init__(self, where="", device="cpu"):
         from transformers import CLIPVisionModelWithProjection
         self.device, path = torch.device(device), fetch(where, self.source, self.file)
-        self.head = load_strictly(mlp(768), read_weights(path), path, self.source).to(device)
+        self.head = load_strictly(mlp(768), read_weights(path, self.source), path, self.source).to(device)
         beside = str(path.parent) if (path.parent / "config.json").is_file() else ""
-        self.net = load_transformers(CLIPVisionModelWithProjection, beside, HUB + "openai/clip-vit-large-patch14", spare=("text_", "logit_scale")).to(device)
+        self.net = load_transformers(CLIPVisionModelWithProjection, beside, HUB + "openai/clip-vit-large-patch14", self.vision, spare=("text_", "logit_scale"),
+                                     advice=f"put its files beside {path}").to(device)
         self.transform = shorter_edge_to(self.net.config.image_size)
 
     def score(self, pixels, prompts):
@@ -528,7 +554,7 @@ def package(module, scorer, command):
     try:
         return importlib.import_module(module)
     except ImportError as error:                                # the cause too: it may be a library of the system, like libGL
-        raise ValueError(f"scorer {scorer!r} needs a package: {command} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"scorer {scorer!r} needs a package: {command} ({short(error)})") from None
 
 
 def words(text):

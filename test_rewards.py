@@ -138,7 +138,8 @@ def HEAD(width):
 # ---- ImageReward's published layout, written down from the names in its file
 
 VIT = dict(width=64, layers=2, heads=4, patch=32, image=224)
-BERT = dict(width=48, layers=2, heads=4, vocab=120, mlp=96)
+WORDS = list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz"), "red", "apple", "once", "upon", "time", ",", ":"]))
+BERT = dict(width=48, layers=2, heads=4, vocab=len(WORDS) + 2, mlp=96)
 
 
 def image_reward_layout(vit, bert, positions=512):
@@ -168,9 +169,6 @@ def image_reward_layout(vit, bert, positions=512):
     return shapes
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz"), "a", "red", "apple", "once", "upon", "time", ",", ":"]
-
-
 @pytest.fixture(scope="module")
 def image_reward(tmp_path_factory):
     root = tmp_path_factory.mktemp("image_reward")
@@ -179,10 +177,10 @@ def image_reward(tmp_path_factory):
              1 + 0.1 * torch.randn(shape) if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")) else
              torch.randn(shape) * (1.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 and "embed" not in name else 0.3) for name, shape in image_reward_layout(VIT, BERT).items()}
     torch.save(state, root / "ImageReward.pt")
-    (root / "vocab.txt").write_text("\n".join(dict.fromkeys(WORDS)) + "\n")
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewards.ImageReward, "vision", dict(rewards.ImageReward.vision, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, patch_size=32))
-        patch.setattr(rewards.ImageReward, "text", dict(rewards.ImageReward.text, vocab_size=120, hidden_size=48, encoder_hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4))
+        patch.setattr(rewards.ImageReward, "text", dict(rewards.ImageReward.text, vocab_size=len(WORDS) + 2, hidden_size=48, encoder_hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4))
         scorer = rewards.load(f"imagereward={root}")
     return scorer, state
 
@@ -195,6 +193,8 @@ def load(published, monkeypatch):
     open_clip.add_model_config(config)
     monkeypatch.setattr(rewards.HPSv2, "architecture", "small-for-tests")
     monkeypatch.setattr(rewards, "mlp", lambda width, make=rewards.mlp: make(24))
+    for scorer in (rewards.PickScore, rewards.Aesthetic):
+        monkeypatch.setattr(scorer, "vision", dict(hidden_size=48, num_hidden_layers=2, patch_size=28, image_size=224))
     where = dict(hpsv2="HPS_v2.1_compressed.pt", pickscore="pick", clipscore="dfn", aesthetic="laion")
     return lambda name: rewards.load(f"{name}={published['root'] / where[name]}")
 
@@ -451,11 +451,14 @@ def test_the_published_aesthetic_head_fits():
 
 @pytest.mark.parametrize("break_it, sentence", [
     (lambda path, state: path.unlink(), "needs HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2, and .* is neither"),
-    (lambda path, state: path.write_bytes(path.read_bytes()[:1000]), "could not be read as a file of tensors"),
+    (lambda path, state: path.write_bytes(path.read_bytes()[:1000]), "cannot be read as a file of tensors alone; .* should be the one of https://huggingface.co/xswu/HPSv2"),
+    (lambda path, state: path.write_bytes(b""), "cannot be read as a file of tensors alone"),
+    (lambda path, state: torch.save([1], path), "cannot be read as a file of tensors alone"),
+    (lambda path, state: torch.save(dict(state, epoch=3), path), "cannot be read as a file of tensors alone"),
     (lambda path, state: torch.save(dict(state_dict=dict(state, more=torch.zeros(1))), path), "has in excess 1, such as more"),
     (lambda path, state: torch.save(dict(state_dict={k: v for k, v in state.items() if k != "visual.proj"}), path), r"lacks 1, such as visual.proj \(48, 24\)"),
     (lambda path, state: torch.save(dict(state_dict=dict(state, **{"visual.proj": torch.zeros(2, 2)})), path), "another shape 1, such as visual.proj"),
-    (lambda path, state: torch.save(dict(state_dict=state, code=Path), path), "could not be read as a file of tensors"),     # would run code
+    (lambda path, state: torch.save(dict(state_dict=state, code=Path), path), "cannot be read as a file of tensors alone; .* should be the one of https://huggingface.co/xswu/HPSv2"),     # would run code
 ])
 def test_a_missing_or_wrong_file_is_named_with_what_was_expected(break_it, sentence, load, published, tmp_path):
     path, state = tmp_path / "HPS_v2.1_compressed.pt", published["hpsv2"].state_dict()
@@ -467,18 +470,33 @@ def test_a_missing_or_wrong_file_is_named_with_what_was_expected(break_it, sente
         rewards.load(f"hpsv2={path}")
 
 
-def test_a_folder_without_the_file_or_with_another_model_is_refused(load, published, tmp_path):
-    for spec, sentence in [(f"hpsv2={tmp_path}", "there is no file .*HPS_v2.1_compressed.pt; it should be"), (f"pickscore={tmp_path}", "should be a folder with the files of"),
+def test_a_folder_without_the_file_or_with_another_model_is_refused(load, published, tmp_path, monkeypatch):
+    for spec, sentence in [(f"hpsv2={tmp_path}", "there is no file .*HPS_v2.1_compressed.pt; it should be"), (f"pickscore={tmp_path}", "could not be loaded as what is at https://huggingface.co/yuvalkirstain/PickScore_v1"),
                            (f"imagereward={tmp_path}", "ImageReward.pt of https://huggingface.co/THUDM/ImageReward"), (f"aesthetic={tmp_path}", "sac.logos.ava1-l14-linearMSE.pth of https://github.com"),
                            (f"clipscore={tmp_path}", "could not be loaded"), ("clipscore=ViT-B-32/nobody", "no model/tag of open_clip.list_pretrained"),
-                           ("unifiedreward=my server", "is no address"), ("hpsv2=nowhere/at/all", "is neither that file, nor a folder, nor a hub id")]:
+                           ("unifiedreward=my server", "is no address"), ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "is neither that file"), ("hpsv2=nowhere/at/all", "is neither that file, nor a folder, nor a hub id")]:
         with pytest.raises(ValueError, match=sentence):
             rewards.load(spec)
     model = transformers.CLIPModel.from_pretrained(published["root"] / "pick")
+    model.visual_projection = nn.Linear(48, 12, bias=False)
+    model.save_pretrained(tmp_path / "reshaped")
     del model.text_model
     model.save_pretrained(tmp_path / "half")
-    with pytest.raises(ValueError, match="are missing, in excess or of another shape, such as text_model"):
-        rewards.load(f"pickscore={tmp_path / 'half'}")
+    for folder, sentence in (("half", "lacks .* tensors, such as text_model.embeddings"), ("reshaped", "in another shape 1 tensors")):
+        with pytest.raises(ValueError, match=sentence):
+            rewards.load(f"pickscore={tmp_path / folder}")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="hidden_size 48 instead of 1280, num_hidden_layers 2 instead of 32"):              # another CLIP is not PickScore
+        rewards.load(f"pickscore={published['root'] / 'pick'}")
+    with pytest.raises(ValueError, match="needs a folder with config.json and model.safetensors of .*, and .* is a file"):
+        rewards.load(f"pickscore={published['root'] / 'pick/config.json'}")
+
+
+def test_a_vocabulary_that_is_cut_off_is_refused(image_reward, tmp_path):
+    (tmp_path / "ImageReward.pt").touch()
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    with pytest.raises(ValueError, match="vocab.txt has .* lines, but that of https://huggingface.co/google-bert/bert-base-uncased has 30522"):
+        rewards.load(f"imagereward={tmp_path}")
 
 
 # ================================================================================================ a server that is asked
