@@ -8,12 +8,12 @@ to 0 (image).
     python eval.py --pairs out/eval/tiny-flux out/eval/tiny-checkpoint-150                 # a page on which people vote, blindly
     python eval.py --votes votes-*.json                                                    # and what they said
 
-Each row of the table: NFE and seconds of an iteration from the run's log, and every scorer's mean +- standard error over prompts, underlined
+Each row of the table: NFE and (median) seconds of an iteration from the run's log, and every scorer's mean +- standard error over prompts, underlined
 where the run was trained on it. The second table holds differences from the first row, prompt by prompt, with their own standard errors, and
 diversity, the root-mean-square pixel distance of two pictures of one prompt. A run that was stopped goes on where it was: every picture and
 score in --out_dir is kept, and only what is missing is made.
 """
-import argparse, base64, datetime, functools, hashlib, io, json, math, os, random, shutil, sys
+import argparse, base64, datetime, functools, hashlib, io, json, math, os, random, shutil, statistics, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from model import Flux
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))                    # torchrun's
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # torchrun's
 SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="clip,judge", images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution=64, batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic", images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution=1024, batch=4)
 TITLES = dict(hpsv2="HPSv2.1", pickscore="Pick / 100", imagereward="Img.Rwd.", clipscore="CLIP", unifiedreward="Unified.", aesthetic="Aes.")    # Table 1's
@@ -50,11 +50,12 @@ def read_prompts(source):
     try:
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
             text = file.read_text(encoding="utf-8-sig")
-            if file.suffix == ".json":
-                prompts += dict.fromkeys((item if isinstance(item, str) else item["prompt"]).strip() for item in json.loads(text))
+            if file.suffix.lower().startswith(".json"):
+                assert isinstance(items := json.loads(text), list)
+                prompts += dict.fromkeys((item if isinstance(item, str) else item["prompt"]).strip() for item in items)
             else:
                 prompts += (line.strip() for line in text.split("\n"))
-    except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
         raise ValueError(f"{source} is no prompt file; it must be a UTF-8 text file with one prompt a line, or a JSON list of prompts")
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -102,6 +103,8 @@ def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0
     noise = torch.cat([torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in indices])
     cond, handover = model.encode(prompts), ts[round(hybrid * (len(ts) - 1))] if base else -1
     traj, _ = rollout(lambda x, t: (model if t > handover else base).velocity(x, t, cond), noise.to(model.device), ts, solver)
+    if not traj[-1].isfinite().all():
+        raise ArithmeticError(f"the latents of {prompts[0]!r} are not finite; the model's weights are broken, or its guidance is too large")
     return model.decode(traj[-1])
 
 
@@ -159,6 +162,12 @@ def _wrap(text, width):
 # ---------------------------------------------------------------------------------------------------------------
 # a row of the table: one folder, which can be left and come back to
 
+def stamp(path, pattern="*"):
+    """What tells two versions of files apart without reading them: names, sizes and times of a file or of a folder's; [] for what is not here."""
+    files = sorted(Path(path).glob(pattern)) if Path(path).is_dir() else [Path(path)] * Path(path).is_file()
+    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
+
+
 def label_of(path):
     """The last two parts of a checkpoint's path, "tiny-checkpoint-150": the name of its folder in --out_dir."""
     return "-".join(Path(path).resolve().parts[-2:] if Path(path).exists() else Path(path).parts)
@@ -172,21 +181,30 @@ class Row:
         hybrid = args.hybrid if path != args.model else 0.0
         self.label = label_of(path) + (f"-hybrid-{hybrid:g}" if hybrid else "")
         self.folder = Path(args.out_dir) / self.label
-        files = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in sorted((Path(path) / "transformer").glob("*.safetensors"))]
-        self.settings = dict(transformer=files, prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid, base=label_of(args.model) if hybrid else "",
+        self.settings = dict(model=self.path if not Path(path).exists() else "", weights=stamp(Path(path) / "transformer", "*.safetensors"),
+                             prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid,
+                             base=[label_of(args.model), stamp(Path(args.model) / "transformer", "*.safetensors")] if hybrid else [],
                              **{key: getattr(args, key) for key in ("images_per_prompt", "solver", "steps", "shift", "resolution", "guidance", "seed")})
-        if (self.folder / "settings.json").is_file() and not args.overwrite:
-            before = json.loads((self.folder / "settings.json").read_text())
-            for key, value in json.loads(json.dumps(self.settings)).items():
+        if (self.folder / "pictures").exists() and not args.overwrite:
+            try:
+                before = dict(json.loads((self.folder / "settings.json").read_text()))
+            except (OSError, ValueError, TypeError):
+                raise ValueError(f"{self.folder} holds pictures, and nothing that says how they were made; use --overwrite or another --out_dir")
+            for key, value in self.settings.items():
                 if before.get(key) != value:
-                    raise ValueError(f"{self.folder} holds pictures of another {key} than {value}; use --overwrite or another --out_dir")
+                    value = f"another {key} than {value}" if isinstance(value, (str, int, float)) and key != "prompts" else f"other {key}"
+                    raise ValueError(f"{self.folder} holds pictures of {value}; use --overwrite or another --out_dir")
 
     def begin(self, overwrite):
-        if overwrite and (self.folder / "settings.json").is_file():
-            shutil.rmtree(self.folder)
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+        if overwrite and (self.folder / "pictures").exists():
+            aside = self.folder.with_name(f"{self.label}.old")                  # renamed first: half a folder must not look like one
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.folder, aside)
+            shutil.rmtree(aside)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in (("settings.json", self.settings), ("prompts.json", self.prompts)):
-            (self.folder / name).write_text(json.dumps(content, indent=1))
+            write(self.folder / name, lambda aside: aside.write_text(json.dumps(content, indent=1)))
+        (self.folder / "pictures").mkdir(exist_ok=True)
 
     def files(self, i):
         return [self.folder / f"pictures/{i:05d}-{k}.png" for k in range(self.n)]
@@ -196,12 +214,18 @@ class Row:
 
     def pictures(self, i):
         """The n pictures of prompt i, (n, 3, H, W) uint8."""
-        return torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in self.files(i)]).permute(0, 3, 1, 2)
+        try:
+            return torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in self.files(i)]).permute(0, 3, 1, 2)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{self.files(i)[0]} or one beside it is no whole picture ({error}); delete it and run again")
 
     def scores(self, i):
-        """{scorer as it was named: [n scores]} of prompt i."""
-        file = self.folder / f"pictures/{i:05d}.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        """{scorer as it was named: [n scores]} of prompt i, as far as they were written and can be read."""
+        try:
+            found = json.loads((self.folder / f"pictures/{i:05d}.json").read_text())
+            return {spec: scores for spec, scores in found.items() if len(scores) == self.n and all(map(math.isfinite, scores))}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
 
     def complete(self, some, args, models, scorers):
         """Make what is missing of the pictures and scores of prompts `some`. `models`: () -> the model and, for hybrid sampling, the base."""
@@ -211,7 +235,10 @@ class Row:
             x = sample(model, [self.prompts[i] for i in unseen], unseen, schedule(args.steps, args.shift), args.solver, self.n, args.seed, base, args.hybrid)
             for image, file in zip((x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), [file for i in unseen for file in self.files(i)]):
                 write(file, lambda aside: Image.fromarray(image).save(aside, "png"))
-        x = torch.cat([self.pictures(i) for i in some]).to(args.device) / 255                         # what was written is what is scored
+        pictures = [self.pictures(i) for i in some]                                                   # what was written is what is scored
+        if any(p.shape != pictures[0].shape for p in pictures):
+            raise ValueError(f"{self.folder}/pictures holds pictures of several sizes; use --overwrite")
+        x = torch.cat(pictures).to(args.device) / 255
         found = {i: self.scores(i) for i in some}
         for spec, scorer in scorers.items():
             if any(spec not in found[i] for i in some):
@@ -227,14 +254,14 @@ class Row:
             lines = [line for line in map(json.loads, (Path(self.path).parent / "log.jsonl").read_text().split("\n")[:-1]) if "nfe_old" in line]
             seconds = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
             return dict(solver={"ddim": "DDIM", "dpmpp_2m": "DPM++"}[config["solver"]], nfe_old=f"{lines[-1]['nfe_old']}", nfe_theta=f"{lines[-1]['nfe_theta']:.2f}",
-                        seconds=f"{sum(seconds) / len(seconds):.2f}", trained_on=[spec.partition("=")[0] for spec in split(config["rewards"])])
+                        seconds=f"{statistics.median(seconds):.2f}", trained_on=[spec.partition("=")[0] for spec in split(config["rewards"])])
         except (OSError, ValueError, LookupError):
             return dict(solver="N/A", nfe_old="N/A", nfe_theta="N/A", seconds="N/A", trained_on=[])
 
 
 def write(file, save):
     """Written aside, then renamed: a file that is there is whole."""
-    save(aside := file.with_name(f"{file.name}.new"))
+    save(aside := file.with_name(f"{file.name}.{os.getpid()}"))
     os.replace(aside, file)
 
 
@@ -395,7 +422,7 @@ def parse_args(argv=None):
     parser.add_argument("--columns", type=int, default=8, help="prompts shown in the grid (default 8)")
     parser.add_argument("--out_dir", default="out/eval", help="a folder per row, grid.png, table.md, results.json (default out/eval)")
     parser.add_argument("--overwrite", action="store_true", help="make these rows' pictures and scores again")
-    parser.add_argument("--device", default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
     people = parser.add_mutually_exclusive_group()
     people.add_argument("--pairs", nargs=2, metavar=("A", "B"), help="instead: from the folders of two rows, write a page on which people vote blindly")
     people.add_argument("--votes", nargs="+", metavar="FILE", help="instead: read what such pages saved, print how often B was preferred over A")
@@ -408,6 +435,7 @@ def parse_args(argv=None):
             return None
         for path in [args.model, *args.checkpoint]:
             check_model(path)
+        args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
         for name, value in (SMALL if is_small(args.model) else LARGE).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -418,7 +446,7 @@ def parse_args(argv=None):
             (args.num_prompts >= 0, f"num_prompts is {args.num_prompts}, but must be at least 0"),
             (args.solver in ("ddim", "dpmpp_2m"), f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
             (0.01 <= args.shift <= 100, f"shift is {args.shift:g}, but must lie between 0.01 and 100"),
-            (0 <= args.hybrid < 1, f"hybrid is {args.hybrid:g}, but must lie in [0, 1)"),
+            (args.hybrid == 0 or 0 < round(args.hybrid * args.steps) < args.steps, f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the {args.steps} steps"),
             (math.isfinite(args.guidance), f"guidance is {args.guidance}, but must be a finite number"),
             (args.resolution >= 16 and args.resolution % 16 == 0, f"resolution is {args.resolution}, but must be a multiple of 16"),
             (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
@@ -427,6 +455,7 @@ def parse_args(argv=None):
         ]:
             if not holds:
                 raise ValueError(sentence)
+        args.named = {name: name + (f"={where} {stamp(Path(where).expanduser())}" if where else "") for name, where in args.specs.items()}     # with these weights
         rows = [Row(args, path, prompts) for path in [args.model, *args.checkpoint]]
         if len({row.label for row in rows}) < len(rows):
             raise ValueError(f"model and checkpoints must differ in the last two parts of their paths, unlike {', '.join(row.path for row in rows)}")
@@ -455,7 +484,7 @@ def main(argv=None):
                 row.begin(args.overwrite)
         wait()
         mine, at_once = chosen[RANK::WORLD], max(1, args.batch // args.images_per_prompt)
-        named = {f"{name}={where}".rstrip("="): scorers[name] for name, where in args.specs.items()}
+        named = {spec: scorers[name] for name, spec in args.named.items()}
         with tqdm(total=len(rows) * len(mine), desc="eval", disable=True if RANK else None) as bar:
             for row in rows:
                 @functools.cache                                # loaded for the first picture that is missing, if any is
@@ -468,11 +497,11 @@ def main(argv=None):
                     row.complete(missing[k : k + at_once], args, models, named)
                     bar.update(len(missing[k : k + at_once]))
         wait()
-    except (OSError, ValueError, rewards.ScorerError) as error:
-        print(f"eval.py: {str(error)}", file=sys.stderr)
+        if RANK == 0:
+            report(args, rows, chosen)
+    except (OSError, ValueError, ArithmeticError, rewards.ScorerError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
         return 1
-    if RANK == 0:
-        report(args, rows, chosen)
     return 0
 
 
@@ -481,7 +510,9 @@ def report(args, rows, chosen):
     results, first, show = [], {}, [chosen[k] for k in spread(len(chosen), args.columns)]
     for row in rows:
         found = [row.scores(i) for i in chosen]
-        each = {name: torch.tensor([scores[f"{name}={where}".rstrip("=")] for scores in found]) for name, where in args.specs.items()}    # (P, n)
+        if any(args.named.values() - scores.keys() for scores in found):
+            raise ValueError(f"{row.folder} lacks scores that were just made; is another eval.py at work there? run this one again")
+        each = {name: torch.tensor([scores[spec] for scores in found]) for name, spec in args.named.items()}                               # (P, n)
         first = first or each
         result = dict(label=row.label, path=row.path, **row.from_run(), diversity=None)
         if row.n > 1:

@@ -17,7 +17,7 @@ Scores are formed in float32, also under somebody's autocast: bf16 has steps of 
 spreads over 0.01. On a GPU the two largest networks, not their scores, run in float16: `half` in HPSv2 and ClipScore.
 """
 import cpu_torchvision                                          # noqa: F401  (must come before transformers and open_clip)
-import base64, importlib, io, json, os, re, time, urllib.error, urllib.request
+import base64, http.client, importlib, io, json, os, re, time, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -73,7 +73,8 @@ class Scorer:
         except Exception as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(images),) or not scores.isfinite().all():
-            raise ScorerError(f"scorer {self.name!r} gave {scores.tolist()} for the prompt {prompts[0]!r}, but must give each of {len(images)} images a finite number")
+            bad = int(scores.isfinite().logical_not().argwhere()[0]) if scores.shape == (len(images),) else 0
+            raise ScorerError(f"scorer {self.name!r} gave {scores.tolist()} for the prompt {prompts[bad]!r}, but must give each of {len(images)} images a finite number")
         return scores.to(images.device, torch.float32)                                                # (G,)
 
 
@@ -329,7 +330,7 @@ class Clip(Cosine):
 
     `clip` (tiny/reward, 1.9 M parameters) saw the emoji styles the generator was trained on and is the reward; `judge`
     (tiny/judge, 0.7 M, another architecture) saw only two other vendors' emoji and says whether a gain is more than a trick on the
-    reward. 64x64 pixels, RGB in [-1, 1]; other sizes are resized. Range about 0 to 0.6. MIT, data as in tiny/README.md.
+    reward. 64x64 pixels, RGB in [-1, 1]; other sizes are resized. Range about 0 to 0.8. MIT, data as in tiny/README.md.
     """
     home = TINY / "reward"
 
@@ -342,10 +343,13 @@ class Clip(Cosine):
         from open_clip.model import CLIP                        # imported late: two seconds that the JPEG reward need not wait
         from transformers import CLIPTokenizer
         folder = Path(where or self.home)
-        config = json.loads((folder / "config.json").read_text())
-        self.device, self.net = torch.device(device), CLIP(**config)
-        self.net.load_state_dict(load_file(folder / "model.safetensors"))
-        self.net.float().eval().requires_grad_(False).to(device)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            net = CLIP(**config)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not like {self.home / 'config.json'}: {short(error)}") from error
+        self.device, path = torch.device(device), folder / "model.safetensors"
+        self.net = load_strictly(net, read_weights(path, self.home), path, self.home).to(device)
         self.size, self.length = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
@@ -496,7 +500,7 @@ Style Score (1-5): Z
 
 Your task is provided as follows:
 Text Caption: [{prompt}]"""
-    answer = r"Alignment Score \(1-5\):\s*([0-5](?:\.\d+)?)(?![\d.]*\d)"
+    answer = r"Alignment Score \(1-5\):\s*([0-5](?:\.\d+)?)(?![\w.,-]*\d)"
     timeout, pauses = 120, (2, 10)                              # seconds for a reply, and before the second and third try
 
     @classmethod
@@ -523,15 +527,17 @@ Text Caption: [{prompt}]"""
                 with urllib.request.urlopen(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as reply:
                     reply = reply.read().decode(errors="replace")
                 break
-            except OSError as error:                            # no connection, no reply in time, or an HTTP error
+            except (OSError, http.client.HTTPException) as error:                # no connection, no reply in time or half of one, or an HTTP error
                 final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
                 if pause is None or final:
                     raise ConnectionError(f"{self.url} did not answer{'' if final else f' in {len(self.pauses) + 1} tries'}: {error}") from error
                 time.sleep(pause)
         try:
             text = json.loads(reply)["choices"][0]["message"]["content"]
-            return float(re.search(self.answer, text)[1])
-        except (ValueError, LookupError, TypeError) as error:
+            mark = float(re.search(self.answer, text)[1])
+            assert mark <= 5
+            return mark
+        except (ValueError, LookupError, TypeError, AssertionError) as error:
             raise ValueError(f"the reply holds no mark that matches {self.answer!r}: {reply[:500]!r}") from error
 
 
@@ -543,7 +549,7 @@ class UnifiedRewardFinal(UnifiedReward):
 Extract key elements from the provided text caption, evaluate their presence in the generated image using the format: 'element (type): value' (where value=0 means not generated, and value=1 means generated), and assign a score from 1 to 5 after 'Final Score:'.
 Your task is provided as follows:
 Text Caption: [{prompt}]"""
-    answer = r"Final Score:\s*([0-5](?:\.\d+)?)(?![\d.]*\d)"
+    answer = r"Final Score:\s*([0-5](?:\.\d+)?)(?![\w.,-]*\d)"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -713,7 +719,7 @@ def parse(specs):
         name, _, where = (part.strip() for part in spec.partition("="))
         if name in found:
             raise ValueError(f"scorer {name!r} is named twice in {specs!r}")
-        if name and name not in SCORERS:
+        if (name or where) and name not in SCORERS:
             raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
         if name:
             SCORERS[name].check(where)

@@ -41,7 +41,7 @@ def test_hpdv2s_published_files_are_read_as_they_are(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, content, sentence", [
     ("hpdv2_test", None, "get it by: hf download --repo-type dataset zhwang/HPDv2 --include \"benchmark/.*.json\" --local-dir hpdv2"),
     ("hpdv2_train", None, "get it by: hf download --repo-type dataset ymhao/HPDv2 train.json --local-dir hpdv2"),
-    ("a.json", '{"a": 1', "a.json is no prompt file"), ("a.json", "3", "is no prompt file"), ("a.json", '[{"caption": "a"}]', "is no prompt file"), ("a.json", "[]", "holds no prompt"),
+    ("a.json", '{"a": 1', "a.json is no prompt file"), ("a.json", "3", "is no prompt file"), ("a.json", '[{"caption": "a"}]', "is no prompt file"), ("a.json", "[]", "holds no prompt"), ("a.json", '{"prompts": ["a"]}', "is no prompt file"), ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"}', "is no prompt file"),
     ("a.txt", "\n \n", "holds no prompt"), ("b.txt", None, "b.txt is no prompt file"),
 ])
 def test_a_prompt_file_that_is_not_there_or_is_none_is_refused_and_hpdv2s_say_where_they_come_from(name, content, sentence, tmp_path, monkeypatch):
@@ -78,8 +78,9 @@ def run(out, aligned, *more):
     return code, json.loads((out / "results.json").read_text())["results"] if code == 0 else None
 
 
-def numbers(results):
-    return [{key: value for key, value in row.items() if key.startswith(("clip", "judge", "diversity"))} for row in results]
+def numbers(results, digits=6):
+    """What is in a table; a score may differ in its last bit with the batch it was in."""
+    return [{key: round(value, digits) for key, value in row.items() if key.startswith(("clip", "judge", "diversity"))} for row in results]
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +155,67 @@ def test_an_evaluation_that_was_stopped_goes_on_and_makes_nothing_twice(whole, a
 def test_pictures_that_were_made_otherwise_are_not_mixed_in(whole, aligned, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
-    for more in (["--steps", "3"], ["--seed", "1"], ["--guidance", "1.5"]):
+    for more in (["--steps", "3"], ["--seed", "1"], ["--guidance", "1.5"], ["--shift", "2.0"], ["--solver", "ddim"], ["--resolution", "32"], ["--images_per_prompt", "1"]):
         with pytest.raises(SystemExit) as exit:
             run(out, aligned, *more)
         assert exit.value.code == 2 and f"holds pictures of another {more[0][2:]} than {more[1]}; use --overwrite" in capsys.readouterr().err
+    (tmp_path / "others.txt").write_text("a\nb\nc\nd\ne\n")
+    with pytest.raises(SystemExit):
+        run(out, aligned, "--prompts", str(tmp_path / "others.txt"))
     moved = tmp_path / "run/checkpoint-3"                                     # the same name, other weights
     shutil.copytree(FLUX, moved)
     (tmp_path / "prompts.txt").write_text((aligned.parents[1] / "prompts.txt").read_text())
     with pytest.raises(SystemExit):
         run(out, moved)
     assert numbers(run(out, aligned, "--seed", "1", "--overwrite")[1]) != numbers(whole[1])
+
+
+def test_half_a_folder_and_broken_files_are_refused_or_made_again_and_never_counted(whole, aligned, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    row = out / "tiny-flux"
+    for text in ("", "[]", '{"clip": [1]}', '{"clip": [NaN, 1.0], "judge": [0, 1e999]}', "null"):
+        (row / "pictures/00002.json").write_text(text)
+        assert numbers(run(out, aligned)[1]) == numbers(whole[1])
+    (row / "pictures/00002-0.png").write_bytes((row / "pictures/00002-0.png").read_bytes()[:500])
+    assert run(out, aligned)[0] == 1 and "is no whole picture" in capsys.readouterr().err
+    (row / "pictures/00002-0.png").unlink()
+    assert numbers(run(out, aligned)[1]) == numbers(whole[1])
+    (row / "settings.json").unlink()                                          # as if --overwrite had been killed while it deleted
+    with pytest.raises(SystemExit):
+        run(out, aligned)
+    assert "nothing that says how they were made" in capsys.readouterr().err
+    assert numbers(run(out, aligned, "--overwrite")[1]) == numbers(whole[1])
+
+
+def test_scores_of_other_weights_are_made_again(whole, aligned, tmp_path):
+    shutil.copytree(HERE / "tiny/reward", tmp_path / "w")
+    first = run(tmp_path / "out", aligned, "--scorers", f"clip={tmp_path / 'w'}")[1]
+    shutil.rmtree(tmp_path / "w")
+    shutil.copytree(HERE / "tiny/judge", tmp_path / "w")
+    again = run(tmp_path / "out", aligned, "--scorers", f"clip={tmp_path / 'w'}")[1]
+    assert first[0]["clip"] == pytest.approx(whole[1][0]["clip"], abs=1e-5) and again[0]["clip"] == pytest.approx(whole[1][0]["judge"], abs=1e-5)
+
+
+def test_solver_steps_shift_guidance_and_the_number_of_prompts_are_those_asked_for(aligned, tmp_path):
+    settings = [[], ["--solver", "ddim"], ["--shift", "3"], ["--guidance", "1"], ["--steps", "5"], ["--seed", "3"], ["--num_prompts", "2"]]
+    results = [run(tmp_path / str(k), aligned, "--steps", "4", "--scorers", "clip", *more)[1][0]["clip"] for k, more in enumerate(settings)]
+    assert len(set(results)) == len(settings)
+    assert sorted(path.name for path in (tmp_path / "6/tiny-flux/pictures").glob("*-0.png")) == ["00001-0.png", "00003-0.png"]      # evenly spaced
+    base = Flux(FLUX, 64, frozen=True)                                        # and as the model would draw them
+    image = sample(base, [read_prompts(aligned.parents[1] / "prompts.txt")[1]], [1], schedule(4, 3), "dpmpp_2m", n=2)[0]
+    drawn = torch.from_numpy(np.array(Image.open(tmp_path / "2/tiny-flux/pictures/00001-0.png"))).permute(2, 0, 1)
+    assert (image * 255 - drawn).abs().max() <= 1
+
+
+def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned, tmp_path, capsys):
+    with torch.no_grad():
+        broken = Flux(FLUX, 64)
+        for w in broken.transformer.parameters():
+            w.fill_(math.nan)
+        broken.save(tmp_path / "broken")
+    assert run(tmp_path / "out", tmp_path / "broken", "--prompts", str(aligned.parents[1] / "prompts.txt"))[0] == 1
+    assert "are not finite" in capsys.readouterr().err and not list((tmp_path / "out").glob("*broken/pictures/*.png"))
 
 
 def test_two_processes_of_torchrun_print_the_table_of_one(whole, aligned, tmp_path):
@@ -226,7 +278,8 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_in_its
     ("--scorers beauty", "there is no scorer 'beauty'"),
     ("--scorers clip,clip", "scorer 'clip' is named twice"),
     ("--scorers ,", "scorers is empty"),
-    ("--hybrid 1", "hybrid is 1, but must lie in [0, 1)"),
+    ("--hybrid 1", "hybrid is 1, but must be 0, or leave both models some of the 8 steps"),
+    ("--hybrid 0.05", "hybrid is 0.05, but must be 0, or leave both models some of the 8 steps"),
     ("--solver euler", "solver is euler, but must be ddim or dpmpp_2m"),
     ("--steps 0", "at least one step"),
     ("--prompts nowhere.txt", "nowhere.txt is no prompt file"),

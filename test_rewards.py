@@ -344,6 +344,14 @@ def emoji(count):
     return torch.from_numpy(np.stack([sheet[64 * (i // 72) :, 64 * (i % 72) :][:64, :64] for i in range(0, 30 * count, 30)])).permute(0, 3, 1, 2) / 255
 
 
+def test_the_small_clip_resizes_other_pictures_with_antialiasing():
+    scorer, x = rewards.load("clip"), pictures((128, 128))[0]
+    small = TF.resize((x * 255).round() / 255, [64, 64], TF.InterpolationMode.BILINEAR, antialias=True)
+    with torch.no_grad():
+        image, text = scorer.net.encode_image(small * 2 - 1, normalize=True), scorer.net.encode_text(scorer.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids, normalize=True)
+    assert_close(scorer(x, PROMPTS), (image * text).sum(1), rtol=0, atol=1e-4)
+
+
 # ================================================================================================ ImageReward
 
 def reward_by_hand(state, pils, prompts, tokenizer):
@@ -428,6 +436,7 @@ def test_the_published_layout_of_hpsv2_fits_to_the_last_tensor():
 def test_the_published_layout_of_imagereward_fits_to_the_last_tensor():
     layout = image_reward_layout(dict(width=1024, layers=24, heads=16, patch=16, image=224), dict(width=768, layers=12, vocab=30524, mlp=3072))
     assert len(layout) == 625                                                 # as in the file
+    assert (rewards.ImageReward.vision["num_attention_heads"], rewards.ImageReward.text["num_attention_heads"]) == (16, 12)      # which no shape tells
     with torch.device("meta"):
         net = rewards.ImageReward.build()
     rewards.load_strictly(net, rewards.ImageReward.rename(on_meta(layout)), "file", "source")
@@ -474,7 +483,7 @@ def test_a_folder_without_the_file_or_with_another_model_is_refused(load, publis
     for spec, sentence in [(f"hpsv2={tmp_path}", "there is no file .*HPS_v2.1_compressed.pt; it should be"), (f"pickscore={tmp_path}", "could not be loaded as what is at https://huggingface.co/yuvalkirstain/PickScore_v1"),
                            (f"imagereward={tmp_path}", "ImageReward.pt of https://huggingface.co/THUDM/ImageReward"), (f"aesthetic={tmp_path}", "sac.logos.ava1-l14-linearMSE.pth of https://github.com"),
                            (f"clipscore={tmp_path}", "could not be loaded"), ("clipscore=ViT-B-32/nobody", "no model/tag of open_clip.list_pretrained"),
-                           ("unifiedreward=my server", "is no address"), ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "is neither that file"), ("hpsv2=nowhere/at/all", "is neither that file, nor a folder, nor a hub id")]:
+                           ("unifiedreward=my server", "is no address"), (f"clip={tmp_path}", "needs a folder with model.safetensors"), ("=clip", "there is no scorer ''"), ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "is neither that file"), ("hpsv2=nowhere/at/all", "is neither that file, nor a folder, nor a hub id")]:
         with pytest.raises(ValueError, match=sentence):
             rewards.load(spec)
     model = transformers.CLIPModel.from_pretrained(published["root"] / "pick")
@@ -586,7 +595,7 @@ def test_the_other_published_question_asks_for_one_final_score(quick):
     assert "assign a score from 1 to 5 after 'Final Score:'" in server.asked[0][1]["messages"][0]["content"][1]["text"]
 
 
-@pytest.mark.parametrize("reply", ["not json", says("I like it"), says("Alignment Score (1-5): X"), says("Alignment Score (1-5): 9"), says("Alignment Score (1-5): 45"), "[]", "{}", says(None)])
+@pytest.mark.parametrize("reply", ["not json", says("I like it"), says("Alignment Score (1-5): X"), says("Alignment Score (1-5): 9"), says("Alignment Score (1-5): 45"), says("Alignment Score (1-5): 5.9"), says("Alignment Score (1-5): 2-4"), says("Alignment Score (1-5): 4,5"), "[]", "{}", says(None)])
 def test_a_garbled_reply_is_an_error_and_never_a_score(reply, quick):
     with Server(reply) as server, pytest.raises(rewards.ScorerError, match="scorer 'unifiedreward' failed on the prompt 'a red apple': ValueError: the reply holds no mark"):
         rewards.load(f"unifiedreward={server.url}")(pictures((16, 16), 1)[0], ["a red apple"])
@@ -596,6 +605,8 @@ def test_a_slow_or_busy_server_is_asked_again_and_a_dead_or_refusing_one_is_an_e
     x = pictures((16, 16), 1)[0]
     with Server(None, 503, says(ACS.format(2))) as server:                    # no reply in time, then busy, then a mark
         assert rewards.load(f"unifiedreward={server.url}")(x, ["a"]).item() == 2 and len(server.asked) == 3
+    with Server(429, says(ACS.format(3))) as server:                          # too many requests: later
+        assert rewards.load(f"unifiedreward={server.url}")(x, ["a"]).item() == 3 and len(server.asked) == 2
     with Server(500) as server, pytest.raises(rewards.ScorerError, match="did not answer in 3 tries: HTTP Error 500"):
         rewards.load(f"unifiedreward={server.url}")(x, ["a"])
     with Server(401) as server, pytest.raises(rewards.ScorerError, match="did not answer: HTTP Error 401"):
@@ -847,7 +858,7 @@ def test_a_scorer_that_fails_ends_the_run_before_it_begins_or_in_the_middle_and_
     monkeypatch.setattr(rewards.Jpeg, "score", score)
     assert train.main([*SHORT, "--rewards", "clip,jpeg", "--out_dir", str(tmp_path / "a")]) == 1
     assert calls == [1, 4, 4] and "scorer 'jpeg' failed on the prompt" in capsys.readouterr().err          # one picture to try it, then two groups
-    assert len((tmp_path / "a/log.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "a/log.jsonl").read_text().splitlines()) == 1 and (tmp_path / "a/checkpoint-1/model_index.json").is_file()        # nothing is lost
     monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
     assert train.main([*SHORT, "--rewards", "jpeg", "--out_dir", str(tmp_path / "b")]) == 1                # at once
     assert "the moon is full" in capsys.readouterr().err and not (tmp_path / "b/log.jsonl").exists()

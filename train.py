@@ -123,7 +123,7 @@ def check(c):
         (0.01 <= c.shift <= 100, f"shift is {c.shift:g}, but must lie between 0.01 and 100"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
         (names, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
-        (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < math.inf for w in weights) and sum(weights) > 0),
+        (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < 1e30 for w in weights) and sum(weights) > 0),
          f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}"),
         (c.prompts, "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
         (c.out_dir, "out_dir is empty; name a directory for this run"),
@@ -435,7 +435,11 @@ def main(argv=None):
             run.evaluate()
         train(cfg, model, {name: scorers[name] for name in rewards.parse(cfg.rewards)}, run)
         run.finish()
-    except (ArithmeticError, rewards.ScorerError) as error:
+    except rewards.ScorerError as error:                        # before an update, so what was done is whole
+        print(f"train.py: {error}", file=sys.stderr)
+        run.save()
+        return 1
+    except ArithmeticError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:
