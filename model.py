@@ -35,7 +35,7 @@ class Flux:
         self.pipe.to(self.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False).eval()
-        self.transformer = self.pipe.transformer.requires_grad_(not frozen)
+        self.transformer = self.net = self.pipe.transformer.requires_grad_(not frozen)                # net: what is called; train.py may wrap it
         if checkpointing:
             self.transformer.enable_gradient_checkpointing()
         step = 2 * self.pipe.vae_scale_factor                   # pixels of one image token: the VAE's 8, packed 2 x 2
@@ -59,7 +59,7 @@ class Flux:
         t = torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(len(x))                # in [0, 1]; FLUX multiplies by 1000
         guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            v = self.transformer(hidden_states=x, timestep=t, guidance=guidance,
+            v = self.net(hidden_states=x, timestep=t, guidance=guidance,
                                  encoder_hidden_states=cond["txt"].repeat_interleave(each, 0),        # (M, L, .)
                                  pooled_projections=cond["vec"].repeat_interleave(each, 0),           # (M, .)
                                  img_ids=self.img_ids, txt_ids=self.img_ids.new_zeros(cond["txt"].shape[1], 3),
