@@ -8,12 +8,17 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, json, math, os, shutil, signal, sys, time
+import argparse, contextlib, json, math, os, shutil, signal, sys, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import rewards
@@ -57,15 +62,22 @@ class Config:
     tau: str = option("dim", "temperature of the policy (Eq. 8): a number, 1 in the paper, or dim for D, a mean over dimensions")
     clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)")
     lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)")
+    lora_rank: int = option(0, "train LoRA adapters of this rank (alpha is twice it) and nothing else; 0: all weights")
+    fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
+    gather: bool = option(False, "with fsdp: keep all weights of the network on every GPU during rollouts, where there is room; faster")
+    ema: float = option(0.0, "decay of an exponential average of the trained weights, which is then evaluated and saved; 0: none")
     weight_decay: float = option(1e-4, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     seed: int = option(0, "of prompts, noise, anchors and steps")
     eval_every: int = option(25, "iterations between evaluations")
     save_every: int = option(50, "iterations between checkpoints; 0: only at the end")
+    keep: int = option(0, "only so many of the newest checkpoints stay; 0: all")
+    max_skips: int = option(10, "updates in a row without a finite gradient that end the run")
     checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
     resume: bool = option(False, "go on from the newest checkpoint in out_dir")
     overwrite: bool = option(False, "delete the run that is in out_dir")
     device: str = option(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses")
     threads: int = option(0, "CPU threads; 0: torch's own choice")
 
     def __post_init__(self):
@@ -126,7 +138,13 @@ def check(c):
         (c.old_anchor in ("replay", "rollout"), f"old_anchor is {c.old_anchor}, but must be replay or rollout"),
         (c.iterations >= 1 and c.prompts_per_iteration >= 1, "iterations and prompts_per_iteration must be at least 1"),
         (c.prompts_per_iteration % WORLD == 0, f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among {WORLD} processes, which hold whole groups"),
-        (c.eval_every >= 1 and c.save_every >= 0, "eval_every must be at least 1, and save_every at least 0"),
+        (c.eval_every >= 1 and c.save_every >= 0 and c.keep >= 0 and c.max_skips >= 1, "eval_every and max_skips must be at least 1, save_every and keep at least 0"),
+        (0 <= c.lora_rank <= 1024, f"lora_rank is {c.lora_rank}, but must lie between 0 and 1024"),
+        (0 <= c.ema < 1, f"ema is {c.ema:g}, but must lie in [0, 1)"),
+        (not c.fsdp or WORLD > 1, "fsdp divides a model among processes, and there is one; start it with torchrun --nproc_per_node"),
+        (not (c.fsdp and c.lora_rank), "fsdp and lora_rank exclude each other; adapters fit on every GPU"),
+        (c.fsdp or not c.gather, "gather is for fsdp"),
+        (c.text_encoder_device in ("", "cpu", "offload"), f"text_encoder_device is {c.text_encoder_device}, but must be empty, cpu or offload"),
         (0 <= c.threads <= 1024, f"threads is {c.threads}, but must lie between 0 and 1024"),
         (0 <= c.seed < 2**63, f"seed is {c.seed}, but must lie between 0 and 2^63"),
         (c.resolution >= 16 and c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
@@ -152,10 +170,10 @@ def check(c):
         if not checkpoints(out):
             raise ValueError(f"there is no checkpoint in {out} to resume from")
         before = json.loads((checkpoints(out)[-1].parents[1] / "state/config.json").read_text())
-        free = ("iterations", "eval_every", "save_every", "checkpointing", "device", "threads", "out_dir", "resume", "overwrite")
+        free = ("iterations", "eval_every", "save_every", "keep", "checkpointing", "fsdp", "gather", "text_encoder_device", "device", "threads", "out_dir", "resume", "overwrite")
         for name, value in asdict(c).items():
             if name not in free and value != before[name]:
-                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:6])} may change")
+                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:10])} may change")
     elif any((out / name).exists() for name in OURS) and not c.overwrite:
         raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
     try:
@@ -251,12 +269,12 @@ def train(cfg, model, scorers, run):
                 loss = -J / (chosen.numel() * len(steps))
                 loss.backward()
                 trained += chosen.numel()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), cfg.max_grad_norm))
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(trained_weights(model), cfg.max_grad_norm)))
             if not norms[-1].isfinite():
                 skipped += RANK == 0                                       # the gradient is everyone's: counted once
                 tqdm.write(f"iter {it + 1}: the gradient is not finite; this update is skipped")
             elif norms[-1] > 0:                                            # else every group was flat, and momentum alone would move the weights
-                run.opt.step()
+                run.step()
             run.opt.zero_grad()
         lap("update")
 
@@ -277,9 +295,27 @@ def train(cfg, model, scorers, run):
 def reward_weights(cfg, count):
     return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * count)
 
+def trained_weights(model):
+    return [w for w in model.transformer.parameters() if w.requires_grad]
+
+def whole(w):
+    """A tensor that FSDP divided among the processes, put together again."""
+    return w.full_tensor() if isinstance(w, DTensor) else w
+
+def spread_out(cfg, model):
+    """Divide the model among the processes (FSDP2: float32 shards, bf16 compute on GPUs), or keep a copy in each (DDP)."""
+    if cfg.fsdp:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if model.device.type == "cuda" else None, reduce_dtype=torch.float32)
+        for part in (*model.blocks(), model.transformer):
+            fully_shard(part, mp_policy=policy, reshard_after_forward=not cfg.gather, mesh=init_device_mesh(model.device.type, (WORLD,)))
+    elif WORLD > 1:
+        model.net = DistributedDataParallel(model.transformer)
+
 def average_gradients(model, now):
     """Whether the next backward pass averages the gradients of all processes. What DistributedDataParallel.no_sync does."""
-    if WORLD > 1:
+    if isinstance(model.transformer, FSDPModule):
+        model.transformer.set_requires_gradient_sync(now)
+    elif WORLD > 1:
         model.net.require_backward_grad_sync = now
 
 def everyone(mine):
@@ -321,14 +357,16 @@ class Run:
 
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
-        self.opt = torch.optim.AdamW(model.transformer.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
+        self.opt = torch.optim.AdamW(trained_weights(model), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
         self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
-        self.iteration, self.saved, self.before, self.stop = 0, None, None, False
-        if cfg.resume:                                          # the weights were loaded from there by main
-            state = torch.load(checkpoints(self.out)[-1], map_location="cpu")
-            self.iteration, self.saved, self.before = state["iteration"], state["iteration"], state["before"]
-            self.opt.load_state_dict(state["opt"])
+        self.ema = [w.detach().clone() for w in trained_weights(model)] if cfg.ema else []
+        self.iteration, self.saved, self.before, self.stop, self.skips = 0, None, None, False, 0
+        if cfg.resume:
+            path = checkpoints(self.out)[-1]
+            books = torch.load(path, map_location="cpu")
+            self.iteration, self.saved, self.before = books["iteration"], books["iteration"], books["before"]
+            self.restore(path.parent / "sharded")
         if RANK == 0:
             self.begin()
         everyone(None)                                          # nobody goes on before the files are there
@@ -348,6 +386,43 @@ class Run:
             (self.out / "log.jsonl").touch()
         (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
         shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
+
+    def state(self):
+        """What torch.distributed.checkpoint writes and reads: trained weights, AdamW's moments, the average; each process its part."""
+        weights, moments = get_state_dict(self.model.transformer, self.opt, options=StateDictOptions(ignore_frozen_params=True))
+        return dict(weights=weights, moments=moments, ema={str(i): w for i, w in enumerate(self.ema)})
+
+    def restore(self, path):
+        """From any number of processes to any other."""
+        dcp.load(state := self.state(), checkpoint_id=path)
+        set_state_dict(self.model.transformer, self.opt, model_state_dict=state["weights"], optim_state_dict=state["moments"],
+                       options=StateDictOptions(strict=False))                    # LoRA: the frozen weights are not in it
+
+    def step(self):
+        self.opt.step()
+        if self.ema:
+            torch._foreach_lerp_(self.ema, trained_weights(self.model), 1 - self.cfg.ema)
+        self.changed()
+
+    def changed(self):
+        """The weights are no longer those that --gather keeps gathered."""
+        if self.cfg.gather:
+            for part in (*self.model.blocks(), self.model.transformer):
+                part.reshard()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has the average of its weights, if one is kept."""
+        kept = [w.detach().clone() for w in trained_weights(self.model)] if self.ema else []
+        self.put(self.ema)
+        yield
+        self.put(kept)
+
+    @torch.no_grad()
+    def put(self, values):
+        for w, value in zip(trained_weights(self.model), values):
+            w.copy_(value)
+        self.changed()
 
     def lines(self):
         lines = (self.out / "log.jsonl").read_text().split("\n")[:-1]         # what follows the last line end was cut off while writing
@@ -393,7 +468,8 @@ class Run:
     def sample(self):
         """Pictures (P, 1, 3, H, W) and {scorer: (P, 1)} of the held-out prompts, of which each process does its share."""
         mine = range(len(self.prompts))[RANK::WORLD]
-        parts = everyone(evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000, chosen=mine))
+        with self.averaged():
+            parts = everyone(evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000, chosen=mine))
         order = torch.tensor([i for rank in range(WORLD) for i in range(len(self.prompts))[rank::WORLD]]).argsort()
         return torch.cat([images for images, _ in parts])[order], {name: torch.cat([scores[name] for _, scores in parts])[order] for name in self.scorers}
 
@@ -401,17 +477,25 @@ class Run:
         """checkpoint-<iteration>/: a FluxPipeline directory, and in state/ what --resume needs. Written aside, then renamed."""
         if self.saved == self.iteration:
             return
-        if not all(w.isfinite().all() for w in self.model.transformer.parameters()):
+        if not all(whole(w.isfinite().all()) for w in trained_weights(self.model)):
             raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}")
+        path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
         if RANK == 0:
-            path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
             shutil.rmtree(aside, ignore_errors=True)
-            self.model.save(aside)
-            (aside / "state").mkdir()
+            (aside / "state").mkdir(parents=True)
+        everyone(None)
+        dcp.save(self.state(), checkpoint_id=aside / "state/sharded")
+        with self.averaged():
+            weights = get_model_state_dict(self.model.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if self.cfg.fsdp else None
+            if RANK == 0:
+                self.model.save(aside, weights)
+        if RANK == 0:
             (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
-            torch.save(dict(iteration=self.iteration, opt=self.opt.state_dict(), before=self.before), aside / "state/state.pt")
+            torch.save(dict(iteration=self.iteration, before=self.before), aside / "state/state.pt")
             shutil.rmtree(path, ignore_errors=True)
             os.replace(aside, path)
+            for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
+                shutil.rmtree(old.parents[1])
         self.saved = self.iteration
         everyone(None)                                          # a process that went on alone might die alone
 
@@ -453,7 +537,7 @@ def draw_curve(lines, path):
 
 def announce(cfg, model, run):
     """What will happen, and what it costs, before it does."""
-    c, count = cfg, sum(p.numel() for p in model.transformer.parameters())
+    c, count = cfg, sum(w.numel() for w in trained_weights(model))
     if RANK:
         return
     forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
@@ -475,17 +559,15 @@ def main(argv=None):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    source = checkpoints(cfg.out_dir)[-1].parents[1] if cfg.resume else cfg.model
     prompts = read_prompts(cfg.prompts) + (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
     try:
         scorers = rewards.load_all(rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}"), cfg.device, prompts)
-        model = Flux(source, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp)
     except (OSError, ValueError, rewards.ScorerError) as error:
         print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    spread_out(cfg, model)
     run = Run(cfg, model, scorers)
-    if WORLD > 1:
-        model.net = DistributedDataParallel(model.transformer)
     announce(cfg, model, run)
     def stop(*_):                                               # Ctrl-C: not in the middle of an update, so that --resume repeats nothing
         run.stop = True
