@@ -8,7 +8,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, contextlib, json, math, os, shutil, signal, sys, time
+import argparse, contextlib, json, math, os, shutil, signal, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -27,6 +27,7 @@ from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process writes its checkpoint alone: that is meant
 HERE = Path(__file__).resolve().parent
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # torchrun's
 
