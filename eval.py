@@ -108,13 +108,14 @@ def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0
     return model.decode(traj[-1])
 
 
-def evaluate(model, scorers, prompts, ts, solver, images_per_prompt=1, seed=0, batch=64):
-    """Sample and score in memory, while training. Returns images (P, n, 3, H, W) uint8 on the CPU and {scorer name: (P, n)}; n = images_per_prompt."""
+def evaluate(model, scorers, prompts, ts, solver, images_per_prompt=1, seed=0, batch=64, chosen=None):
+    """Sample and score in memory, while training; `chosen`: only the prompts at these places. Returns images (P, n, 3, H, W) uint8 on the CPU and {scorer name: (P, n)}; n = images_per_prompt."""
     n, at_once = images_per_prompt, max(1, batch // images_per_prompt)
     images, scores = [], {name: [] for name in scorers}
-    for start in range(0, len(prompts), at_once):
-        some = prompts[start : start + at_once]
-        x = sample(model, some, range(start, start + len(some)), ts, solver, n, seed)                 # (p n, 3, H, W)
+    chosen = range(len(prompts)) if chosen is None else chosen
+    for places in (chosen[k : k + at_once] for k in range(0, len(chosen), at_once)):
+        some = [prompts[i] for i in places]
+        x = sample(model, some, places, ts, solver, n, seed)                                          # (p n, 3, H, W)
         each = [prompt for prompt in some for _ in range(n)]
         for name, scorer in scorers.items():
             scores[name].append(scorer(x, each).cpu())

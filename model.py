@@ -14,6 +14,8 @@ from diffusers import FluxPipeline
 diffusers.utils.logging.disable_progress_bar()                 # of loading and saving; what is worth a bar has one in train.py and eval.py
 transformers.utils.logging.disable_progress_bar()
 
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]      # where LoRA goes
+
 
 class Flux:
     """
@@ -21,21 +23,36 @@ class Flux:
     resolution   side of the square images in pixels, a multiple of twice the VAE's factor (16)
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
     checkpointing  recompute each block's activations in the backward pass: less memory for about a third more time
-    frozen       to be sampled from only: on a GPU the transformer's weights are bf16 too, half the memory
+    frozen       to be sampled from only
+    lora_rank    train adapters of this rank on the attention's projections, and nothing else; 0 trains everything
+    lora         a folder with pytorch_lora_weights.safetensors to sample with
+    text_device  where the text encoders live: "" beside the transformer, "cpu", or "offload", on the CPU between uses
+    sharded      leave the transformer on the CPU; whoever shards it moves it
 
-    The transformer's weights are float32 and are what is trained; on a GPU it runs in bf16 by autocast. The text encoders and
-    the VAE are frozen. Latents and velocities that cross this border are float32.
+    The trained weights are float32; on a GPU the network runs in bf16 by autocast, and frozen weights are bf16 too. The text
+    encoders and the VAE are frozen. Latents and velocities that cross this border are float32.
     """
 
-    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False, frozen=False):
-        self.device = torch.device(device)
+    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False):
+        self.device, self.text_device = torch.device(device), text_device
         small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen else torch.float32, "default": small})
+        self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen or lora_rank else torch.float32, "default": small})
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.to(self.device)
+        self.transformer = self.net = self.pipe.transformer.requires_grad_(not (frozen or lora_rank))        # net: what is called; train.py may wrap it
+        if lora:
+            self.pipe.load_lora_weights(lora)
+        if lora_rank:
+            from peft import LoraConfig
+            self.transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, init_lora_weights="gaussian", target_modules=ATTENTION))
+            for w in self.trained():
+                w.data = w.data.float()
+        if not sharded:
+            self.transformer.to(self.device)
+        self.pipe.vae.to(self.device)
+        for part in (self.pipe.text_encoder, self.pipe.text_encoder_2):
+            part.to("cpu" if text_device else self.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False).eval()
-        self.transformer = self.pipe.transformer.requires_grad_(not frozen)
         if checkpointing:
             self.transformer.enable_gradient_checkpointing()
         step = 2 * self.pipe.vae_scale_factor                   # pixels of one image token: the VAE's 8, packed 2 x 2
@@ -46,12 +63,24 @@ class Flux:
         self.img_ids = FluxPipeline._prepare_latent_image_ids(1, self.side, self.side, self.device, torch.float32)   # (N, 3)
         self.guidance = guidance if self.transformer.config.guidance_embeds else None
 
+    def trained(self):
+        return [w for w in self.transformer.parameters() if w.requires_grad]
+
+    def blocks(self):
+        """What is gathered, recomputed and compiled one at a time."""
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
     @torch.no_grad()
     def encode(self, prompts):
         """P prompts -> what `velocity` wants to know of them: dict(txt (P, L, .) from T5, vec (P, .) from CLIP)."""
         length = min(512, self.pipe.tokenizer_2.model_max_length)                # 512 for FLUX.1-dev
-        txt, vec, _ = self.pipe.encode_prompt(prompts, None, self.device, max_sequence_length=length)
-        return dict(txt=txt, vec=vec)
+        encoders, where = (self.pipe.text_encoder, self.pipe.text_encoder_2), "cpu" if self.text_device == "cpu" else self.device
+        for part in encoders:
+            part.to(where)
+        txt, vec, _ = self.pipe.encode_prompt(prompts, None, where, max_sequence_length=length)
+        for part in encoders if self.text_device == "offload" else ():
+            part.to("cpu")
+        return dict(txt=txt.to(self.device), vec=vec.to(self.device))
 
     def velocity(self, x, t, cond):
         """v_theta(x, t): x (M, N, C), t a time or (M,) of them, cond of P prompts, of which each owns M/P rows in turn -> (M, N, C)."""
@@ -59,7 +88,7 @@ class Flux:
         t = torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(len(x))                # in [0, 1]; FLUX multiplies by 1000
         guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            v = self.transformer(hidden_states=x, timestep=t, guidance=guidance,
+            v = self.net(hidden_states=x, timestep=t, guidance=guidance,
                                  encoder_hidden_states=cond["txt"].repeat_interleave(each, 0),        # (M, L, .)
                                  pooled_projections=cond["vec"].repeat_interleave(each, 0),           # (M, .)
                                  img_ids=self.img_ids, txt_ids=self.img_ids.new_zeros(cond["txt"].shape[1], 3),
@@ -78,6 +107,20 @@ class Flux:
         z = self.unpack(x) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
-    def save(self, path):
-        """Write a directory that `FluxPipeline.from_pretrained` loads."""
-        self.pipe.save_pretrained(path)
+    def save(self, path, weights=None):
+        """Write a directory that `FluxPipeline.from_pretrained` loads, or with LoRA one for its `load_lora_weights`. `weights`: {name: tensor} of
+        what was trained, where it is not in the transformer itself, whole."""
+        if not hasattr(self.transformer, "peft_config"):
+            whole = self.transformer
+            if weights is not None:
+                with torch.device("meta"):
+                    whole = type(self.transformer).from_config(self.transformer.config)
+                whole.load_state_dict(weights, assign=True)
+            kept, self.pipe.transformer = self.pipe.transformer, whole
+            self.pipe.save_pretrained(path)
+            self.pipe.transformer = kept
+            return
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft import get_peft_model_state_dict
+        adapters = get_peft_model_state_dict(self.transformer, state_dict=weights)
+        FluxPipeline.save_lora_weights(path, adapters, **_collate_lora_metadata({"transformer": self.transformer}))

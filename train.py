@@ -4,15 +4,22 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python train.py                                   # the small FLUX in tiny/: minutes on two CPU cores, no download
     python train.py --rewards clip,jpeg --reward_weights 2,1 --out_dir out/two     # other rewards
-    python train.py --preset dpm8 --prompts hpdv2_train       # FLUX.1-dev, a row of the paper's Table 3, with its three rewards
+    torchrun --nproc_per_node 8 train.py --preset dpm8 --prompts hpdv2_train       # FLUX.1-dev, a row of the paper's Table 3, with its three rewards
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, json, math, os, shutil, signal, sys, time
+import argparse, contextlib, json, math, os, shutil, signal, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import rewards
 from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts, split, spread
@@ -20,7 +27,9 @@ from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process writes its checkpoint alone: that is meant
 HERE = Path(__file__).resolve().parent
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # torchrun's
 
 # ---------------------------------------------------------------------------------------------------------------
 # settings: defaults < preset < command line
@@ -41,7 +50,7 @@ class Config:
     guidance: float = option(3.5, "FLUX's guidance input")
     shift: float = option(3.0, "timestep shift of the schedule")
     iterations: int = option(300, "M of Algorithm 1 (Sec. 4)")
-    prompts_per_iteration: int = option(1, "groups in an iteration")
+    prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; 0: one each (Sec. 4)")
     group_size: int = option(12, "G, candidates in a group (Table 3)")
     num_anchors: int = option(4, "B, anchors drawn from the G (Sec. 3.4.1, Table 5)")
     num_rollout_steps: int = option(8, "T, steps of a rollout (NFE_old, Table 3)")
@@ -54,16 +63,26 @@ class Config:
     tau: str = option("dim", "temperature of the policy (Eq. 8): a number, 1 in the paper, or dim for D, a mean over dimensions")
     clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)")
     lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)")
+    lora_rank: int = option(0, "train LoRA adapters of this rank (alpha is twice it) and nothing else; 0: all weights")
+    fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
+    gather: bool = option(False, "with fsdp: keep all weights of the network on every GPU during rollouts, where there is room; faster")
+    ema: float = option(0.0, "decay of an exponential average of the trained weights, which is then evaluated and saved; 0: none")
     weight_decay: float = option(1e-4, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     seed: int = option(0, "of prompts, noise, anchors and steps")
     eval_every: int = option(25, "iterations between evaluations")
     save_every: int = option(50, "iterations between checkpoints; 0: only at the end")
+    keep: int = option(0, "only so many of the newest checkpoints stay; 0: all")
+    max_skips: int = option(10, "updates in a row without a finite gradient that end the run")
     checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
     resume: bool = option(False, "go on from the newest checkpoint in out_dir")
     overwrite: bool = option(False, "delete the run that is in out_dir")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    device: str = option(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses")
     threads: int = option(0, "CPU threads; 0: torch's own choice")
+
+    def __post_init__(self):
+        self.prompts_per_iteration = self.prompts_per_iteration or WORLD
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
@@ -87,10 +106,13 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{"out_dir": f"out/{preset}", **PRESETS[preset], **given})
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):    # torchrun --max-restarts began us anew after a process died
+        cfg.resume = bool(checkpoints(cfg.out_dir))
+        cfg.overwrite = not cfg.resume
     try:
         check(cfg)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(str(error)) if RANK == 0 else sys.exit(2)
     return cfg
 
 def check(c):
@@ -116,7 +138,14 @@ def check(c):
         (c.solver in ("ddim", "dpmpp_2m"), f"solver is {c.solver}, but must be ddim or dpmpp_2m"),
         (c.old_anchor in ("replay", "rollout"), f"old_anchor is {c.old_anchor}, but must be replay or rollout"),
         (c.iterations >= 1 and c.prompts_per_iteration >= 1, "iterations and prompts_per_iteration must be at least 1"),
-        (c.eval_every >= 1 and c.save_every >= 0, "eval_every must be at least 1, and save_every at least 0"),
+        (c.prompts_per_iteration % WORLD == 0, f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among {WORLD} processes, which hold whole groups"),
+        (c.eval_every >= 1 and c.save_every >= 0 and c.keep >= 0 and c.max_skips >= 1, "eval_every and max_skips must be at least 1, save_every and keep at least 0"),
+        (0 <= c.lora_rank <= 1024, f"lora_rank is {c.lora_rank}, but must lie between 0 and 1024"),
+        (0 <= c.ema < 1, f"ema is {c.ema:g}, but must lie in [0, 1)"),
+        (not c.fsdp or WORLD > 1, "fsdp divides a model among processes, and there is one; start it with torchrun --nproc_per_node"),
+        (not (c.fsdp and c.lora_rank), "fsdp and lora_rank exclude each other; adapters fit on every GPU"),
+        (c.fsdp or not c.gather, "gather is for fsdp"),
+        (c.text_encoder_device in ("", "cpu", "offload"), f"text_encoder_device is {c.text_encoder_device}, but must be empty, cpu or offload"),
         (0 <= c.threads <= 1024, f"threads is {c.threads}, but must lie between 0 and 1024"),
         (0 <= c.seed < 2**63, f"seed is {c.seed}, but must lie between 0 and 2^63"),
         (c.resolution >= 16 and c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
@@ -142,10 +171,10 @@ def check(c):
         if not checkpoints(out):
             raise ValueError(f"there is no checkpoint in {out} to resume from")
         before = json.loads((checkpoints(out)[-1].parents[1] / "state/config.json").read_text())
-        free = ("iterations", "eval_every", "save_every", "checkpointing", "device", "threads", "out_dir", "resume", "overwrite")
+        free = ("iterations", "eval_every", "save_every", "keep", "checkpointing", "fsdp", "gather", "text_encoder_device", "device", "threads", "out_dir", "resume", "overwrite")
         for name, value in asdict(c).items():
             if name not in free and value != before[name]:
-                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:6])} may change")
+                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:10])} may change")
     elif any((out / name).exists() for name in OURS) and not c.overwrite:
         raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
     try:
@@ -165,11 +194,11 @@ def _number(text):
 def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
-def draw(cfg, it, prompts, latent_shape):
-    """Everything random in iteration `it`: P prompts, eps* (P, N, C), delta (P, G, N, C), anchors (P, B), steps [K]."""
-    P, chosen, eps_star, delta, anchors = cfg.prompts_per_iteration, [], [], [], []
-    for group in range(P):
-        epoch, place = divmod(it * P + group, len(prompts))                     # each prompt once before any comes twice
+def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
+    """Everything random in iteration `it` for this process's P of all the groups: P prompts, eps* (P, N, C), delta (P, G, N, C), anchors (P, B); steps [K]."""
+    P, chosen, eps_star, delta, anchors = cfg.prompts_per_iteration // world, [], [], [], []
+    for group in range(rank * P, rank * P + P):
+        epoch, place = divmod(it * cfg.prompts_per_iteration + group, len(prompts))          # each prompt once before any comes twice
         chosen.append(prompts[torch.randperm(len(prompts), generator=generator(cfg.seed, 1, epoch))[place]])
         rng = generator(cfg.seed, 2, it, group)
         eps_star.append(torch.randn(latent_shape, generator=rng))
@@ -183,15 +212,15 @@ def draw(cfg, it, prompts, latent_shape):
 
 def train(cfg, model, scorers, run):
     """The iterations that are left. `scorers` are what is trained on; `run` holds the optimizer and keeps the books."""
-    P, G, U = cfg.prompts_per_iteration, cfg.group_size, cfg.updates_per_iteration
+    P, G, U = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.updates_per_iteration           # P groups of this process's own
     prompts, weights = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                                                   # (T+1,)
     tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P)[:, None]                                                                    # (P, 1)  with anchors (P, b), picks from (P, G, ...)
 
-    bar = tqdm(range(run.iteration, cfg.iterations), initial=run.iteration, total=cfg.iterations, desc="train", disable=None)
+    bar = tqdm(range(run.iteration, cfg.iterations), initial=run.iteration, total=cfg.iterations, desc="train", disable=True if RANK else None)
     for it in bar:
-        if run.stop:
+        if any(everyone(run.stop)):
             break
         # Draw prompts, noise, anchors and steps
         seconds, lap = stopwatch(model.device)
@@ -224,6 +253,7 @@ def train(cfg, model, scorers, run):
         log_rhos, norms, trained = [], [], 0
         for chosen in anchors.chunk(U, dim=1):                                                        # (P, b), b = B / U anchors of each group
             for k in steps:                                                                           # K of the first T-1
+                average_gradients(model, k == steps[-1])                   # over the processes: once an update, not once a step
                 x_t = traj[k][row, chosen]                                                            # (P, b, N, C)
                 v = model.velocity(x_t.flatten(0, 1), ts[k], cond).unflatten(0, chosen.shape)
                 anchor = ddim_step(x_t, v, ts[k], ts[k + 1])                                          # (P, b, N, C)        the only gradient
@@ -240,24 +270,24 @@ def train(cfg, model, scorers, run):
                 loss = -J / (chosen.numel() * len(steps))
                 loss.backward()
                 trained += chosen.numel()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), cfg.max_grad_norm))
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(trained_weights(model), cfg.max_grad_norm)))
             if not norms[-1].isfinite():
-                skipped += 1
+                skipped += RANK == 0                                       # the gradient is everyone's: counted once
                 tqdm.write(f"iter {it + 1}: the gradient is not finite; this update is skipped")
-            elif A.any():                                                  # else momentum alone would move the weights
-                run.opt.step()
+            elif norms[-1] > 0:                                            # else every group was flat, and momentum alone would move the weights
+                run.step()
             run.opt.zero_grad()
         lap("update")
 
         # Print what means something: not the loss, which is 0 before the first update whatever the model does
         log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), first update first
         reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()                 # (P, G)
-        reward[~finite] = torch.nan                                                                   # left out of the means
+        for r in (reward, *scores.values()):
+            r[~finite] = torch.nan                                                                    # left out of the means
         run.log(bar, dict(
-            iter=it + 1, reward=reward.nanmean().item(), reward_std=reward.std(1).nanmean().item(), **{name: s[finite].mean().item() for name, s in scores.items()},
-            first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(), clip_fraction=clip_fraction(log_rhos, cfg.clip_eps).item(),
-            grad_norm=torch.stack(norms).mean().item(), flat_groups=int((A == 0).all(1)[finite].sum()), skipped=skipped + int((~finite).sum()),
-            **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)), scorers.keys())
+            iter=it + 1, reward=reward, reward_std=reward.std(1), **scores, first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(),
+            clip_fraction=clip_fraction(log_rhos, cfg.clip_eps)[None], grad_norm=torch.stack(norms), flat_groups=int((A == 0).all(1)[finite].sum()),
+            skipped=skipped + int((~finite).sum()), **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)), scorers.keys())
         if (it + 1) % cfg.eval_every == 0 and it + 1 < cfg.iterations:
             run.evaluate()
         if cfg.save_every and (it + 1) % cfg.save_every == 0 and it + 1 < cfg.iterations:
@@ -265,6 +295,44 @@ def train(cfg, model, scorers, run):
 
 def reward_weights(cfg, count):
     return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * count)
+
+def trained_weights(model):
+    return [w for w in model.transformer.parameters() if w.requires_grad]
+
+def whole(w):
+    """A tensor that FSDP divided among the processes, put together again."""
+    return w.full_tensor() if isinstance(w, DTensor) else w
+
+def spread_out(cfg, model):
+    """Divide the model among the processes (FSDP2: float32 shards, bf16 compute on GPUs), or keep a copy in each (DDP)."""
+    if cfg.fsdp:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if model.device.type == "cuda" else None, reduce_dtype=torch.float32)
+        for part in (*model.blocks(), model.transformer):
+            fully_shard(part, mp_policy=policy, reshard_after_forward=not cfg.gather, mesh=init_device_mesh(model.device.type, (WORLD,)))
+    elif WORLD > 1:
+        model.net = DistributedDataParallel(model.transformer)
+
+def average_gradients(model, now):
+    """Whether the next backward pass averages the gradients of all processes. What DistributedDataParallel.no_sync does."""
+    if isinstance(model.transformer, FSDPModule):
+        model.transformer.set_requires_gradient_sync(now)
+    elif WORLD > 1:
+        model.net.require_backward_grad_sync = now
+
+def everyone(mine):
+    """Something small of every process, in order of rank."""
+    if WORLD == 1:
+        return [mine]
+    dist.all_gather_object(all_of_us := [None] * WORLD, mine)
+    return all_of_us
+
+def merge(lines):
+    """The log lines of all processes as one: means over groups, sums of counts, the slowest clock and the largest ratio."""
+    def one(key, values):
+        if isinstance(values[0], torch.Tensor):
+            return torch.cat([value.cpu() for value in values]).nanmean().item()
+        return sum(values) if key in ("flat_groups", "skipped") else max(values)
+    return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
 
 def stopwatch(device):
     """A dict of seconds per phase, and a function that ends a phase: one host synchronisation each."""
@@ -290,14 +358,23 @@ class Run:
 
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
-        self.opt = torch.optim.AdamW(model.transformer.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
+        self.opt = torch.optim.AdamW(trained_weights(model), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
         self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
-        self.iteration, self.saved, self.before, self.stop = 0, None, None, False
-        if cfg.resume:                                          # the weights were loaded from there by main
-            state = torch.load(checkpoints(self.out)[-1], map_location="cpu")
-            self.iteration, self.saved, self.before = state["iteration"], state["iteration"], state["before"]
-            self.opt.load_state_dict(state["opt"])
+        self.ema = [w.detach().clone() for w in trained_weights(model)] if cfg.ema else []
+        self.iteration, self.saved, self.before, self.stop, self.skips = 0, None, None, False, 0
+        if cfg.resume:
+            path = checkpoints(self.out)[-1]
+            books = torch.load(path, map_location="cpu")
+            self.iteration, self.saved, self.before = books["iteration"], books["iteration"], books["before"]
+            self.restore(path.parent / "sharded")
+        if RANK == 0:
+            self.begin()
+        everyone(None)                                          # nobody goes on before the files are there
+
+    def begin(self):
+        """The files of a new run, or those of a resumed one as they were at its checkpoint."""
+        if self.cfg.resume:
             kept = [line for line in self.lines() if line["iter"] <= self.iteration]
             (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(self.out / "log.new", self.out / "log.jsonl")
@@ -308,8 +385,45 @@ class Run:
                 shutil.rmtree(path.parents[1])
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "log.jsonl").touch()
-        (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+        (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
         shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
+
+    def state(self):
+        """What torch.distributed.checkpoint writes and reads: trained weights, AdamW's moments, the average; each process its part."""
+        weights, moments = get_state_dict(self.model.transformer, self.opt, options=StateDictOptions(ignore_frozen_params=True))
+        return dict(weights=weights, moments=moments, ema={str(i): w for i, w in enumerate(self.ema)})
+
+    def restore(self, path):
+        """From any number of processes to any other."""
+        dcp.load(state := self.state(), checkpoint_id=path)
+        set_state_dict(self.model.transformer, self.opt, model_state_dict=state["weights"], optim_state_dict=state["moments"],
+                       options=StateDictOptions(strict=False))                    # LoRA: the frozen weights are not in it
+
+    def step(self):
+        self.opt.step()
+        if self.ema:
+            torch._foreach_lerp_(self.ema, trained_weights(self.model), 1 - self.cfg.ema)
+        self.changed()
+
+    def changed(self):
+        """The weights are no longer those that --gather keeps gathered."""
+        if self.cfg.gather:
+            for part in (*self.model.blocks(), self.model.transformer):
+                part.reshard()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has the average of its weights, if one is kept."""
+        kept = [w.detach().clone() for w in trained_weights(self.model)] if self.ema else []
+        self.put(self.ema)
+        yield
+        self.put(kept)
+
+    @torch.no_grad()
+    def put(self, values):
+        for w, value in zip(trained_weights(self.model), values):
+            w.copy_(value)
+        self.changed()
 
     def lines(self):
         lines = (self.out / "log.jsonl").read_text().split("\n")[:-1]         # what follows the last line end was cut off while writing
@@ -320,8 +434,10 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def log(self, bar, line, names):
-        """One line of log.jsonl, and the same numbers to be read and grepped."""
-        self.iteration = line["iter"]
+        """One line of log.jsonl, of all processes, and the same numbers to be read and grepped."""
+        self.iteration, line = line["iter"], merge(everyone(line))
+        if RANK:
+            return
         self.write(line)
         each = " ".join(f"{name} {line[name]:.4f}" for name in names) + " | " if len(names) > 1 else ""
         memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if self.model.device.type == "cuda" else ""
@@ -334,7 +450,7 @@ class Run:
         """Held-out prompts, always from the same noise: rewards and watchers into the log; the first pictures are kept to compare with."""
         if not self.prompts:
             return
-        images, scores = evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000)
+        images, scores = self.sample()
         line = dict(iter=self.iteration)
         for name in scores:
             line[f"eval_{name}"], line[f"eval_{name}_stderr"] = mean_and_stderr(scores[name])
@@ -342,32 +458,54 @@ class Run:
             self.before = dict(images=images[:, 0], scores=scores)
         for name in scores:                                     # prompt by prompt, same noise: a finer comparison than two means
             line[f"eval_{name}_gain"], line[f"eval_{name}_gain_stderr"] = mean_and_stderr(scores[name] - self.before["scores"][name])
+        if RANK:
+            return images[:, 0]
         if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):     # a resumed run evaluates its last state again
             self.write(line)
         tqdm.write(f"eval {self.iteration:03d} | {len(self.prompts)} held-out prompts | " + " | ".join(
             f"{name} {line[f'eval_{name}']:.4f} +- {line[f'eval_{name}_stderr']:.4f}, gain {line[f'eval_{name}_gain']:+.4f} +- {line[f'eval_{name}_gain_stderr']:.4f}" for name in scores))
         return images[:, 0]
 
+    def sample(self):
+        """Pictures (P, 1, 3, H, W) and {scorer: (P, 1)} of the held-out prompts, of which each process does its share."""
+        mine = range(len(self.prompts))[RANK::WORLD]
+        with self.averaged():
+            parts = everyone(evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000, chosen=mine))
+        order = torch.tensor([i for rank in range(WORLD) for i in range(len(self.prompts))[rank::WORLD]]).argsort()
+        return torch.cat([images for images, _ in parts])[order], {name: torch.cat([scores[name] for _, scores in parts])[order] for name in self.scorers}
+
     def save(self):
         """checkpoint-<iteration>/: a FluxPipeline directory, and in state/ what --resume needs. Written aside, then renamed."""
         if self.saved == self.iteration:
             return
-        if not all(w.isfinite().all() for w in self.model.transformer.parameters()):
+        if not all(whole(w.isfinite().all()) for w in trained_weights(self.model)):
             raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
-        shutil.rmtree(aside, ignore_errors=True)
-        self.model.save(aside)
-        (aside / "state").mkdir()
-        (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
-        torch.save(dict(iteration=self.iteration, opt=self.opt.state_dict(), before=self.before), aside / "state/state.pt")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
+        if RANK == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "state").mkdir(parents=True)
+        everyone(None)
+        dcp.save(self.state(), checkpoint_id=aside / "state/sharded")
+        with self.averaged():
+            weights = get_model_state_dict(self.model.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if self.cfg.fsdp else None
+            if RANK == 0:
+                self.model.save(aside, weights)
+        if RANK == 0:
+            (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+            torch.save(dict(iteration=self.iteration, before=self.before), aside / "state/state.pt")
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+            for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
+                shutil.rmtree(old.parents[1])
         self.saved = self.iteration
+        everyone(None)                                          # a process that went on alone might die alone
 
     def finish(self):
         """The last checkpoint, and pictures of what happened."""
         self.save()
         after = self.evaluate()
+        if RANK:
+            return
         if after is not None:
             show = spread(len(self.prompts), 8)
             rows = {"base": self.before["images"][show], f"aligned, {self.iteration} iterations": after[show]}
@@ -400,7 +538,9 @@ def draw_curve(lines, path):
 
 def announce(cfg, model, run):
     """What will happen, and what it costs, before it does."""
-    c, count = cfg, sum(p.numel() for p in model.transformer.parameters())
+    c, count = cfg, sum(w.numel() for w in trained_weights(model))
+    if RANK:
+        return
     forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
     print(f"model      {c.model}: {count / 1e6:.1f} M trained parameters, {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} held out\n"
@@ -408,28 +548,34 @@ def announce(cfg, model, run):
           f"iteration  {c.prompts_per_iteration} prompts x G {c.group_size} x T {c.num_rollout_steps} = {forwards} forwards ({c.solver}), "
           f"{c.prompts_per_iteration} x B {c.num_anchors} x K {c.num_train_steps} = {trained} trained steps in {c.updates_per_iteration} update{'s' * (c.updates_per_iteration > 1)}; "
           f"NFE_old {c.num_rollout_steps}, NFE_theta {c.num_anchors * c.num_train_steps / c.group_size:.2f}\n"
-          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into {c.out_dir}/", flush=True)
+          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into {c.out_dir}/" + (f", {WORLD} processes with {c.prompts_per_iteration // WORLD} groups each" if WORLD > 1 else ""), flush=True)
 
 def main(argv=None):
+    if WORLD > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     cfg = parse_config(argv)
+    everyone(None)                                              # all have looked at out_dir before anybody writes there
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    source = checkpoints(cfg.out_dir)[-1].parents[1] if cfg.resume else cfg.model
     prompts = read_prompts(cfg.prompts) + (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
     try:
         scorers = rewards.load_all(rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}"), cfg.device, prompts)
-        model = Flux(source, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp)
     except (OSError, ValueError, rewards.ScorerError) as error:
         print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    spread_out(cfg, model)
     run = Run(cfg, model, scorers)
     announce(cfg, model, run)
     def stop(*_):                                               # Ctrl-C: not in the middle of an update, so that --resume repeats nothing
         run.stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this iteration, with a checkpoint and pictures; Ctrl-C again stops at once, without")
-    previous = signal.signal(signal.SIGINT, stop)
+        if RANK == 0:
+            tqdm.write("stopping after this iteration, with a checkpoint and pictures; Ctrl-C again stops at once, without")
+    previous = {sign: signal.signal(sign, stop) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
         if run.before is None:
             run.evaluate()
@@ -443,7 +589,8 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
 
 if __name__ == "__main__":
     sys.exit(main())

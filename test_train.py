@@ -1,0 +1,212 @@
+"""
+train.py on several processes, with adapters, interrupted and killed. One test per sentence.
+
+    python -m pytest -q test_train.py       # two processes on the CPU (gloo), the small world
+    python test_train.py --kills 20         # kill -9 of a random process at a random moment, again and again, then compare; some minutes
+"""
+import argparse, json, os, random, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+import pytest
+import torch
+from torch.testing import assert_close
+import cpu_torchvision                                                     # noqa: F401  (before diffusers)
+from diffusers import FluxPipeline
+import train
+from model import Flux
+
+torch.set_num_threads(1)
+HERE = Path(__file__).resolve().parent
+FLUX = HERE / "tiny/flux"
+SHORT = ("--prompts_per_iteration 2 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --eval_every 100 --save_every 2 --threads 1 "
+         "--eval_scorers").split() + ["", "--eval_prompts", ""]
+PORT = random.randrange(20000, 40000)
+
+
+def torchrun(out, *more, processes=2, restarts=0):
+    """The command line of a short run on the CPU, and the environment it wants."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts", str(restarts), "--master_port", str(PORT),
+               "train.py", *SHORT, "--out_dir", str(out), *more]
+    return dict(args=command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*args, **kwargs):
+    done = subprocess.run(**torchrun(*args, **kwargs), timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(out, iteration):
+    return FluxPipeline.from_pretrained(Path(out) / f"checkpoint-{iteration}").transformer.state_dict()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Four iterations in one process, and one checkpoint half way."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert train.main([*SHORT, "--iterations", "4", "--out_dir", str(out)]) is None
+    return out
+
+
+# ================================================================================================ several processes
+
+@pytest.mark.parametrize("how", [[], ["--fsdp"], ["--fsdp", "--gather"]], ids=["ddp", "fsdp2", "fsdp2-gathered"])
+def test_two_processes_make_the_run_of_one(how, alone, tmp_path):
+    printed = run(tmp_path / "run", "--iterations", "4", *how)
+    assert "2 processes with 1 groups each" in printed and printed.count("iter 004/4") == 1
+    for ours, theirs in zip(lines_of(tmp_path / "run"), lines_of(alone), strict=True):
+        assert ours["iter"] == theirs["iter"] and ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
+        assert ours["reward_std"] == pytest.approx(theirs["reward_std"], abs=1e-5) and ours["first_ratio"] < 1e-5
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+    a, b, start = weights_of(tmp_path / "run", 4), weights_of(alone, 4), Flux(FLUX, 64).transformer.state_dict()
+    for name in b:
+        assert_close(a[name], b[name], rtol=0, atol=1e-4)
+    assert max((b[name] - start[name]).abs().max() for name in b) > 3e-4       # they went somewhere
+
+
+def test_a_run_of_two_processes_is_resumed_by_one_and_ends_where_it_would_have(alone, tmp_path):
+    run(tmp_path / "run", "--iterations", "2", "--fsdp")
+    assert train.main([*SHORT, "--iterations", "4", "--out_dir", str(tmp_path / "run"), "--resume"]) is None
+    for ours, theirs in zip(lines_of(tmp_path / "run"), lines_of(alone), strict=True):
+        assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
+    a, b = weights_of(tmp_path / "run", 4), weights_of(alone, 4)
+    assert all((a[name] - b[name]).abs().max() < 1e-4 for name in b)
+
+
+def test_what_is_drawn_for_a_group_does_not_depend_on_the_number_of_processes():
+    cfg, prompts = train.Config(prompts_per_iteration=4), [str(i) for i in range(7)]
+    whole = train.draw(cfg, 5, prompts, (4, 3), rank=0, world=1)
+    halves = [train.draw(cfg, 5, prompts, (4, 3), rank=rank, world=2) for rank in (0, 1)]
+    assert halves[0][0] + halves[1][0] == whole[0] and halves[0][4] == halves[1][4] == whole[4]
+    assert all(torch.equal(torch.cat([a, b]), c) for a, b, c in zip(halves[0][1:4], halves[1][1:4], whole[1:4]))
+
+
+def test_groups_that_do_not_divide_among_the_processes_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(SystemExit) as exit:
+        train.parse_config(["--prompts_per_iteration", "3", "--out_dir", str(tmp_path / "run")])
+    assert exit.value.code == 2 and "prompts_per_iteration is 3, but must be divisible among 2 processes" in capsys.readouterr().err
+    monkeypatch.setattr(train, "WORLD", 8)
+    (tmp_path / "p.txt").write_text("a\n")
+    cfg = train.parse_config(["--preset", "dpm8", "--model", str(FLUX), "--prompts", str(tmp_path / "p.txt"), "--out_dir", str(tmp_path / "run"), "--rewards", "jpeg"])
+    assert cfg.prompts_per_iteration == 8                                     # one each, as in the paper
+
+
+def test_log_lines_of_processes_are_merged_by_what_they_count():
+    nan = float("nan")
+    lines = [dict(iter=3, reward=torch.tensor([[1.0, 3.0], [nan, nan]]), flat_groups=1, skipped=1, first_ratio=0.1, seconds_rollout=2.0, nfe_old=8),
+             dict(iter=3, reward=torch.tensor([[5.0, 5.0], [5.0, 5.0]]), flat_groups=2, skipped=0, first_ratio=0.3, seconds_rollout=1.0, nfe_old=8)]
+    assert train.merge(lines) == dict(iter=3, reward=4.0, flat_groups=3, skipped=1, first_ratio=0.3, seconds_rollout=2.0, nfe_old=8)
+
+
+# ================================================================================================ weights
+
+def test_adamw_in_pure_bf16_rounds_the_papers_steps_away_and_float32_masters_do_not():
+    """lr 1e-5 on weights of a transformer's size: a bf16 number near 0.03 has neighbours 1e-4 away."""
+    moved = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        w = (0.03 * torch.randn(10_000)).bfloat16().to(dtype).requires_grad_()
+        start, opt = w.detach().clone(), torch.optim.AdamW([w], lr=1e-5, weight_decay=1e-4)
+        for _ in range(20):
+            w.grad = torch.ones_like(w)
+            opt.step()
+        moved[dtype] = (start - w.detach()).float()
+    assert_close(moved[torch.float32], torch.full((10_000,), 2e-4), rtol=0.01, atol=0)                 # twenty steps of lr
+    assert (moved[torch.bfloat16] == 0).float().mean() > 0.8
+
+
+@torch.no_grad()
+def test_lora_trains_adapters_alone_begins_at_the_base_and_is_loaded_by_diffusers(tmp_path):
+    base, out = Flux(FLUX, 64), tmp_path / "run"
+    x, cond = torch.randn(2, *base.latent_shape), base.encode(["a red apple", "an octopus"])
+    model = Flux(FLUX, 64, lora_rank=4)
+    assert torch.equal(model.velocity(x, 0.5, cond), base.velocity(x, 0.5, cond))
+    assert sum(w.numel() for w in model.trained()) < 0.02 * sum(w.numel() for w in base.trained())
+    with torch.enable_grad():
+        train.main([*SHORT, "--iterations", "2", "--lora_rank", "4", "--lr", "1e-2", "--out_dir", str(out)])
+    pipe = FluxPipeline.from_pretrained(FLUX)
+    pipe.load_lora_weights(out / "checkpoint-2")
+    model = Flux(FLUX, 64, lora_rank=4)                                       # the same weights, from the sharded state
+    cfg = train.parse_config([*SHORT, "--iterations", "3", "--lora_rank", "4", "--lr", "1e-2", "--out_dir", str(out), "--resume"])
+    assert train.Run(cfg, model, {}).iteration == 2
+    velocity = pipe.transformer(hidden_states=x, timestep=torch.full((2,), 0.5), guidance=torch.full((2,), 3.5), encoder_hidden_states=cond["txt"], pooled_projections=cond["vec"],
+                                img_ids=base.img_ids, txt_ids=torch.zeros(16, 3), return_dict=False)[0]
+    assert_close(velocity, model.velocity(x, 0.5, cond), rtol=0, atol=1e-5)
+    assert (velocity - base.velocity(x, 0.5, cond)).abs().max() > 1e-3
+    frozen = Flux(FLUX, 64, frozen=True, lora=str(out / "checkpoint-2"))
+    assert_close(frozen.velocity(x, 0.5, cond), velocity, rtol=0, atol=1e-5)
+
+
+def test_a_lora_run_that_was_interrupted_ends_bit_equal(tmp_path):
+    lora = [*SHORT, "--lora_rank", "4", "--lr", "1e-3", "--ema", "0.5"]
+    train.main([*lora, "--iterations", "4", "--out_dir", str(tmp_path / "once")])
+    train.main([*lora, "--iterations", "2", "--out_dir", str(tmp_path / "twice")])
+    train.main([*lora, "--iterations", "4", "--out_dir", str(tmp_path / "twice"), "--resume"])
+    a, b = ((tmp_path / name / "checkpoint-4/pytorch_lora_weights.safetensors").read_bytes() for name in ("once", "twice"))
+    assert a == b
+
+
+def test_the_average_of_weights_is_what_is_saved_and_the_weights_themselves_go_on(tmp_path, alone):
+    train.main([*SHORT, "--iterations", "4", "--ema", "0.5", "--save_every", "1", "--updates_per_iteration", "1", "--out_dir", str(tmp_path / "ema")])
+    train.main([*SHORT, "--iterations", "4", "--save_every", "1", "--updates_per_iteration", "1", "--out_dir", str(tmp_path / "raw")])
+    mean = Flux(FLUX, 64).transformer.state_dict()
+    for i in range(1, 5):
+        raw, saved = weights_of(tmp_path / "raw", i), weights_of(tmp_path / "ema", i)
+        for name in mean:
+            mean[name] = 0.5 * mean[name] + 0.5 * raw[name]
+            assert_close(saved[name], mean[name], rtol=0, atol=1e-7)
+    assert [line["reward"] for line in lines_of(tmp_path / "ema")] == [line["reward"] for line in lines_of(tmp_path / "raw")]
+
+
+def test_text_encoders_say_the_same_wherever_they_live():
+    a, b = Flux(FLUX, 64).encode(["a red apple"]), Flux(FLUX, 64, text_device="offload").encode(["a red apple"])
+    assert torch.equal(a["txt"], b["txt"]) and torch.equal(a["vec"], b["vec"])
+
+
+# ================================================================================================ what long runs meet
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train.main([*SHORT, "--iterations", "4", "--save_every", "1", "--keep", "2", "--out_dir", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_sigterm_ends_all_processes_after_an_iteration_with_a_checkpoint(tmp_path):
+    process = subprocess.Popen(**torchrun(tmp_path / "run", "--iterations", "1000"))
+    for line in process.stdout:
+        if line.startswith("iter 003"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    done = max(line["iter"] for line in lines_of(tmp_path / "run"))
+    assert 3 <= done < 1000 and (tmp_path / f"run/checkpoint-{done}/state/state.pt").is_file()
+
+
+def kill_until_done(out, iterations, kills, seed=0):
+    """torchrun with restarts; kill -9 one of its two processes at random moments. Returns how many were killed."""
+    rng, killed = random.Random(seed), 0
+    process = subprocess.Popen(**{**torchrun(out, "--iterations", str(iterations), "--save_every", "1", restarts=kills + 1), "stdout": subprocess.DEVNULL})
+    while process.poll() is None:
+        time.sleep(rng.uniform(8, 16) if killed < kills else 0.5)
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+        if killed < kills and children:
+            os.kill(int(rng.choice(children)), signal.SIGKILL)
+            killed += 1
+    assert process.returncode == 0
+    return killed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=60)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder) / "quiet", "--iterations", str(args.iterations))
+        killed = kill_until_done(Path(folder) / "killed", args.iterations, args.kills)
+        quiet, loud = ([line["reward"] for line in lines_of(Path(folder) / name)] for name in ("quiet", "killed"))
+        print(f"killed {killed} times; {len(loud)} of {args.iterations} iterations logged once each; rewards equal: {quiet == loud}")
+        sys.exit(quiet != loud)
