@@ -219,7 +219,7 @@ def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned,
 
 
 def test_two_processes_of_torchrun_print_the_table_of_one(whole, aligned, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "eval.py", "--model", str(FLUX), "--checkpoint", str(aligned),
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "eval.py", "--model", str(FLUX), "--checkpoint", str(aligned),
                "--prompts", str(aligned.parents[1] / "prompts.txt"), "--steps", "2", "--images_per_prompt", "2", "--batch", "4", "--scorers", "clip,judge", "--out_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,12 +19,11 @@ HERE = Path(__file__).resolve().parent
 FLUX = HERE / "tiny/flux"
 SHORT = ("--prompts_per_iteration 2 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --eval_every 100 --save_every 2 --threads 1 "
          "--eval_scorers").split() + ["", "--eval_prompts", ""]
-PORT = random.randrange(20000, 40000)
 
 
 def torchrun(out, *more, processes=2, restarts=0):
     """The command line of a short run on the CPU, and the environment it wants."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts", str(restarts), "--master_port", str(PORT),
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts", str(restarts), "--standalone",
                "train.py", *SHORT, "--out_dir", str(out), *more]
     return dict(args=command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -188,14 +187,15 @@ def test_sigterm_ends_all_processes_after_an_iteration_with_a_checkpoint(tmp_pat
 def kill_until_done(out, iterations, kills, seed=0):
     """torchrun with restarts; kill -9 one of its two processes at random moments. Returns how many were killed."""
     rng, killed = random.Random(seed), 0
-    process = subprocess.Popen(**{**torchrun(out, "--iterations", str(iterations), "--save_every", "1", restarts=kills + 1), "stdout": subprocess.DEVNULL})
+    log = open(f"{out}.log", "w")
+    process = subprocess.Popen(**{**torchrun(out, "--iterations", str(iterations), "--save_every", "1", restarts=kills + 1), "stdout": log})
     while process.poll() is None:
         time.sleep(rng.uniform(8, 16) if killed < kills else 0.5)
         children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
         if killed < kills and children:
             os.kill(int(rng.choice(children)), signal.SIGKILL)
             killed += 1
-    assert process.returncode == 0
+    assert process.returncode == 0, Path(f"{out}.log").read_text()[-12000:]
     return killed
 
 

@@ -583,7 +583,8 @@ def main(argv=None):
         run.finish()
     except rewards.ScorerError as error:                        # before an update, so what was done is whole
         print(f"train.py: {error}", file=sys.stderr)
-        run.save()
+        if WORLD == 1:                                          # several would have to save together
+            run.save()
         return 1
     except ArithmeticError as error:
         print(f"train.py: {error}", file=sys.stderr)
