@@ -160,6 +160,28 @@ def _wrap(text, width):
     return lines
 
 
+def draw_curve(lines, path):
+    """Training reward of each iteration, and the held-out scores with their standard errors."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    steps, evals = [line for line in lines if "reward" in line], [line for line in lines if "reward" not in line]
+    names = [key for key in (evals[0] if evals else {}) if key.startswith("eval_") and not key.endswith(("_stderr", "_gain"))]
+    figure, panels = plt.subplots(1, 1 + len(names), figsize=(4 * (1 + len(names)), 3), squeeze=False, layout="constrained")
+    first, *others = panels[0]
+    reward = np.array([line["reward"] for line in steps])
+    first.plot([line["iter"] for line in steps], reward, color="tab:blue", alpha=0.3)
+    if len(reward) >= 10:
+        first.plot([line["iter"] for line in steps][9:], np.convolve(reward, np.ones(10) / 10, "valid"), color="tab:blue", label="mean of 10")
+        first.legend()
+    first.set(title="training reward", xlabel="iteration")
+    for panel, name in zip(others, names):
+        panel.errorbar([line["iter"] for line in evals], [line[name] for line in evals], [line[f"{name}_stderr"] for line in evals], marker="o", markersize=3, capsize=2)
+        panel.set(title=f"{name.removeprefix('eval_')} on held-out prompts", xlabel="iteration")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # a row of the table: one folder, which can be left and come back to
 

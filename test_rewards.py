@@ -32,6 +32,7 @@ import rewards
 import train
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")      # one process writes its checkpoint alone
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPTS = ["a red apple", "an octopus, 3d style", "A very long story: " + "once upon a time " * 40, ""]     # the third is cut everywhere
 SIZES = [(64, 64), (224, 224), (100, 150), (301, 97)]                      # height, width; the last is cut at half a pixel
@@ -835,7 +836,7 @@ def test_a_score_that_is_not_one_finite_number_an_image_raises_with_the_scorers_
         rewards.load("jpeg")(torch.rand(2, 3, 8, 8), ["a red apple"] * 2)
 
 
-SHORT = "--iterations 2 --prompts_per_iteration 1 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --threads 1".split() + ["--eval_prompts", ""]
+SHORT = "--iterations 2 --prompts_per_iteration 1 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --threads 1".split() + ["--eval_every", "0"]
 
 
 def test_training_with_two_rewards_from_the_command_line_logs_both(tmp_path):

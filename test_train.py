@@ -8,6 +8,7 @@ import argparse, json, os, random, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 import cpu_torchvision                                                     # noqa: F401  (before diffusers)
 from diffusers import FluxPipeline
@@ -15,10 +16,11 @@ import train
 from model import Flux
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")      # one process writes its checkpoint alone
 HERE = Path(__file__).resolve().parent
 FLUX = HERE / "tiny/flux"
-SHORT = ("--prompts_per_iteration 2 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --eval_every 100 --save_every 2 --threads 1 "
-         "--eval_scorers").split() + ["", "--eval_prompts", ""]
+SHORT = ("--prompts_per_iteration 2 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --eval_every 0 --save_every 2 --threads 1 "
+         "--eval_scorers").split() + [""]
 
 
 def torchrun(out, *more, processes=2, restarts=0):
@@ -55,7 +57,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("how", [[], ["--fsdp"], ["--fsdp", "--gather"]], ids=["ddp", "fsdp2", "fsdp2-gathered"])
 def test_two_processes_make_the_run_of_one(how, alone, tmp_path):
     printed = run(tmp_path / "run", "--iterations", "4", *how)
-    assert "2 processes with 1 groups each" in printed and printed.count("iter 004/4") == 1
+    assert f"2 processes ({'FSDP2' if how else 'DDP'}) with 1 groups each" in printed and printed.count("iter 004/4") == 1
     for ours, theirs in zip(lines_of(tmp_path / "run"), lines_of(alone), strict=True):
         assert ours["iter"] == theirs["iter"] and ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
         assert ours["reward_std"] == pytest.approx(theirs["reward_std"], abs=1e-5) and ours["first_ratio"] < 1e-5
@@ -145,8 +147,8 @@ def test_a_lora_run_that_was_interrupted_ends_bit_equal(tmp_path):
     train.main([*lora, "--iterations", "4", "--out_dir", str(tmp_path / "once")])
     train.main([*lora, "--iterations", "2", "--out_dir", str(tmp_path / "twice")])
     train.main([*lora, "--iterations", "4", "--out_dir", str(tmp_path / "twice"), "--resume"])
-    a, b = ((tmp_path / name / "checkpoint-4/pytorch_lora_weights.safetensors").read_bytes() for name in ("once", "twice"))
-    assert a == b
+    a, b = (load_file(tmp_path / name / "checkpoint-4/pytorch_lora_weights.safetensors") for name in ("once", "twice"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_average_of_weights_is_what_is_saved_and_the_weights_themselves_go_on(tmp_path, alone):

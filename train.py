@@ -8,7 +8,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, contextlib, json, math, os, shutil, signal, sys, time, warnings
+import argparse, contextlib, importlib.util, json, math, os, shutil, signal, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import rewards
-from eval import check_model, evaluate, mean_and_stderr, picture_grid, read_prompts, split, spread
+from eval import check_model, draw_curve, evaluate, mean_and_stderr, picture_grid, read_prompts, split, spread
 from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
@@ -30,59 +30,63 @@ from solvers import ddim_step, rollout, schedule
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process writes its checkpoint alone: that is meant
 HERE = Path(__file__).resolve().parent
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # torchrun's
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 # ---------------------------------------------------------------------------------------------------------------
 # settings: defaults < preset < command line
 
-def option(default, text):
-    return field(default=default, metadata=dict(help=text))
+def option(default, text, allowed=""):
+    """`allowed`: an interval, or the words to choose from."""
+    return field(default=default, metadata=dict(help=text, allowed=allowed))
 
 @dataclass
 class Config:
     model: str = option("black-forest-labs/FLUX.1-dev", "FluxPipeline directory or hub id")
     prompts: str = option("", "training prompts: a text file, one a line; HPDv2's JSON; or hpdv2_train")
-    eval_prompts: str = option("", "held-out prompts, likewise; empty: no evaluation")
+    eval_prompts: str = option("", "held-out prompts, likewise; empty: 8 of the training prompts, for their pictures")
     rewards: str = option("hpsv2,pickscore,imagereward", f"what to align with (Sec. 4), by comma, of {', '.join(rewards.SCORERS)}; name=where for weights elsewhere")
     reward_weights: str = option("", "one number per reward, by comma; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "further scorers that only watch, by comma")
     out_dir: str = option("", "where the run is written; unless told, out/<preset>")
-    resolution: int = option(720, "side of the images in pixels")
-    guidance: float = option(3.5, "FLUX's guidance input")
-    shift: float = option(3.0, "timestep shift of the schedule")
-    iterations: int = option(300, "M of Algorithm 1 (Sec. 4)")
-    prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; 0: one each (Sec. 4)")
-    group_size: int = option(12, "G, candidates in a group (Table 3)")
-    num_anchors: int = option(4, "B, anchors drawn from the G (Sec. 3.4.1, Table 5)")
-    num_rollout_steps: int = option(8, "T, steps of a rollout (NFE_old, Table 3)")
-    num_train_steps: int = option(4, "K, times trained on, drawn from the first T-1 (Table 3)")
-    solver: str = option("dpmpp_2m", "of the rollout: ddim or dpmpp_2m (Sec. 3.4.3); training steps are DDIM's")
-    old_anchor: str = option("replay", "x_old of Eq. 10: replay, the rollout's velocity through a DDIM step; or rollout, its latent (Alg. 1)")
-    updates_per_iteration: int = option(2, "optimizer steps among which the B anchors are divided (Alg. 1: B; the same authors' arXiv 2603.17461: 2)")
-    sigma: float = option(0.3, "strength of the perturbation, in (0, 1] (Eq. 7, Table 4)")
-    p: float = option(0.8, "exponent of the quasi-norm, in (0, 2]; 2 is GRPO (Eq. 11, Table 6)")
+    resolution: int = option(720, "side of the images in pixels, a multiple of 16", "[16, 8192]")
+    guidance: float = option(3.5, "FLUX's guidance input", "(-inf, inf)")
+    shift: float = option(3.0, "timestep shift of the schedule", "[0.01, 100]")
+    iterations: int = option(300, "M of Algorithm 1 (Sec. 4)", "[1, inf)")
+    prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; 0: one each (Sec. 4)", "[1, inf)")
+    group_size: int = option(12, "G, candidates in a group (Table 3)", "[2, inf)")
+    num_anchors: int = option(4, "B, anchors drawn from the G (Sec. 3.4.1, Table 5)", "[1, inf)")
+    num_rollout_steps: int = option(8, "T, steps of a rollout (NFE_old, Table 3)", "[2, inf)")
+    num_train_steps: int = option(4, "K, times trained on, drawn from the first T-1 (Table 3)", "[1, inf)")
+    solver: str = option("dpmpp_2m", "of the rollout (Sec. 3.4.3); training steps are DDIM's", ("ddim", "dpmpp_2m"))
+    old_anchor: str = option("replay", "x_old of Eq. 10: replay, the rollout's velocity through a DDIM step; rollout, its latent (Alg. 1)", ("replay", "rollout"))
+    updates_per_iteration: int = option(2, "optimizer steps among which the B anchors are divided (Alg. 1: B; the same authors' arXiv 2603.17461: 2)", "[1, inf)")
+    sigma: float = option(0.3, "strength of the perturbation (Eq. 7, Table 4)", "(0, 1]")
+    p: float = option(0.8, "exponent of the quasi-norm; 2 is GRPO (Eq. 11, Table 6)", "(0, 2]")
     tau: str = option("dim", "temperature of the policy (Eq. 8): a number, 1 in the paper, or dim for D, a mean over dimensions")
-    clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)")
-    lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)")
-    lora_rank: int = option(0, "train LoRA adapters of this rank (alpha is twice it) and nothing else; 0: all weights")
+    clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)", "(0, inf)")
+    lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)", "(0, 1]")
+    weight_decay: float = option(1e-4, "AdamW's weight decay", "[0, 1]")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", "(0, inf)")
+    max_skips: int = option(10, "updates in a row without a finite gradient that end the run", "[1, inf)")
+    lora_rank: int = option(0, "train LoRA adapters of this rank, with alpha twice it, and nothing else; 0: all weights", "[0, 1024]")
+    ema: float = option(0.0, "decay of an exponential average of the trained weights, which is then evaluated and saved; 0: none", "[0, 1)")
     fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
-    gather: bool = option(False, "with fsdp: keep all weights of the network on every GPU during rollouts, where there is room; faster")
-    ema: float = option(0.0, "decay of an exponential average of the trained weights, which is then evaluated and saved; 0: none")
-    weight_decay: float = option(1e-4, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    seed: int = option(0, "of prompts, noise, anchors and steps")
-    eval_every: int = option(25, "iterations between evaluations")
-    save_every: int = option(50, "iterations between checkpoints; 0: only at the end")
-    keep: int = option(0, "only so many of the newest checkpoints stay; 0: all")
-    max_skips: int = option(10, "updates in a row without a finite gradient that end the run")
+    gather: bool = option(False, "with fsdp: keep all weights of the network on every GPU from one update to the next, where there is room; faster")
     checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
+    text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
+    seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
+    eval_every: int = option(25, "iterations between evaluations; 0: none at all", "[0, inf)")
+    save_every: int = option(50, "iterations between checkpoints; 0: only at the end", "[0, inf)")
+    keep: int = option(0, "only so many of the newest checkpoints stay; 0: all", "[0, inf)")
     resume: bool = option(False, "go on from the newest checkpoint in out_dir")
     overwrite: bool = option(False, "delete the run that is in out_dir")
-    device: str = option(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu", "cuda or cpu")
-    text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses")
-    threads: int = option(0, "CPU threads; 0: torch's own choice")
+    wandb: str = option("", "Weights & Biases project that is sent every line of the log; empty: none")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    threads: int = option(0, "CPU threads; 0: torch's own choice", "[0, 1024]")
 
     def __post_init__(self):
         self.prompts_per_iteration = self.prompts_per_iteration or WORLD
+        self.device = f"cuda:{LOCAL_RANK}" if self.device == "cuda" else self.device
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
@@ -99,14 +103,15 @@ def parse_config(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(default tiny)")
     for f in fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        in_tiny = PRESETS["tiny"].get(f.name, f.default)
-        shown = os.path.relpath(in_tiny, HERE) if str(in_tiny).startswith(str(HERE)) else in_tiny
-        default = f"default {f.default}" + (f"; tiny: {shown}" if in_tiny != f.default else "")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default})", **kind)
+        shown = [os.path.relpath(value, HERE) if str(value).startswith(str(HERE)) else value or (value if f.type is not str else "empty")
+                 for value in (f.default, PRESETS["tiny"].get(f.name, f.default))]
+        allowed = f.metadata["allowed"] if isinstance(f.metadata["allowed"], str) else " or ".join(filter(None, f.metadata["allowed"]))
+        notes = [allowed] * bool(allowed) + [f"default {shown[0]}"] + [f"tiny: {shown[1]}"] * (shown[0] != shown[1])
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({'; '.join(notes)})".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{"out_dir": f"out/{preset}", **PRESETS[preset], **given})
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):    # torchrun --max-restarts began us anew after a process died
+    if RESTARTS:                                                # torchrun --max-restarts began us anew after a process died
         cfg.resume = bool(checkpoints(cfg.out_dir))
         cfg.overwrite = not cfg.resume
     try:
@@ -118,39 +123,26 @@ def parse_config(argv=None):
 def check(c):
     """Raise ValueError, in one sentence that says what is allowed, for the first setting that cannot work."""
     for f in fields(c):
-        if f.type is float and not math.isfinite(getattr(c, f.name)):
-            raise ValueError(f"{f.name} is {getattr(c, f.name)}, but must be a finite number")
+        value, allowed = getattr(c, f.name), f.metadata["allowed"]
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise ValueError(f"{f.name} is {value}, but must be {' or '.join(word or 'empty' for word in allowed)}")
+        if isinstance(allowed, str) and allowed and not inside(value, allowed):
+            raise ValueError(f"{f.name} is {value:g}, but must lie in {allowed}")
     names, weights = rewards.parse(c.rewards), [_number(w) for w in split(c.reward_weights)]
     rewards.parse(f"{c.rewards},{c.eval_scorers}")
     rules = [
-        (0 < c.sigma <= 1, f"sigma is {c.sigma:g}, but must lie in (0, 1]"),
-        (0 < c.p <= 2, f"p is {c.p:g}, but must lie in (0, 2]"),
         (c.tau == "dim" or 0 < _number(c.tau) < math.inf, f"tau is {c.tau}, but must be a number above 0, or dim"),
-        (c.clip_eps > 0, f"clip_eps is {c.clip_eps:g}, but must be above 0"),
-        (0 < c.lr <= 1 and c.max_grad_norm > 0 and 0 <= c.weight_decay <= 1, "lr must lie in (0, 1], weight_decay in [0, 1], and max_grad_norm above 0"),
-        (c.group_size >= 2, f"group_size (G) is {c.group_size}, but must be at least 2"),
-        (1 <= c.num_anchors <= c.group_size, f"num_anchors (B) is {c.num_anchors}, but must lie between 1 and group_size (G), {c.group_size}"),
-        (c.num_rollout_steps >= 2, f"num_rollout_steps (T) is {c.num_rollout_steps}, but must be at least 2"),
-        (1 <= c.num_train_steps <= c.num_rollout_steps - 1, f"num_train_steps (K) is {c.num_train_steps}, but must lie between 1 and T-1, "
-                                                            f"{c.num_rollout_steps - 1}: the last step is never trained"),
-        (c.updates_per_iteration >= 1 and c.num_anchors % max(1, c.updates_per_iteration) == 0,
-         f"updates_per_iteration is {c.updates_per_iteration}, but must divide num_anchors (B), {c.num_anchors}"),
-        (c.solver in ("ddim", "dpmpp_2m"), f"solver is {c.solver}, but must be ddim or dpmpp_2m"),
-        (c.old_anchor in ("replay", "rollout"), f"old_anchor is {c.old_anchor}, but must be replay or rollout"),
-        (c.iterations >= 1 and c.prompts_per_iteration >= 1, "iterations and prompts_per_iteration must be at least 1"),
+        (c.num_anchors <= c.group_size, f"num_anchors (B) is {c.num_anchors}, but must lie between 1 and group_size (G), {c.group_size}"),
+        (c.num_train_steps <= c.num_rollout_steps - 1, f"num_train_steps (K) is {c.num_train_steps}, but must lie between 1 and T-1, "
+                                                       f"{c.num_rollout_steps - 1}: the last step is never trained"),
+        (c.num_anchors % c.updates_per_iteration == 0, f"updates_per_iteration is {c.updates_per_iteration}, but must divide num_anchors (B), {c.num_anchors}"),
         (c.prompts_per_iteration % WORLD == 0, f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among {WORLD} processes, which hold whole groups"),
-        (c.eval_every >= 1 and c.save_every >= 0 and c.keep >= 0 and c.max_skips >= 1, "eval_every and max_skips must be at least 1, save_every and keep at least 0"),
-        (0 <= c.lora_rank <= 1024, f"lora_rank is {c.lora_rank}, but must lie between 0 and 1024"),
-        (0 <= c.ema < 1, f"ema is {c.ema:g}, but must lie in [0, 1)"),
         (not c.fsdp or WORLD > 1, "fsdp divides a model among processes, and there is one; start it with torchrun --nproc_per_node"),
         (not (c.fsdp and c.lora_rank), "fsdp and lora_rank exclude each other; adapters fit on every GPU"),
         (c.fsdp or not c.gather, "gather is for fsdp"),
-        (c.text_encoder_device in ("", "cpu", "offload"), f"text_encoder_device is {c.text_encoder_device}, but must be empty, cpu or offload"),
-        (0 <= c.threads <= 1024, f"threads is {c.threads}, but must lie between 0 and 1024"),
-        (0 <= c.seed < 2**63, f"seed is {c.seed}, but must lie between 0 and 2^63"),
-        (c.resolution >= 16 and c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
-        (0.01 <= c.shift <= 100, f"shift is {c.shift:g}, but must lie between 0.01 and 100"),
+        (c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
+        (not c.wandb or importlib.util.find_spec("wandb"), "wandb is not installed; pip install wandb, or leave --wandb out"),
         (names, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
         (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < 1e30 for w in weights) and sum(weights) > 0),
          f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}"),
@@ -170,17 +162,22 @@ def check(c):
     if c.resume:
         if not checkpoints(out):
             raise ValueError(f"there is no checkpoint in {out} to resume from")
-        before = json.loads((checkpoints(out)[-1].parents[1] / "state/config.json").read_text())
-        free = ("iterations", "eval_every", "save_every", "keep", "checkpointing", "fsdp", "gather", "text_encoder_device", "device", "threads", "out_dir", "resume", "overwrite")
+        before = json.loads((checkpoints(out)[-1] / "state/config.json").read_text())
+        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         for name, value in asdict(c).items():
             if name not in free and value != before[name]:
-                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:10])} may change")
+                raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:-3])} may change")
     elif any((out / name).exists() for name in OURS) and not c.overwrite:
         raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out_dir {out} cannot be made a directory: {error.strerror}")
+
+def inside(value, interval):
+    """Whether a number lies in "(0, 1]"."""
+    low, high = map(float, interval[1:-1].split(","))
+    return (value >= low if interval[0] == "[" else value > low) and (value <= high if interval[-1] == "]" else value < high)
 
 def _number(text):
     try:
@@ -232,25 +229,23 @@ def train(cfg, model, scorers, run):
             x1 = torch.cat([perturb_noise(e, d, cfg.sigma) for e, d in zip(eps_star, delta)])         # (P G, N, C)         Eq. 7
             traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
             if not traj[-1].isfinite().all():
-                raise ArithmeticError(f"iteration {it + 1}: the model's latents are no longer finite, so the run ends here, with nothing of it saved; lower lr, "
-                                      f"now {cfg.lr:g}" + (f", and see checkpoint-{run.saved}" if run.saved else ""))
+                raise ArithmeticError(f"iteration {it + 1}: the model's latents are no longer finite, so the run ends here; lower lr, now {cfg.lr:g}; {run.newest()}")
             images = model.decode(traj[-1])                                                           # (P G, 3, H, W)
             traj, vels = traj.unflatten(1, (P, G)), vels.unflatten(1, (P, G))                         # (T+1, P, G, N, C), (T, ...)
         lap("rollout")
 
         # Score them, and turn scores into advantages
         scores = {name: scorer(images, [c for c in prompt for _ in range(G)]).unflatten(0, (P, G)) for name, scorer in scorers.items()}
-        A, finite, skipped = torch.zeros(P, G, device=model.device), torch.ones(P, dtype=torch.bool), 0
+        A = torch.full((P, G), torch.nan, device=model.device)
         for g, r in enumerate(torch.stack(list(scores.values()), 1)):                                 # (M, G)
-            finite[g] = r.isfinite().all()
-            if finite[g]:
+            if r.isfinite().all():
                 A[g] = advantages(combine_rewards(r, weights), cfg.p)                                 # (G,)                Eq. 3, 11
-            else:
-                tqdm.write(f"iter {it + 1}: a reward for {prompt[g]!r} is not finite; its group is skipped")
+            else:                                                          # stays nan, which the gradient carries to all processes
+                tqdm.write(f"iter {it + 1}: a reward for {prompt[g]!r} is not finite")
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
-        log_rhos, norms, trained = [], [], 0
+        log_rhos, norms, trained, skipped = [], [], 0, 0
         for chosen in anchors.chunk(U, dim=1):                                                        # (P, b), b = B / U anchors of each group
             for k in steps:                                                                           # K of the first T-1
                 average_gradients(model, k == steps[-1])                   # over the processes: once an update, not once a step
@@ -271,24 +266,25 @@ def train(cfg, model, scorers, run):
                 loss.backward()
                 trained += chosen.numel()
             norms.append(whole(torch.nn.utils.clip_grad_norm_(trained_weights(model), cfg.max_grad_norm)))
-            if not norms[-1].isfinite():
-                skipped += RANK == 0                                       # the gradient is everyone's: counted once
-                tqdm.write(f"iter {it + 1}: the gradient is not finite; this update is skipped")
+            run.skips = 0 if norms[-1].isfinite() else run.skips + 1           # the gradient is everyone's, and so is what follows
+            if run.skips:
+                skipped += 1
+                tqdm.write(f"iter {it + 1}: the gradient is not finite; this update is skipped") if RANK == 0 else None
             elif norms[-1] > 0:                                            # else every group was flat, and momentum alone would move the weights
                 run.step()
             run.opt.zero_grad()
+            if run.skips >= cfg.max_skips:
+                raise ArithmeticError(f"iteration {it + 1}: {run.skips} updates in a row had no finite gradient; look at the rewards and lower lr, now {cfg.lr:g}; {run.newest()}")
         lap("update")
 
         # Print what means something: not the loss, which is 0 before the first update whatever the model does
         log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), first update first
         reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()                 # (P, G)
-        for r in (reward, *scores.values()):
-            r[~finite] = torch.nan                                                                    # left out of the means
         run.log(bar, dict(
             iter=it + 1, reward=reward, reward_std=reward.std(1), **scores, first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(),
-            clip_fraction=clip_fraction(log_rhos, cfg.clip_eps)[None], grad_norm=torch.stack(norms), flat_groups=int((A == 0).all(1)[finite].sum()),
-            skipped=skipped + int((~finite).sum()), **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)), scorers.keys())
-        if (it + 1) % cfg.eval_every == 0 and it + 1 < cfg.iterations:
+            clip_fraction=clip_fraction(log_rhos, cfg.clip_eps)[None], grad_norm=torch.stack(norms), flat_groups=int((A == 0).all(1).sum()),
+            skipped=skipped, **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)), scorers.keys())
+        if cfg.eval_every and (it + 1) % cfg.eval_every == 0 and it + 1 < cfg.iterations:
             run.evaluate()
         if cfg.save_every and (it + 1) % cfg.save_every == 0 and it + 1 < cfg.iterations:
             run.save()
@@ -331,7 +327,7 @@ def merge(lines):
     def one(key, values):
         if isinstance(values[0], torch.Tensor):
             return torch.cat([value.cpu() for value in values]).nanmean().item()
-        return sum(values) if key in ("flat_groups", "skipped") else max(values)
+        return sum(values) if key == "flat_groups" else max(values)
     return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
 
 def stopwatch(device):
@@ -346,12 +342,20 @@ def stopwatch(device):
 # ---------------------------------------------------------------------------------------------------------------
 # the books: log.jsonl, checkpoints, evaluation, pictures
 
-OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png")      # what a run writes, beside its checkpoints
+OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png", "samples", "tensorboard")        # what a run writes, beside its checkpoints
 
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
-    found = [path for path in Path(out).glob("checkpoint-*/state/state.pt") if path.parts[-3].removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.parts[-3].removeprefix("checkpoint-")))
+    found = [path.parents[1] for path in Path(out).glob("checkpoint-*/state/state.pt") if path.parts[-3].removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+def discard(path):
+    """Renamed before it is deleted, so that half a folder never looks like a whole one."""
+    aside = path.with_name(f"{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        os.replace(path, aside)
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 class Run:
     """What an interrupted run needs to go on, and everything it writes. `iteration`: how many are done; `stop`: begin no other."""
@@ -360,14 +364,16 @@ class Run:
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
         self.opt = torch.optim.AdamW(trained_weights(model), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
         self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
-        self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else []
+        train_prompts = read_prompts(cfg.prompts)
+        self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [train_prompts[i] for i in spread(len(train_prompts), 8)]
         self.ema = [w.detach().clone() for w in trained_weights(model)] if cfg.ema else []
-        self.iteration, self.saved, self.before, self.stop, self.skips = 0, None, None, False, 0
+        self.iteration, self.before, self.stop, self.skips, self.watchers = 0, None, False, 0, []
         if cfg.resume:
-            path = checkpoints(self.out)[-1]
-            books = torch.load(path, map_location="cpu")
-            self.iteration, self.saved, self.before = books["iteration"], books["iteration"], books["before"]
-            self.restore(path.parent / "sharded")
+            path = checkpoints(self.out)[-1] / "state"
+            books = torch.load(path / "state.pt", map_location="cpu")
+            self.iteration, self.before = books["iteration"], books["before"]
+            self.restore(path / "sharded")
+        self.saved = self.iteration
         if RANK == 0:
             self.begin()
         everyone(None)                                          # nobody goes on before the files are there
@@ -379,14 +385,21 @@ class Run:
             (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(self.out / "log.new", self.out / "log.jsonl")
         else:
-            for path in [self.out / name for name in OURS]:     # --overwrite: what a run wrote, and nothing else that lies there
-                path.unlink(missing_ok=True)
-            for path in checkpoints(self.out):
-                shutil.rmtree(path.parents[1])
             self.out.mkdir(parents=True, exist_ok=True)
+            for path in [*checkpoints(self.out), *(self.out / name for name in OURS)]:     # --overwrite: what a run wrote, and nothing else that lies there
+                discard(path)
             (self.out / "log.jsonl").touch()
         (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+        (self.out / "samples").mkdir(exist_ok=True)
         shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
+        if importlib.util.find_spec("tensorboard"):             # it is watched where it is installed
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
+            self.watchers.append(lambda numbers, step: [board.add_scalar(name, number, step) for name, number in numbers.items()])
+        if self.cfg.wandb:
+            import wandb
+            board = wandb.init(project=self.cfg.wandb, config=asdict(self.cfg), dir=self.out)
+            self.watchers.append(board.log)
 
     def state(self):
         """What torch.distributed.checkpoint writes and reads: trained weights, AdamW's moments, the average; each process its part."""
@@ -430,8 +443,11 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def write(self, line):
+        line = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}        # JSON has no nan
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+        for watch in self.watchers:
+            watch({key: value for key, value in line.items() if key != "iter" and value is not None}, step=line["iter"])
 
     def log(self, bar, line, names):
         """One line of log.jsonl, of all processes, and the same numbers to be read and grepped."""
@@ -447,116 +463,101 @@ class Run:
         bar.set_postfix_str(f"reward {line['reward']:.4f}")
 
     def evaluate(self):
-        """Held-out prompts, always from the same noise: rewards and watchers into the log; the first pictures are kept to compare with."""
-        if not self.prompts:
-            return
-        images, scores = self.sample()
+        """The same prompts always from the same noise: rewards and watchers into the log, a few pictures beside those of the base."""
+        count = -(-len(self.prompts) // WORLD)                  # each process as many, or shards would wait for each other: some prompts come twice
+        mine = [(RANK + WORLD * k) % len(self.prompts) for k in range(count)]
+        at_once = self.cfg.prompts_per_iteration // WORLD * self.cfg.group_size                                             # what fits in a rollout
+        with self.averaged():
+            parts = everyone(evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000, batch=at_once, chosen=mine))
+        whole_list = lambda pieces: torch.stack(list(pieces), 1).flatten(0, 1)[: len(self.prompts)]                           # (P, 1, ...)
+        images, scores = whole_list(images for images, _ in parts), {name: whole_list(scores[name] for _, scores in parts) for name in self.scorers}
         line = dict(iter=self.iteration)
         for name in scores:
             line[f"eval_{name}"], line[f"eval_{name}_stderr"] = mean_and_stderr(scores[name])
-        if self.before is None:
-            self.before = dict(images=images[:, 0], scores=scores)
+        show = spread(len(self.prompts), 8)
+        self.before = self.before or dict(images=images[show, 0], scores=scores)
         for name in scores:                                     # prompt by prompt, same noise: a finer comparison than two means
             line[f"eval_{name}_gain"], line[f"eval_{name}_gain_stderr"] = mean_and_stderr(scores[name] - self.before["scores"][name])
         if RANK:
-            return images[:, 0]
+            return
         if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):     # a resumed run evaluates its last state again
             self.write(line)
-        tqdm.write(f"eval {self.iteration:03d} | {len(self.prompts)} held-out prompts | " + " | ".join(
+        tqdm.write(f"eval {self.iteration:03d} | {len(self.prompts)} {'held-out' if self.cfg.eval_prompts else 'training'} prompts | " + " | ".join(
             f"{name} {line[f'eval_{name}']:.4f} +- {line[f'eval_{name}_stderr']:.4f}, gain {line[f'eval_{name}_gain']:+.4f} +- {line[f'eval_{name}_gain_stderr']:.4f}" for name in scores))
-        return images[:, 0]
-
-    def sample(self):
-        """Pictures (P, 1, 3, H, W) and {scorer: (P, 1)} of the held-out prompts, of which each process does its share."""
-        mine = range(len(self.prompts))[RANK::WORLD]
-        with self.averaged():
-            parts = everyone(evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000, chosen=mine))
-        order = torch.tensor([i for rank in range(WORLD) for i in range(len(self.prompts))[rank::WORLD]]).argsort()
-        return torch.cat([images for images, _ in parts])[order], {name: torch.cat([scores[name] for _, scores in parts])[order] for name in self.scorers}
+        rows = {"base": self.before["images"], **({f"aligned, {self.iteration} iterations": images[show, 0]} if self.iteration else {})}
+        picture_grid(self.out / f"samples/{self.iteration:06d}.png", rows, [self.prompts[i] for i in show])
+        shutil.copy(self.out / f"samples/{self.iteration:06d}.png", self.out / "before_after.png")
 
     def save(self):
-        """checkpoint-<iteration>/: a FluxPipeline directory, and in state/ what --resume needs. Written aside, then renamed."""
+        """checkpoint-<iteration>/: a FluxPipeline directory or adapters, and in state/ what --resume needs. Written aside, then renamed."""
         if self.saved == self.iteration:
             return
         if not all(whole(w.isfinite().all()) for w in trained_weights(self.model)):
-            raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}")
+            raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}; {self.newest()}")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
-        if RANK == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "state").mkdir(parents=True)
-        everyone(None)
-        dcp.save(self.state(), checkpoint_id=aside / "state/sharded")
-        with self.averaged():
-            weights = get_model_state_dict(self.model.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if self.cfg.fsdp else None
+        try:
             if RANK == 0:
-                self.model.save(aside, weights)
-        if RANK == 0:
-            (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
-            torch.save(dict(iteration=self.iteration, before=self.before), aside / "state/state.pt")
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-            for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
-                shutil.rmtree(old.parents[1])
+                shutil.rmtree(aside, ignore_errors=True)
+                (aside / "state").mkdir(parents=True)
+            everyone(None)
+            dcp.save(self.state(), checkpoint_id=aside / "state/sharded")
+            with self.averaged():
+                weights = get_model_state_dict(self.model.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if self.cfg.fsdp else None
+                if RANK == 0:
+                    self.model.save(aside, weights)
+            if RANK == 0:
+                (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+                torch.save(dict(iteration=self.iteration, before=self.before), aside / "state/state.pt")
+                discard(path)
+                os.replace(aside, path)
+                for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
+                    discard(old)
+        except Exception as error:                              # the disk is full, and each library says so in its own way
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(f"{path} could not be written, {rewards.short(error)}; {self.newest()}") from error
         self.saved = self.iteration
         everyone(None)                                          # a process that went on alone might die alone
+
+    def newest(self):
+        found = checkpoints(self.out)
+        return f"{found[-1]} is whole, and --resume goes on from there" if found else "no checkpoint was written before"
 
     def finish(self):
         """The last checkpoint, and pictures of what happened."""
         self.save()
-        after = self.evaluate()
-        if RANK:
-            return
-        if after is not None:
-            show = spread(len(self.prompts), 8)
-            rows = {"base": self.before["images"][show], f"aligned, {self.iteration} iterations": after[show]}
-            picture_grid(self.out / "before_after.png", rows, [self.prompts[i] for i in show])
-        draw_curve(self.lines(), self.out / "curve.png")
-        print(f"wrote {self.out}/: checkpoint-{self.iteration}, log.jsonl, " + ("before_after.png, " if after is not None else "") + "curve.png")
-
-def draw_curve(lines, path):
-    """Training reward of each iteration, and the held-out scores with their standard errors."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    steps, evals = [line for line in lines if "reward" in line], [line for line in lines if "reward" not in line]
-    names = [key for key in (evals[0] if evals else {}) if key.startswith("eval_") and not key.endswith(("_stderr", "_gain"))]
-    figure, panels = plt.subplots(1, 1 + len(names), figsize=(4 * (1 + len(names)), 3), squeeze=False, layout="constrained")
-    first, *others = panels[0]
-    reward = np.array([line["reward"] for line in steps])
-    first.plot([line["iter"] for line in steps], reward, color="tab:blue", alpha=0.3)
-    if len(reward) >= 10:
-        first.plot([line["iter"] for line in steps][9:], np.convolve(reward, np.ones(10) / 10, "valid"), color="tab:blue", label="mean of 10")
-        first.legend()
-    first.set(title="training reward", xlabel="iteration")
-    for panel, name in zip(others, names):
-        panel.errorbar([line["iter"] for line in evals], [line[name] for line in evals], [line[f"{name}_stderr"] for line in evals], marker="o", markersize=3, capsize=2)
-        panel.set(title=f"{name.removeprefix('eval_')} on held-out prompts", xlabel="iteration")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        if self.cfg.eval_every:
+            self.evaluate()
+        if RANK == 0:
+            draw_curve(self.lines(), self.out / "curve.png")
+            print(f"wrote {self.out}/: checkpoint-{self.iteration}, log.jsonl, " + ("before_after.png, samples, " if self.cfg.eval_every else "") + "curve.png")
 
 # ---------------------------------------------------------------------------------------------------------------
 
-def announce(cfg, model, run):
+def announce(c, model, run):
     """What will happen, and what it costs, before it does."""
-    c, count = cfg, sum(w.numel() for w in trained_weights(model))
-    if RANK:
-        return
+    count, watched = sum(w.numel() for w in trained_weights(model)), f"; watched: {c.eval_scorers}" if c.eval_scorers else ""
     forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
-    print(f"model      {c.model}: {count / 1e6:.1f} M trained parameters, {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
-          f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} held out\n"
-          f"rewards    {c.rewards}" + (f"; watched: {c.eval_scorers}" if c.eval_scorers else "") + "\n"
+    print(f"model      {c.model}: {count / 1e6:.1f} M trained parameters" + (f" of adapters, rank {c.lora_rank}" if c.lora_rank else "") +
+          f", {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
+          f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} {'held out' if c.eval_prompts else 'of them to watch'}\n"
+          f"rewards    {c.rewards}{watched}\n"
           f"iteration  {c.prompts_per_iteration} prompts x G {c.group_size} x T {c.num_rollout_steps} = {forwards} forwards ({c.solver}), "
           f"{c.prompts_per_iteration} x B {c.num_anchors} x K {c.num_train_steps} = {trained} trained steps in {c.updates_per_iteration} update{'s' * (c.updates_per_iteration > 1)}; "
           f"NFE_old {c.num_rollout_steps}, NFE_theta {c.num_anchors * c.num_train_steps / c.group_size:.2f}\n"
-          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into {c.out_dir}/" + (f", {WORLD} processes with {c.prompts_per_iteration // WORLD} groups each" if WORLD > 1 else ""), flush=True)
+          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into {c.out_dir}/" +
+          (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'DDP'}) with {c.prompts_per_iteration // WORLD} groups each" if WORLD > 1 else ""), flush=True)
 
-def main(argv=None):
-    if WORLD > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    cfg = parse_config(argv)
-    everyone(None)                                              # all have looked at out_dir before anybody writes there
+def meet():
+    """Join the other processes that torchrun started."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+    attempt = {}
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)      # after a restart it still holds the addresses of
+        attempt = dict(store=dist.PrefixStore(f"attempt {RESTARTS}", store), rank=RANK, world_size=WORLD)      # the dead (pytorch issue 135712): a new corner of it
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **attempt)
+
+def start(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -564,12 +565,12 @@ def main(argv=None):
     try:
         scorers = rewards.load_all(rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}"), cfg.device, prompts)
         model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp)
-    except (OSError, ValueError, rewards.ScorerError) as error:
-        print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
+    except ValueError as error:                                 # a broken file
+        raise OSError(rewards.short(error)) from error
     spread_out(cfg, model)
     run = Run(cfg, model, scorers)
-    announce(cfg, model, run)
+    if RANK == 0:
+        announce(cfg, model, run)
     def stop(*_):                                               # Ctrl-C: not in the middle of an update, so that --resume repeats nothing
         run.stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -577,21 +578,31 @@ def main(argv=None):
             tqdm.write("stopping after this iteration, with a checkpoint and pictures; Ctrl-C again stops at once, without")
     previous = {sign: signal.signal(sign, stop) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if run.before is None:
+        if run.before is None and cfg.eval_every:
             run.evaluate()
         train(cfg, model, {name: scorers[name] for name in rewards.parse(cfg.rewards)}, run)
         run.finish()
-    except rewards.ScorerError as error:                        # before an update, so what was done is whole
-        print(f"train.py: {error}", file=sys.stderr)
-        if WORLD == 1:                                          # several would have to save together
+    except rewards.ScorerError:
+        if WORLD == 1:                                          # before an update, so what was done is whole; several would have to save together
             run.save()
-        return 1
-    except ArithmeticError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        raise
     finally:
         for sign, handler in previous.items():
             signal.signal(sign, handler)
+
+def main(argv=None):
+    if WORLD > 1 and not dist.is_initialized():
+        meet()
+    cfg = parse_config(argv)
+    everyone(None)                                              # all have looked at out_dir before anybody writes there
+    try:
+        return start(cfg)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, more --updates_per_iteration (fewer anchors "
+              f"at a time), fewer --prompts_per_iteration, --no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}", file=sys.stderr)
+    except (rewards.ScorerError, ArithmeticError, OSError) as error:
+        print(f"train.py: {rewards.short(error)}", file=sys.stderr)
+    return 1
 
 if __name__ == "__main__":
     sys.exit(main())
