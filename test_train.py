@@ -3,11 +3,15 @@ train.py on several processes, with adapters, interrupted and killed. One test p
 
     python -m pytest -q test_train.py       # two processes on the CPU (gloo), the small world
     python test_train.py --kills 20         # kill -9 of a random process at a random moment, again and again, then compare; some minutes
+    python test_train.py --kills 20 --in_saves                               # the same, while checkpoints are being written
 """
-import argparse, json, os, random, signal, subprocess, sys, tempfile, time
+import argparse, importlib.machinery, json, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, types
 from pathlib import Path
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 import cpu_torchvision                                                     # noqa: F401  (before diffusers)
@@ -186,29 +190,122 @@ def test_sigterm_ends_all_processes_after_an_iteration_with_a_checkpoint(tmp_pat
     assert 3 <= done < 1000 and (tmp_path / f"run/checkpoint-{done}/state/state.pt").is_file()
 
 
-def kill_until_done(out, iterations, kills, seed=0):
-    """torchrun with restarts; kill -9 one of its two processes at random moments. Returns how many were killed."""
+def test_a_checkpoint_that_cannot_be_written_whole_ends_the_run_and_leaves_what_was_saved(tmp_path, alone):
+    """The disk is full: no file may grow beyond 8 MB, which the second checkpoint's weights would."""
+    out = tmp_path / "run"
+    shutil.copytree(alone, out)
+    shutil.rmtree(out / "checkpoint-4")
+    before = {path: path.read_bytes() for path in (out / "checkpoint-2").rglob("*") if path.is_file()}
+    command = torchrun(out, "--iterations", "4", "--resume", processes=1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
+    done = subprocess.run(**command, preexec_fn=limit, timeout=120)
+    assert done.returncode == 1 and "checkpoint-4 could not be written" in done.stdout and "checkpoint-2 is whole, and --resume goes on from there" in done.stdout, done.stdout[-2000:]
+    assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint-2"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert train.main([*SHORT, "--iterations", "4", "--out_dir", str(out), "--resume"]) is None        # with room again
+    assert lines_of(out)[-1]["reward"] == lines_of(alone)[-1]["reward"]
+
+
+def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monkeypatch, capsys):
+    def velocity(self, x, t, cond):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(Flux, "velocity", velocity)
+    assert train.main([*SHORT, "--iterations", "1", "--out_dir", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "Tried to allocate 20 GiB" in said
+    for setting in ("text_encoder_device", "checkpointing", "updates_per_iteration", "prompts_per_iteration", "gather", "fsdp", "lora_rank", "resolution"):
+        assert setting in said and setting in {field.name for field in train.fields(train.Config)}
+
+
+def test_every_line_of_the_log_is_sent_to_whoever_watches(tmp_path, monkeypatch):
+    seen = []
+    board = types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)))
+    module = types.ModuleType("wandb")
+    module.__spec__, module.init = importlib.machinery.ModuleSpec("wandb", None), lambda project, config, dir: seen.append((project, config["sigma"])) or board
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    assert train.main([*SHORT, "--iterations", "2", "--wandb", "neighbours", "--out_dir", str(tmp_path / "run")]) is None
+    assert seen[0] == ("neighbours", 0.3)
+    assert seen[1:] == [(line.pop("iter"), line) for line in lines_of(tmp_path / "run")]
+
+
+def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(tmp_path):
+    out = tmp_path / "run"
+    assert train.main([*SHORT, "--eval_every", "1", "--iterations", "2", "--lr", "1e-12", "--out_dir", str(out), "--eval_scorers", "judge"]) is None
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    base, one, two = (np.array(Image.open(out / f"samples/{i:06d}.png")).astype(int) for i in range(3))
+    height = 134                                                              # of a row, gap included
+    assert np.array_equal(one[:128], two[:128]) and np.array_equal(one[:128, 84:], base[:128, 84:])    # the base, above
+    assert np.abs(two[height : height + 128, 84:] - base[:128, 84:]).max() <= 2                        # weights that have not moved: the same pictures below
+    evals = [line for line in lines_of(out) if "eval_clip" in line]
+    assert [line["iter"] for line in evals] == [0, 1, 2] and all(abs(line["eval_judge_gain"]) < 1e-4 for line in evals)
+
+
+def check_loads(out):
+    """Every checkpoint that is there can be sampled from and resumed from."""
+    for path in train.checkpoints(out):
+        FluxPipeline.from_pretrained(path)
+        assert torch.load(path / "state/state.pt")["iteration"] == int(path.name.removeprefix("checkpoint-"))
+        reader = dcp.FileSystemReader(path / "state/sharded")
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+        dcp.load(state, storage_reader=reader)
+        assert sum(name.startswith("weights.") for name in state) > 50
+
+
+def test_a_process_killed_at_any_moment_of_a_save_never_leaves_a_checkpoint_that_does_not_load(tmp_path):
+    cfg = train.parse_config([*SHORT, "--keep", "2", "--out_dir", str(tmp_path / "run")])
+    run, died, took = train.Run(cfg, Flux(FLUX, 64), {}), 0, 1.0
+    for attempt in range(13):
+        run.iteration = 1 + attempt
+        child = os.fork()
+        if not child:
+            run.save()
+            os._exit(0)
+        begun = time.perf_counter()
+        if attempt:                                                           # the first one shows how long it takes
+            time.sleep(took * attempt / 12)
+            os.kill(child, signal.SIGKILL)
+        died += os.waitpid(child, 0)[1] != 0
+        took = took if attempt else time.perf_counter() - begun
+        assert train.checkpoints(tmp_path / "run"), attempt
+    check_loads(tmp_path / "run")
+    assert died >= 6
+
+
+def kill_until_done(out, iterations, kills, in_saves=False, seed=0):
+    """torchrun with restarts; kill -9 one of its two processes at random moments, or at random moments of saves. Returns how many were killed."""
     rng, killed = random.Random(seed), 0
-    log = open(f"{out}.log", "w")
-    process = subprocess.Popen(**{**torchrun(out, "--iterations", str(iterations), "--save_every", "1", restarts=kills + 1), "stdout": log})
-    while process.poll() is None:
-        time.sleep(rng.uniform(8, 16) if killed < kills else 0.5)
-        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
-        if killed < kills and children:
-            os.kill(int(rng.choice(children)), signal.SIGKILL)
-            killed += 1
-    assert process.returncode == 0, Path(f"{out}.log").read_text()[-12000:]
+    with open(f"{out}.log", "w") as log:
+        process = subprocess.Popen(**{**torchrun(out, "--iterations", str(iterations), "--save_every", "1", restarts=kills + 1), "stdout": log})
+        while process.poll() is None:
+            if killed < kills and in_saves:
+                while not (out / "checkpoint.new").exists() and process.poll() is None:
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.4))
+            else:
+                time.sleep(rng.uniform(3, 15) if killed < kills else 0.5)            # starting takes some 7
+            children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+            if killed < kills and children:
+                os.kill(int(rng.choice(children)), signal.SIGKILL)
+                killed += 1
+                if in_saves:
+                    time.sleep(2)                                             # until torchrun has ended the other one
+                    check_loads(out)
+    assert process.returncode == 0, Path(f"{out}.log").read_text()[-3000:]
     return killed
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--in_saves", action="store_true", help="kill only while a checkpoint is being written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder) / "quiet", "--iterations", str(args.iterations))
-        killed = kill_until_done(Path(folder) / "killed", args.iterations, args.kills)
+        killed = kill_until_done(Path(folder) / "killed", args.iterations, args.kills, args.in_saves)
         quiet, loud = ([line["reward"] for line in lines_of(Path(folder) / name)] for name in ("quiet", "killed"))
-        print(f"killed {killed} times; {len(loud)} of {args.iterations} iterations logged once each; rewards equal: {quiet == loud}")
+        check_loads(Path(folder) / "killed")
+        print(f"killed {killed} times{' during saves' if args.in_saves else ''}; {len(loud)} of {args.iterations} iterations in the log; rewards equal: {quiet == loud}; "
+              f"{len(train.checkpoints(Path(folder) / 'killed'))} checkpoints, all load")
         sys.exit(quiet != loud)

@@ -512,9 +512,10 @@ class Run:
                 os.replace(aside, path)
                 for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
                     discard(old)
-        except Exception as error:                              # the disk is full, and each library says so in its own way
+        except (Exception, dcp.CheckpointException) as error:   # mostly a full disk, of which each library says something else
             shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"{path} could not be written, {rewards.short(error)}; {self.newest()}") from error
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+            raise OSError(f"{path} could not be written ({rewards.short(cause)}), with {shutil.disk_usage(self.out).free / 1e9:.1f} GB free on the disk; {self.newest()}") from error
         self.saved = self.iteration
         everyone(None)                                          # a process that went on alone might die alone
 
@@ -601,7 +602,7 @@ def main(argv=None):
         print(f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, more --updates_per_iteration (fewer anchors "
               f"at a time), fewer --prompts_per_iteration, --no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}", file=sys.stderr)
     except (rewards.ScorerError, ArithmeticError, OSError) as error:
-        print(f"train.py: {rewards.short(error)}", file=sys.stderr)
+        print(f"train.py: {error}", file=sys.stderr)
     return 1
 
 if __name__ == "__main__":
