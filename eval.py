@@ -85,6 +85,16 @@ def check_model(path):
         raise ValueError(f"{path} is no FluxPipeline directory; it must hold model_index.json, or be a hub id like black-forest-labs/FLUX.1-dev")
 
 
+def is_lora(path):
+    """Whether a checkpoint is adapters only, as train.py --lora_rank writes them."""
+    return (Path(path) / "pytorch_lora_weights.safetensors").is_file()
+
+
+def weights_of(path):
+    """The stamp of what a checkpoint was sampled with."""
+    return stamp(path, "*.safetensors") if is_lora(path) else stamp(Path(path) / "transformer", "*.safetensors")
+
+
 def is_small(path):
     """Whether a model is built like the one in tiny/flux."""
     try:
@@ -204,9 +214,9 @@ class Row:
         hybrid = args.hybrid if path != args.model else 0.0
         self.label = label_of(path) + (f"-hybrid-{hybrid:g}" if hybrid else "")
         self.folder = Path(args.out_dir) / self.label
-        self.settings = dict(model=self.path if not Path(path).exists() else "", weights=stamp(Path(path) / "transformer", "*.safetensors"),
+        self.settings = dict(model=self.path if not Path(path).exists() else "", weights=weights_of(path),
                              prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid,
-                             base=[label_of(args.model), stamp(Path(args.model) / "transformer", "*.safetensors")] if hybrid else [],
+                             base=[label_of(args.model), weights_of(args.model)] if hybrid or is_lora(path) else [],
                              **{key: getattr(args, key) for key in ("images_per_prompt", "solver", "steps", "shift", "resolution", "guidance", "seed")})
         if (self.folder / "pictures").exists() and not args.overwrite:
             try:
@@ -429,7 +439,7 @@ def parse_args(argv=None):
         default = os.path.relpath(SMALL[name], HERE) if str(SMALL[name]).startswith(str(HERE)) else SMALL[name]
         parser.add_argument(f"--{name}", type=kind, help=f"{text} (default for a model like tiny/flux {default}, for another {LARGE[name]})")
     parser.add_argument("--model", default=str(HERE / "tiny/flux"), help="the base: a FluxPipeline directory or hub id, the first row (default tiny/flux)")
-    parser.add_argument("--checkpoint", nargs="*", default=[], help="what was aligned from it: FluxPipeline directories, a row each")
+    parser.add_argument("--checkpoint", nargs="*", default=[], help="what was aligned from it, a row each: FluxPipeline directories, or folders of LoRA adapters for --model")
     setting("prompts", str, "text file, HPDv2's JSON, hpdv2_test or hpdv2_train")
     parser.add_argument("--num_prompts", type=int, default=0, help="only so many of them, evenly spaced; 0: all (default 0)")
     setting("scorers", str, f"of {', '.join(rewards.SCORERS)}")
@@ -456,7 +466,7 @@ def parse_args(argv=None):
             print(f"wrote {write_pairs(*args.pairs, args.out_dir, args.count, args.seed)}; give what people save from it to --votes" if args.pairs
                   else votes_line(win_rate(read_votes(args.votes))))
             return None
-        for path in [args.model, *args.checkpoint]:
+        for path in [args.model, *(path for path in args.checkpoint if not is_lora(path))]:
             check_model(path)
         args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
         for name, value in (SMALL if is_small(args.model) else LARGE).items():
@@ -512,7 +522,8 @@ def main(argv=None):
             for row in rows:
                 @functools.cache                                # loaded for the first picture that is missing, if any is
                 def models():
-                    model = Flux(row.path, args.resolution, args.device, args.guidance, frozen=True)
+                    path, lora = (args.model, row.path) if is_lora(row.path) else (row.path, "")
+                    model = Flux(path, args.resolution, args.device, args.guidance, frozen=True, lora=lora)
                     return model, Flux(args.model, args.resolution, args.device, args.guidance, frozen=True) if args.hybrid and row is not rows[0] else None
                 missing = [i for i in mine if not row.has_pictures(i) or named.keys() - row.scores(i).keys()]
                 bar.update(len(mine) - len(missing))

@@ -4,8 +4,9 @@ train.py on several processes, with adapters, interrupted and killed. One test p
     python -m pytest -q test_train.py       # two processes on the CPU (gloo), the small world
     python test_train.py --kills 20         # kill -9 of a random process at a random moment, again and again, then compare; some minutes
     python test_train.py --kills 20 --in_saves                               # the same, while checkpoints are being written
+    python test_train.py --flux_dev         # FLUX.1-dev's published shapes with one layer of each kind: some minutes, 16 GB of memory, 12 GB of disk
 """
-import argparse, importlib.machinery, json, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, types
+import argparse, importlib.machinery, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, types
 from pathlib import Path
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 import cpu_torchvision                                                     # noqa: F401  (before diffusers)
+import diffusers
 from diffusers import FluxPipeline
 import train
 from model import Flux
+from solvers import rollout, schedule
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")      # one process writes its checkpoint alone
@@ -295,13 +298,74 @@ def kill_until_done(out, iterations, kills, in_saves=False, seed=0):
     return killed
 
 
+# ================================================================================================ FLUX.1-dev's own shapes
+
+def one_layer_flux_dev(path):
+    """FLUX.1-dev's directory: every component configured as published but with one layer (of each kind), random weights in bf16, the transformer in shards.
+    The tokenizers are the small world's, padding to the published lengths."""
+    import diffusers, transformers
+    torch.manual_seed(0)
+    clip = transformers.CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=1, num_attention_heads=12,
+                                       max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2)
+    t5 = transformers.T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64, feed_forward_proj="gated-gelu", dense_act_fn="gelu_new",
+                               is_gated_act=True, is_encoder_decoder=True, tie_word_embeddings=False)
+    transformer = diffusers.FluxTransformer2DModel(patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=24,
+                                                   joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))
+    vae = diffusers.AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=1024,
+                                  block_out_channels=(128, 256, 512, 512), layers_per_block=2, act_fn="silu", latent_channels=16, norm_num_groups=32, scaling_factor=0.3611,
+                                  shift_factor=0.1159, force_upcast=True, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+                                                          base_image_seq_len=256, max_image_seq_len=4096)
+    small = FluxPipeline.from_pretrained(FLUX)
+    small.tokenizer.model_max_length, small.tokenizer_2.model_max_length = 77, 512
+    pipe = FluxPipeline(scheduler, vae, transformers.CLIPTextModel(clip), small.tokenizer, transformers.T5EncoderModel(t5), small.tokenizer_2, transformer)
+    pipe.to(torch.bfloat16).save_pretrained(path, max_shard_size="500MB")
+    assert (path / "transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
+
+
+def try_flux_dev(folder):
+    """The published shapes through train.py: the same velocity and latents as FluxPipeline's own, two iterations of all weights and of adapters, and back into a FluxPipeline."""
+    path = folder / "FLUX.1-dev"
+    one_layer_flux_dev(path)
+    model, prompt = Flux(path, 64), "a red apple, 3d style"
+    cond, x1, mu = model.encode([prompt]), torch.randn(1, *model.latent_shape), diffusers.pipelines.flux.pipeline_flux.calculate_shift(16, 256, 4096, 0.5, 1.15)
+    with torch.no_grad():
+        theirs = model.pipe(prompt, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, latents=x1, output_type="latent").images
+        ours = rollout(lambda x, t: model.velocity(x, t, cond), x1, schedule(4, math.exp(mu)), "ddim")[0][-1]
+    print(f"4 steps: largest difference {(ours - theirs).abs().max():.1e} of latents up to {theirs.abs().max():.1f}, which moved by {(theirs - x1).abs().max():.1f}", flush=True)
+    assert_close(ours, theirs, rtol=0, atol=1e-4)
+    del model
+    common = ["--model", str(path), "--preset", "dpm8", "--prompts", str(HERE / "tiny/prompts/train.txt"), "--rewards", "jpeg", "--resolution", "64", "--device", "cpu", "--eval_every", "0",
+              "--iterations", "2", "--group_size", "2", "--num_anchors", "2", "--num_rollout_steps", "2", "--num_train_steps", "1", "--lr", "1e-3"]
+    x, base = torch.randn(1, 16, 64), FluxPipeline.from_pretrained(path, dtype=torch.float32)
+    inputs = dict(hidden_states=x, timestep=torch.tensor([0.5]), guidance=torch.tensor([3.5]), encoder_hidden_states=cond["txt"], pooled_projections=cond["vec"],
+                  img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(512, 3), return_dict=False)
+    with torch.no_grad():
+        before = base.transformer(**inputs)[0]
+    for name, how in (("lora", ["--lora_rank", "64"]), ("full", [])):
+        out = folder / name
+        assert train.main([*common, *how, "--out_dir", str(out)]) is None
+        if how:
+            pipe = base
+            pipe.load_lora_weights(out / "checkpoint-2")
+        else:
+            pipe = FluxPipeline.from_pretrained(out / "checkpoint-2", dtype=torch.float32)
+        with torch.no_grad():
+            after = pipe.transformer(**inputs)[0]
+        print(f"{name}: 2 iterations, saved, loaded into a FluxPipeline; the velocity has changed by up to {(after - before).abs().max():.2e}, of {before.abs().max():.2f}", flush=True)
+        assert (after - before).abs().max() > 1e-3 and len(lines_of(out)) == 2 and max(line["first_ratio"] for line in lines_of(out)) < 1e-4
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--in_saves", action="store_true", help="kill only while a checkpoint is being written")
+    parser.add_argument("--flux_dev", action="store_true", help="instead: train a FLUX.1-dev of one layer")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if args.flux_dev:
+            sys.exit(try_flux_dev(Path(folder)))
         run(Path(folder) / "quiet", "--iterations", str(args.iterations))
         killed = kill_until_done(Path(folder) / "killed", args.iterations, args.kills, args.in_saves)
         quiet, loud = ([line["reward"] for line in lines_of(Path(folder) / name)] for name in ("quiet", "killed"))
