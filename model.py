@@ -17,6 +17,14 @@ transformers.utils.logging.disable_progress_bar()
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]      # where LoRA goes
 
 
+def add_lora(transformer, rank):
+    """Adapters of this rank on all attention projections, with alpha twice the rank, in float32; nothing else is trained. They begin as zero."""
+    from peft import LoraConfig
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=ATTENTION))
+    for w in transformer.parameters():
+        w.data = w.data.float() if w.requires_grad else w.data
+
+
 class Flux:
     """
     path         a FluxPipeline directory, or a hub id such as "black-forest-labs/FLUX.1-dev"
@@ -42,10 +50,7 @@ class Flux:
         if lora:
             self.pipe.load_lora_weights(lora)
         if lora_rank:
-            from peft import LoraConfig
-            self.transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, init_lora_weights="gaussian", target_modules=ATTENTION))
-            for w in self.trained():
-                w.data = w.data.float()
+            add_lora(self.transformer, lora_rank)
         if not sharded:
             self.transformer.to(self.device)
         self.pipe.vae.to(self.device)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -71,7 +71,7 @@ class Config:
     lora_rank: int = option(0, "train LoRA adapters of this rank, with alpha twice it, and nothing else; 0: all weights", "[0, 1024]")
     ema: float = option(0.0, "decay of an exponential average of the trained weights, which is then evaluated and saved; 0: none", "[0, 1)")
     fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
-    gather: bool = option(False, "with fsdp: keep all weights of the network on every GPU from one update to the next, where there is room; faster")
+    gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the next, and all gradients till the end of one; faster, where there is room")
     checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
     seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
@@ -248,7 +248,7 @@ def train(cfg, model, scorers, run):
         log_rhos, norms, trained, skipped = [], [], 0, 0
         for chosen in anchors.chunk(U, dim=1):                                                        # (P, b), b = B / U anchors of each group
             for k in steps:                                                                           # K of the first T-1
-                average_gradients(model, k == steps[-1])                   # over the processes: once an update, not once a step
+                average_gradients(cfg, model, last=k == steps[-1])         # over the processes: once an update, not once a step
                 x_t = traj[k][row, chosen]                                                            # (P, b, N, C)
                 v = model.velocity(x_t.flatten(0, 1), ts[k], cond).unflatten(0, chosen.shape)
                 anchor = ddim_step(x_t, v, ts[k], ts[k + 1])                                          # (P, b, N, C)        the only gradient
@@ -308,12 +308,13 @@ def spread_out(cfg, model):
     elif WORLD > 1:
         model.net = DistributedDataParallel(model.transformer)
 
-def average_gradients(model, now):
-    """Whether the next backward pass averages the gradients of all processes. What DistributedDataParallel.no_sync does."""
-    if isinstance(model.transformer, FSDPModule):
-        model.transformer.set_requires_gradient_sync(now)
+def average_gradients(cfg, model, last):
+    """Whether the next backward pass, perhaps the last of an update, averages the gradients of all processes. Once an update is enough (what DDP.no_sync does),
+    but shards then wait as a whole gradient in float32, 48 GB of FLUX.1-dev: only where --gather says that there is room."""
+    if cfg.fsdp:
+        model.transformer.set_requires_gradient_sync(last or not cfg.gather)
     elif WORLD > 1:
-        model.net.require_backward_grad_sync = now
+        model.net.require_backward_grad_sync = last
 
 def everyone(mine):
     """Something small of every process, in order of rank."""
