@@ -165,7 +165,7 @@ def check(c):
         before = json.loads((checkpoints(out)[-1] / "state/config.json").read_text())
         free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         for name, value in asdict(c).items():
-            if name not in free and value != before[name]:
+            if name not in free and value != before.get(name, value):
                 raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:-3])} may change")
     elif any((out / name).exists() for name in OURS) and not c.overwrite:
         raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
@@ -265,7 +265,7 @@ def train(cfg, model, scorers, run):
                 loss = -J / (chosen.numel() * len(steps))
                 loss.backward()
                 trained += chosen.numel()
-            norms.append(whole(torch.nn.utils.clip_grad_norm_(trained_weights(model), cfg.max_grad_norm)))
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(model.trained(), cfg.max_grad_norm)))
             run.skips = 0 if norms[-1].isfinite() else run.skips + 1           # the gradient is everyone's, and so is what follows
             if run.skips:
                 skipped += 1
@@ -291,9 +291,6 @@ def train(cfg, model, scorers, run):
 
 def reward_weights(cfg, count):
     return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * count)
-
-def trained_weights(model):
-    return [w for w in model.transformer.parameters() if w.requires_grad]
 
 def whole(w):
     """A tensor that FSDP divided among the processes, put together again."""
@@ -343,7 +340,7 @@ def stopwatch(device):
 # ---------------------------------------------------------------------------------------------------------------
 # the books: log.jsonl, checkpoints, evaluation, pictures
 
-OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png", "samples", "tensorboard")        # what a run writes, beside its checkpoints
+OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png", "samples", "tensorboard", "wandb")        # what a run writes, beside its checkpoints
 
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
@@ -363,11 +360,11 @@ class Run:
 
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
-        self.opt = torch.optim.AdamW(trained_weights(model), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
+        self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
         self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
         train_prompts = read_prompts(cfg.prompts)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [train_prompts[i] for i in spread(len(train_prompts), 8)]
-        self.ema = [w.detach().clone() for w in trained_weights(model)] if cfg.ema else []
+        self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
         self.iteration, self.before, self.stop, self.skips, self.watchers = 0, None, False, 0, []
         if cfg.resume:
             path = checkpoints(self.out)[-1] / "state"
@@ -399,8 +396,7 @@ class Run:
             self.watchers.append(lambda numbers, step: [board.add_scalar(name, number, step) for name, number in numbers.items()])
         if self.cfg.wandb:
             import wandb
-            board = wandb.init(project=self.cfg.wandb, config=asdict(self.cfg), dir=self.out)
-            self.watchers.append(board.log)
+            self.watchers.append(wandb.init(project=self.cfg.wandb, config=asdict(self.cfg), dir=self.out).log)
 
     def state(self):
         """What torch.distributed.checkpoint writes and reads: trained weights, AdamW's moments, the average; each process its part."""
@@ -416,7 +412,7 @@ class Run:
     def step(self):
         self.opt.step()
         if self.ema:
-            torch._foreach_lerp_(self.ema, trained_weights(self.model), 1 - self.cfg.ema)
+            torch._foreach_lerp_(self.ema, self.model.trained(), 1 - self.cfg.ema)
         self.changed()
 
     def changed(self):
@@ -428,14 +424,14 @@ class Run:
     @contextlib.contextmanager
     def averaged(self):
         """Inside, the model has the average of its weights, if one is kept."""
-        kept = [w.detach().clone() for w in trained_weights(self.model)] if self.ema else []
+        kept = [w.detach().clone() for w in self.model.trained()] if self.ema else []
         self.put(self.ema)
         yield
         self.put(kept)
 
     @torch.no_grad()
     def put(self, values):
-        for w, value in zip(trained_weights(self.model), values):
+        for w, value in zip(self.model.trained(), values):
             w.copy_(value)
         self.changed()
 
@@ -493,7 +489,7 @@ class Run:
         """checkpoint-<iteration>/: a FluxPipeline directory or adapters, and in state/ what --resume needs. Written aside, then renamed."""
         if self.saved == self.iteration:
             return
-        if not all(whole(w.isfinite().all()) for w in trained_weights(self.model)):
+        if not all(whole(w.isfinite().all()) for w in self.model.trained()):
             raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}; {self.newest()}")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
         try:
@@ -537,7 +533,7 @@ class Run:
 
 def announce(c, model, run):
     """What will happen, and what it costs, before it does."""
-    count, watched = sum(w.numel() for w in trained_weights(model)), f"; watched: {c.eval_scorers}" if c.eval_scorers else ""
+    count, watched = sum(w.numel() for w in model.trained()), f"; watched: {c.eval_scorers}" if c.eval_scorers else ""
     forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
     print(f"model      {c.model}: {count / 1e6:.1f} M trained parameters" + (f" of adapters, rank {c.lora_rank}" if c.lora_rank else "") +
           f", {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
