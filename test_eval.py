@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import eval as evaluation
 import rewards
 from eval import evaluate, read_prompts, read_votes, sample, win_rate, write_pairs
+from diffusers import FluxPipeline
 from model import Flux
 from solvers import schedule
 
@@ -216,6 +217,30 @@ def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned,
         broken.save(tmp_path / "broken")
     assert run(tmp_path / "out", tmp_path / "broken", "--prompts", str(aligned.parents[1] / "prompts.txt"))[0] == 1
     assert "are not finite" in capsys.readouterr().err and not list((tmp_path / "out").glob("*broken/pictures/*.png"))
+
+
+def test_a_checkpoint_of_adapters_is_sampled_over_its_base_and_not_taken_for_another_one(tmp_path):
+    lora = tmp_path / "run/checkpoint-7"
+    model = Flux(FLUX, 64, lora_rank=2)
+    model.save(tmp_path / "start")                                            # adapters begin as zero
+    with torch.no_grad():
+        for w in model.trained():
+            w.normal_(std=0.3)
+    model.save(lora)
+    pipe = FluxPipeline.from_pretrained(FLUX)                                 # the same weights, added up by somebody else's code
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    (tmp_path / "p.txt").write_text("a red apple\nan octopus\n")
+    command = ["--model", str(FLUX), "--checkpoint", str(tmp_path / "start"), str(lora), str(tmp_path / "fused"), "--prompts", str(tmp_path / "p.txt"), "--steps", "2",
+               "--images_per_prompt", "1", "--scorers", "clip", "--out_dir", str(tmp_path / "out")]
+    assert evaluation.main(command) == 0
+    base, start, aligned, fused = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert start["clip"] == base["clip"] and aligned["clip"] == pytest.approx(fused["clip"], abs=1e-3) and abs(aligned["clip"] - base["clip"]) > 0.01
+    model.save(lora)                                                          # written again: other files
+    with pytest.raises(SystemExit):
+        evaluation.main(command)
 
 
 def test_two_processes_of_torchrun_print_the_table_of_one(whole, aligned, tmp_path):

@@ -111,7 +111,7 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{"out_dir": f"out/{preset}", **PRESETS[preset], **given})
-    if RESTARTS:                                                # torchrun --max-restarts began us anew after a process died
+    if max(everyone(RESTARTS)):                                 # torchrun --max-restarts began us anew after a process died; each node counts its own
         cfg.resume = bool(checkpoints(cfg.out_dir))
         cfg.overwrite = not cfg.resume
     try:
@@ -315,7 +315,7 @@ def average_gradients(cfg, model, last):
 
 def everyone(mine):
     """Something small of every process, in order of rank."""
-    if WORLD == 1:
+    if not dist.is_initialized():
         return [mine]
     dist.all_gather_object(all_of_us := [None] * WORLD, mine)
     return all_of_us
