@@ -36,13 +36,14 @@ class Flux:
     lora         a folder with pytorch_lora_weights.safetensors to sample with
     text_device  where the text encoders live: "" beside the transformer, "cpu", or "offload", on the CPU between uses
     sharded      leave the transformer on the CPU; whoever shards it moves it
+    batch        latents at most in one call of a network, for memory; 0: as many as there are
 
     The trained weights are float32; on a GPU the network runs in bf16 by autocast, and frozen weights are bf16 too. The text
     encoders and the VAE are frozen. Latents and velocities that cross this border are float32.
     """
 
-    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False):
-        self.device, self.text_device = torch.device(device), text_device
+    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpointing=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False, batch=0):
+        self.device, self.text_device, self.batch = torch.device(device), text_device, batch
         small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen or lora_rank else torch.float32, "default": small})
         self.pipe.set_progress_bar_config(disable=True)
@@ -91,14 +92,17 @@ class Flux:
         """v_theta(x, t): x (M, N, C), t a time or (M,) of them, cond of P prompts, of which each owns M/P rows in turn -> (M, N, C)."""
         each = len(x) // len(cond["vec"])
         t = torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(len(x))                # in [0, 1]; FLUX multiplies by 1000
-        guidance = None if self.guidance is None else torch.full_like(t, self.guidance)
+        txt, vec = (cond[key].repeat_interleave(each, 0) for key in ("txt", "vec"))                   # (M, L, .), (M, .)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            v = self.net(hidden_states=x, timestep=t, guidance=guidance,
-                                 encoder_hidden_states=cond["txt"].repeat_interleave(each, 0),        # (M, L, .)
-                                 pooled_projections=cond["vec"].repeat_interleave(each, 0),           # (M, .)
-                                 img_ids=self.img_ids, txt_ids=self.img_ids.new_zeros(cond["txt"].shape[1], 3),
-                                 return_dict=False)[0]
-        return v.float()
+            v = [self.net(hidden_states=x[some], timestep=t[some], guidance=None if self.guidance is None else torch.full_like(t[some], self.guidance),
+                          encoder_hidden_states=txt[some], pooled_projections=vec[some], img_ids=self.img_ids, txt_ids=self.img_ids.new_zeros(txt.shape[1], 3),
+                          return_dict=False)[0] for some in self.parts(len(x))]
+        return torch.cat(v).float()
+
+    def parts(self, M):
+        """M latents, or images, `batch` at a time."""
+        size = self.batch or M
+        return [slice(i, i + size) for i in range(0, M, size)]
 
     def unpack(self, x):
         """Tokens to the VAE's grid, "b (h w) (c ph pw) -> b c (h ph) (w pw)" with ph = pw = 2."""
@@ -110,7 +114,7 @@ class Flux:
         """Latents at t = 0, (M, N, C) -> images (M, 3, H, W) in [0, 1], float32."""
         vae = self.pipe.vae
         z = self.unpack(x) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return torch.cat([(vae.decode(z[some].to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for some in self.parts(len(z))])
 
     def save(self, path, weights=None):
         """Write a directory that `FluxPipeline.from_pretrained` loads, or with LoRA one for its `load_lora_weights`. `weights`: {name: tensor} of

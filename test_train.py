@@ -61,13 +61,14 @@ def alone(tmp_path_factory):
 
 # ================================================================================================ several processes
 
-@pytest.mark.parametrize("how", [[], ["--fsdp"], ["--fsdp", "--gather"]], ids=["ddp", "fsdp2", "fsdp2-gathered"])
-def test_two_processes_make_the_run_of_one(how, alone, tmp_path):
+@pytest.mark.parametrize("how, close", [([], 1e-5), (["--fsdp"], 1e-5), (["--batch", "3"], 1e-3), (["--fsdp", "--gather", "--batch", "1"], 1e-3)],
+                         ids=["ddp", "fsdp2", "ddp-few-at-a-time", "fsdp2-gathered-one-at-a-time"])
+def test_two_processes_make_the_run_of_one(how, close, alone, tmp_path):          # in batches of another size, now and then a pixel rounds the other way
     printed = run(tmp_path / "run", "--iterations", "4", *how)
-    assert f"2 processes ({'FSDP2' if how else 'DDP'}) with 1 groups each" in printed and printed.count("iter 004/4") == 1
+    assert f"2 processes ({'FSDP2' if '--fsdp' in how else 'DDP'}) with 1 groups each" in printed and printed.count("iter 004/4") == 1
     for ours, theirs in zip(lines_of(tmp_path / "run"), lines_of(alone), strict=True):
-        assert ours["iter"] == theirs["iter"] and ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
-        assert ours["reward_std"] == pytest.approx(theirs["reward_std"], abs=1e-5) and ours["first_ratio"] < 1e-5
+        assert ours["iter"] == theirs["iter"] and ours["reward"] == pytest.approx(theirs["reward"], abs=close)
+        assert ours["reward_std"] == pytest.approx(theirs["reward_std"], abs=close) and ours["first_ratio"] < 1e-5
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
     a, b, start = weights_of(tmp_path / "run", 4), weights_of(alone, 4), Flux(FLUX, 64).transformer.state_dict()
     for name in b:
@@ -170,6 +171,17 @@ def test_the_average_of_weights_is_what_is_saved_and_the_weights_themselves_go_o
     assert [line["reward"] for line in lines_of(tmp_path / "ema")] == [line["reward"] for line in lines_of(tmp_path / "raw")]
 
 
+def test_a_network_that_is_called_with_few_latents_at_a_time_gives_the_same_numbers_and_gradients():
+    whole, parts = Flux(FLUX, 64), Flux(FLUX, 64, batch=3)
+    x, cond, grads = torch.randn(8, *whole.latent_shape), whole.encode(["a red apple", "an octopus"]), []
+    for model in (whole, parts):
+        v = model.velocity(x, 0.5, cond)
+        v.pow(2).sum().backward()
+        grads.append([v.detach(), model.decode(x)] + [w.grad for w in model.trained()])
+    for a, b in zip(*grads):
+        assert_close(a, b, rtol=0, atol=1e-5 * max(1, float(a.abs().max())))
+
+
 def test_text_encoders_say_the_same_wherever_they_live():
     a, b = Flux(FLUX, 64).encode(["a red apple"]), Flux(FLUX, 64, text_device="offload").encode(["a red apple"])
     assert torch.equal(a["txt"], b["txt"]) and torch.equal(a["vec"], b["vec"])
@@ -217,7 +229,7 @@ def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monke
     assert train.main([*SHORT, "--iterations", "1", "--out_dir", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
     assert "Tried to allocate 20 GiB" in said
-    for setting in ("text_encoder_device", "checkpointing", "updates_per_iteration", "prompts_per_iteration", "gather", "fsdp", "lora_rank", "resolution"):
+    for setting in ("text_encoder_device", "checkpointing", "batch", "gather", "fsdp", "lora_rank", "resolution"):
         assert setting in said and setting in {field.name for field in train.fields(train.Config)}
 
 

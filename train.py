@@ -73,6 +73,7 @@ class Config:
     fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
     gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the next, and all gradients till the end of one; faster, where there is room")
     checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
+    batch: int = option(0, "latents at most in one forward pass, for memory where a process holds several groups; 0: all of them at once", "[0, inf)")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
     seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
     eval_every: int = option(25, "iterations between evaluations; 0: none at all", "[0, inf)")
@@ -163,7 +164,7 @@ def check(c):
         if not checkpoints(out):
             raise ValueError(f"there is no checkpoint in {out} to resume from")
         before = json.loads((checkpoints(out)[-1] / "state/config.json").read_text())
-        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
+        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         for name, value in asdict(c).items():
             if name not in free and value != before.get(name, value):
                 raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:-3])} may change")
@@ -562,7 +563,7 @@ def start(cfg):
     prompts = read_prompts(cfg.prompts) + (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
     try:
         scorers = rewards.load_all(rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}"), cfg.device, prompts)
-        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp)
+        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
     except ValueError as error:                                 # a broken file
         raise OSError(rewards.short(error)) from error
     spread_out(cfg, model)
@@ -596,8 +597,8 @@ def main(argv=None):
     try:
         return start(cfg)
     except torch.OutOfMemoryError as error:
-        print(f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, more --updates_per_iteration (fewer anchors "
-              f"at a time), fewer --prompts_per_iteration, --no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}", file=sys.stderr)
+        print(f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, a smaller --batch, "
+              f"--no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}", file=sys.stderr)
     except (rewards.ScorerError, ArithmeticError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
     return 1
