@@ -8,7 +8,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, contextlib, importlib.util, json, math, os, shutil, signal, sys, time, warnings
+import argparse, contextlib, datetime, importlib.util, json, math, os, shutil, signal, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -300,9 +300,10 @@ def whole(w):
 def spread_out(cfg, model):
     """Divide the model among the processes (FSDP2: float32 shards, bf16 compute on GPUs), or keep a copy in each (DDP)."""
     if cfg.fsdp:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if model.device.type == "cuda" else None, reduce_dtype=torch.float32)
+        mesh, compute = init_device_mesh(model.device.type, (WORLD,)), torch.bfloat16 if model.device.type == "cuda" else None
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)      # autocast casts; t stays float32
         for part in (*model.blocks(), model.transformer):
-            fully_shard(part, mp_policy=policy, reshard_after_forward=not cfg.gather, mesh=init_device_mesh(model.device.type, (WORLD,)))
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not cfg.gather)
     elif WORLD > 1:
         model.net = DistributedDataParallel(model.transformer)
 
@@ -325,7 +326,7 @@ def merge(lines):
     """The log lines of all processes as one: means over groups, sums of counts, the slowest clock and the largest ratio."""
     def one(key, values):
         if isinstance(values[0], torch.Tensor):
-            return torch.cat([value.cpu() for value in values]).nanmean().item()
+            return torch.cat(values).nanmean().item()
         return sum(values) if key == "flat_groups" else max(values)
     return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
 
@@ -449,6 +450,7 @@ class Run:
 
     def log(self, bar, line, names):
         """One line of log.jsonl, of all processes, and the same numbers to be read and grepped."""
+        line = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in line.items()}
         self.iteration, line = line["iter"], merge(everyone(line))
         if RANK:
             return
@@ -536,7 +538,7 @@ def announce(c, model, run):
     """What will happen, and what it costs, before it does."""
     count, watched = sum(w.numel() for w in model.trained()), f"; watched: {c.eval_scorers}" if c.eval_scorers else ""
     forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
-    print(f"model      {c.model}: {count / 1e6:.1f} M trained parameters" + (f" of adapters, rank {c.lora_rank}" if c.lora_rank else "") +
+    print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters" + (f" of adapters, rank {c.lora_rank}" if c.lora_rank else "") +
           f", {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} {'held out' if c.eval_prompts else 'of them to watch'}\n"
           f"rewards    {c.rewards}{watched}\n"
@@ -554,7 +556,8 @@ def meet():
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)      # after a restart it still holds the addresses of
         attempt = dict(store=dist.PrefixStore(f"attempt {RESTARTS}", store), rank=RANK, world_size=WORLD)      # the dead (pytorch issue 135712): a new corner of it
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **attempt)
+    patience = datetime.timedelta(hours=2)                      # a large checkpoint is written by one while the others wait
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience, **attempt)
 
 def start(cfg):
     if cfg.threads:
