@@ -4,11 +4,11 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python train.py                                   # the small FLUX in tiny/: minutes on two CPU cores, no download
     python train.py --rewards clip,jpeg --reward_weights 2,1 --out_dir out/two     # other rewards
-    torchrun --nproc_per_node 8 train.py --preset dpm8 --prompts hpdv2_train       # FLUX.1-dev, a row of the paper's Table 3, with its three rewards
+    torchrun --nproc_per_node 8 train.py --preset dpm8 --prompts hpdv2_train --fsdp       # FLUX.1-dev, a row of the paper's Table 3, with its three rewards
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, contextlib, datetime, importlib.util, json, math, os, shutil, signal, sys, time, warnings
+import argparse, contextlib, datetime, importlib.util, json, math, os, shutil, signal, socket, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -28,9 +28,11 @@ from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_
 from solvers import ddim_step, rollout, schedule
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process writes its checkpoint alone: that is meant
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")          # FLUX's are never changed in place
 HERE = Path(__file__).resolve().parent
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # torchrun's
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+AGENT = f"{socket.gethostname()} {os.getppid()}"                # the torchrun that started us: after a restart still the same
 
 # ---------------------------------------------------------------------------------------------------------------
 # settings: defaults < preset < command line
@@ -52,7 +54,7 @@ class Config:
     guidance: float = option(3.5, "FLUX's guidance input", "(-inf, inf)")
     shift: float = option(3.0, "timestep shift of the schedule", "[0.01, 100]")
     iterations: int = option(300, "M of Algorithm 1 (Sec. 4)", "[1, inf)")
-    prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; 0: one each (Sec. 4)", "[1, inf)")
+    prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; 0: one each (Sec. 4)", "[0, inf)")
     group_size: int = option(12, "G, candidates in a group (Table 3)", "[2, inf)")
     num_anchors: int = option(4, "B, anchors drawn from the G (Sec. 3.4.1, Table 5)", "[1, inf)")
     num_rollout_steps: int = option(8, "T, steps of a rollout (NFE_old, Table 3)", "[2, inf)")
@@ -112,13 +114,17 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{"out_dir": f"out/{preset}", **PRESETS[preset], **given})
-    if max(everyone(RESTARTS)):                                 # torchrun --max-restarts began us anew after a process died; each node counts its own
-        cfg.resume = bool(checkpoints(cfg.out_dir))
+    if max(everyone(RESTARTS)) and any(everyone(AGENT in begun_by(cfg.out_dir)["agents"])):     # torchrun --max-restarts began us anew after a process died; each
+        cfg.resume = bool(checkpoints(cfg.out_dir))                                             # node counts its own restarts. A run that was refused stays refused
         cfg.overwrite = not cfg.resume
+        if ended := begun_by(cfg.out_dir)["ended"]:
+            sys.exit(ended + " (so this run had ended, and is not started again)" if RANK == 0 else 1)
     try:
-        check(cfg)
+        problem = check(cfg)
     except ValueError as error:
-        parser.error(str(error)) if RANK == 0 else sys.exit(2)
+        problem = str(error)
+    for problem in filter(None, everyone(problem)):             # of any process
+        parser.error(problem) if RANK == 0 else sys.exit(2)
     return cfg
 
 def check(c):
@@ -148,7 +154,7 @@ def check(c):
         (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < 1e30 for w in weights) and sum(weights) > 0),
          f"reward_weights is {c.reward_weights}, but must be one number >= 0, not all 0, for each of {c.rewards}"),
         (c.prompts, "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
-        (c.out_dir, "out_dir is empty; name a directory for this run"),
+        (c.out_dir and Path(c.out_dir).resolve() != HERE, f"out_dir is {c.out_dir or 'empty'}; name a directory for this run"),
         (not (c.resume and c.overwrite), "resume and overwrite exclude each other; give one of them"),
         (not (c.overwrite and Path(c.out_dir).resolve() in Path(c.model).resolve().parents), f"model {c.model} lies in {c.out_dir}, which --overwrite would delete"),
     ]
@@ -163,17 +169,27 @@ def check(c):
     if c.resume:
         if not checkpoints(out):
             raise ValueError(f"there is no checkpoint in {out} to resume from")
-        before = json.loads((checkpoints(out)[-1] / "state/config.json").read_text())
+        try:
+            before = dict(json.loads((checkpoints(out)[-1] / "state/config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{broken(checkpoints(out)[-1], error)}")
         free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         for name, value in asdict(c).items():
-            if name not in free and value != before.get(name, value):
+            same = value == before.get(name, value) or name in ("model", "prompts", "eval_prompts") and Path(value).parts[-2:] == Path(before[name]).parts[-2:]     # moved along
+            if name not in free and not same:
                 raise ValueError(f"{name} is {value}, but was {before[name]} in the run to resume; only {', '.join(free[:-3])} may change")
+        if c.eval_every and not before["eval_every"]:
+            raise ValueError("eval_every was 0 in the run to resume, so there is no evaluation of the base to compare with; leave it 0, and use eval.py")
     elif any((out / name).exists() for name in OURS) and not c.overwrite:
         raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another --out_dir")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise ValueError(f"out_dir {out} cannot be made a directory: {error.strerror}")
+        raise ValueError(f"out_dir {out} cannot be made a directory, or written to: {error.strerror}")
+
+def broken(path, error):
+    return f"{path} is broken ({rewards.short(error)}); move it away, and --resume goes on from the checkpoint before it"
 
 def inside(value, interval):
     """Whether a number lies in "(0, 1]"."""
@@ -187,7 +203,7 @@ def _number(text):
         return math.nan
 
 # ---------------------------------------------------------------------------------------------------------------
-# randomness: every draw depends on (seed, iteration, group) alone, so a resumed run repeats what an unbroken one would do
+# randomness: every draw depends on the seed, the iteration and the group, never on the process or on what was drawn before
 
 def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
@@ -241,7 +257,7 @@ def train(cfg, model, scorers, run):
         for g, r in enumerate(torch.stack(list(scores.values()), 1)):                                 # (M, G)
             if r.isfinite().all():
                 A[g] = advantages(combine_rewards(r, weights), cfg.p)                                 # (G,)                Eq. 3, 11
-            else:                                                          # stays nan, which the gradient carries to all processes
+            else:                                                          # stays nan, which the gradient carries to all processes. The scorers of rewards.py raise instead
                 tqdm.write(f"iter {it + 1}: a reward for {prompt[g]!r} is not finite")
         lap("reward")
 
@@ -278,8 +294,9 @@ def train(cfg, model, scorers, run):
                 raise ArithmeticError(f"iteration {it + 1}: {run.skips} updates in a row had no finite gradient; look at the rewards and lower lr, now {cfg.lr:g}; {run.newest()}")
         lap("update")
 
+        run.iteration = it + 1
         # Print what means something: not the loss, which is 0 before the first update whatever the model does
-        log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), first update first
+        log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), of which the first of U updates made the first part
         reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()                 # (P, G)
         run.log(bar, dict(
             iter=it + 1, reward=reward, reward_std=reward.std(1), **scores, first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(),
@@ -312,6 +329,7 @@ def average_gradients(cfg, model, last):
     but shards then wait as a whole gradient in float32, 48 GB of FLUX.1-dev: only where --gather says that there is room."""
     if cfg.fsdp:
         model.transformer.set_requires_gradient_sync(last or not cfg.gather)
+        model.transformer.set_reshard_after_backward(last or not cfg.gather)      # the weights go with the gradients
     elif WORLD > 1:
         model.net.require_backward_grad_sync = last
 
@@ -323,7 +341,7 @@ def everyone(mine):
     return all_of_us
 
 def merge(lines):
-    """The log lines of all processes as one: means over groups, sums of counts, the slowest clock and the largest ratio."""
+    """The log lines of all processes as one: means over groups, the sum of flat ones, the slowest clock, the largest ratio; the rest is everyone's."""
     def one(key, values):
         if isinstance(values[0], torch.Tensor):
             return torch.cat(values).nanmean().item()
@@ -342,12 +360,23 @@ def stopwatch(device):
 # ---------------------------------------------------------------------------------------------------------------
 # the books: log.jsonl, checkpoints, evaluation, pictures
 
-OURS = ("log.jsonl", "config.json", "neighbor_grpo.py", "before_after.png", "curve.png", "samples", "tensorboard", "wandb")        # what a run writes, beside its checkpoints
+OURS = ("log.jsonl", "config.json", "launch.json", "neighbor_grpo.py", "before_after.png", "curve.png", "samples", "tensorboard", "wandb")      # what a run writes, beside its checkpoints
 
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
     found = [path.parents[1] for path in Path(out).glob("checkpoint-*/state/state.pt") if path.parts[-3].removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+def cause_of(error):
+    """What torch.distributed.checkpoint wraps."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+
+def begun_by(out):
+    """Which torchruns began the run that is in `out`, and the sentence with which it ended if that will not change by itself."""
+    try:
+        return json.loads((Path(out) / "launch.json").read_text())
+    except (OSError, ValueError):
+        return dict(agents=[], ended="")
 
 def discard(path):
     """Renamed before it is deleted, so that half a folder never looks like a whole one."""
@@ -367,18 +396,22 @@ class Run:
         train_prompts = read_prompts(cfg.prompts)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [train_prompts[i] for i in spread(len(train_prompts), 8)]
         self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
-        self.iteration, self.before, self.stop, self.skips, self.watchers = 0, None, False, 0, []
+        self.iteration, self.evaluated, self.before, self.stop, self.skips, self.watchers = 0, None, None, False, 0, []
         if cfg.resume:
-            path = checkpoints(self.out)[-1] / "state"
-            books = torch.load(path / "state.pt", map_location="cpu")
-            self.iteration, self.before = books["iteration"], books["before"]
-            self.restore(path / "sharded")
+            path = checkpoints(self.out)[-1]
+            try:
+                books = torch.load(path / "state/state.pt", map_location="cpu")
+                self.iteration, self.before = books["iteration"], books["before"]
+                self.restore(path / "state/sharded")
+            except (Exception, dcp.CheckpointException) as error:
+                raise OSError(broken(path, cause_of(error))) from error
         self.saved = self.iteration
+        agents = everyone(AGENT)
         if RANK == 0:
-            self.begin()
+            self.begin(agents)
         everyone(None)                                          # nobody goes on before the files are there
 
-    def begin(self):
+    def begin(self, agents):
         """The files of a new run, or those of a resumed one as they were at its checkpoint."""
         if self.cfg.resume:
             kept = [line for line in self.lines() if line["iter"] <= self.iteration]
@@ -389,6 +422,9 @@ class Run:
             for path in [*checkpoints(self.out), *(self.out / name for name in OURS)]:     # --overwrite: what a run wrote, and nothing else that lies there
                 discard(path)
             (self.out / "log.jsonl").touch()
+        for path in [*self.out.glob("checkpoint-*.old"), self.out / "checkpoint.new"]:         # what a kill left
+            shutil.rmtree(path, ignore_errors=True)
+        (self.out / "launch.json").write_text(json.dumps(dict(agents=agents, ended="")))
         (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
         (self.out / "samples").mkdir(exist_ok=True)
         shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
@@ -400,8 +436,15 @@ class Run:
             import wandb
             self.watchers.append(wandb.init(project=self.cfg.wandb, config=asdict(self.cfg), dir=self.out).log)
 
+    def weights(self):
+        """What is trained; of a sharded model each process's shards, in whose place --gather may have left whole weights."""
+        for part in (*self.model.blocks(), self.model.transformer) if self.cfg.gather else ():
+            part.reshard()
+        return self.model.trained()
+
     def state(self):
         """What torch.distributed.checkpoint writes and reads: trained weights, AdamW's moments, the average; each process its part."""
+        self.weights()
         weights, moments = get_state_dict(self.model.transformer, self.opt, options=StateDictOptions(ignore_frozen_params=True))
         return dict(weights=weights, moments=moments, ema={str(i): w for i, w in enumerate(self.ema)})
 
@@ -414,35 +457,32 @@ class Run:
     def step(self):
         self.opt.step()
         if self.ema:
-            torch._foreach_lerp_(self.ema, self.model.trained(), 1 - self.cfg.ema)
-        self.changed()
-
-    def changed(self):
-        """The weights are no longer those that --gather keeps gathered."""
-        if self.cfg.gather:
-            for part in (*self.model.blocks(), self.model.transformer):
-                part.reshard()
+            torch._foreach_lerp_(self.ema, self.weights(), 1 - self.cfg.ema)
 
     @contextlib.contextmanager
     def averaged(self):
         """Inside, the model has the average of its weights, if one is kept."""
-        kept = [w.detach().clone() for w in self.model.trained()] if self.ema else []
+        kept = [w.detach().clone() for w in self.weights()] if self.ema else []
         self.put(self.ema)
-        yield
-        self.put(kept)
+        try:
+            yield
+        finally:
+            self.put(kept)
 
     @torch.no_grad()
     def put(self, values):
-        for w, value in zip(self.model.trained(), values):
+        for w, value in zip(self.weights(), values):
             w.copy_(value)
-        self.changed()
 
     def lines(self):
-        lines = (self.out / "log.jsonl").read_text().split("\n")[:-1]         # what follows the last line end was cut off while writing
-        return [json.loads(line) for line in lines]
+        found = []
+        for line in (self.out / "log.jsonl").read_text(errors="replace").split("\n") if (self.out / "log.jsonl").exists() else ():
+            with contextlib.suppress(ValueError, TypeError):                      # cut off or garbled while it was written
+                found.append(dict(json.loads(line)))
+        return found
 
     def write(self, line):
-        line = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}        # JSON has no nan
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}     # JSON has no nan
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for watch in self.watchers:
@@ -451,12 +491,12 @@ class Run:
     def log(self, bar, line, names):
         """One line of log.jsonl, of all processes, and the same numbers to be read and grepped."""
         line = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in line.items()}
-        self.iteration, line = line["iter"], merge(everyone(line))
+        line = merge(everyone(line))
         if RANK:
             return
         self.write(line)
         each = " ".join(f"{name} {line[name]:.4f}" for name in names) + " | " if len(names) > 1 else ""
-        memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if self.model.device.type == "cuda" else ""
+        memory = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self.model.device.type == "cuda" else ""
         tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each}"
                    f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | gnorm {line['grad_norm']:.2e} | flat {line['flat_groups']} skip {line['skipped']} | "
                    f"roll {line['seconds_rollout']:.2f}s score {line['seconds_reward']:.2f}s update {line['seconds_update']:.2f}s{memory}")
@@ -475,6 +515,7 @@ class Run:
         for name in scores:
             line[f"eval_{name}"], line[f"eval_{name}_stderr"] = mean_and_stderr(scores[name])
         show = spread(len(self.prompts), 8)
+        self.evaluated = self.iteration
         self.before = self.before or dict(images=images[show, 0], scores=scores)
         for name in scores:                                     # prompt by prompt, same noise: a finer comparison than two means
             line[f"eval_{name}_gain"], line[f"eval_{name}_gain_stderr"] = mean_and_stderr(scores[name] - self.before["scores"][name])
@@ -492,7 +533,7 @@ class Run:
         """checkpoint-<iteration>/: a FluxPipeline directory or adapters, and in state/ what --resume needs. Written aside, then renamed."""
         if self.saved == self.iteration:
             return
-        if not all(whole(w.isfinite().all()) for w in self.model.trained()):
+        if not all(whole(w.isfinite().all()) for w in self.weights()):
             raise ArithmeticError(f"iteration {self.iteration}: weights are no longer finite, so nothing is saved; lower lr, now {self.cfg.lr:g}; {self.newest()}")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
         try:
@@ -509,13 +550,13 @@ class Run:
                 (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
                 torch.save(dict(iteration=self.iteration, before=self.before), aside / "state/state.pt")
                 discard(path)
+                os.sync()                                       # or a power cut may leave the new name and empty files
                 os.replace(aside, path)
                 for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
                     discard(old)
         except (Exception, dcp.CheckpointException) as error:   # mostly a full disk, of which each library says something else
             shutil.rmtree(aside, ignore_errors=True)
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-            raise OSError(f"{path} could not be written ({rewards.short(cause)}), with {shutil.disk_usage(self.out).free / 1e9:.1f} GB free on the disk; {self.newest()}") from error
+            raise OSError(f"{path} could not be written ({rewards.short(cause_of(error))}), with {shutil.disk_usage(self.out).free / 1e9:.1f} GB free on the disk; {self.newest()}") from error
         self.saved = self.iteration
         everyone(None)                                          # a process that went on alone might die alone
 
@@ -526,11 +567,11 @@ class Run:
     def finish(self):
         """The last checkpoint, and pictures of what happened."""
         self.save()
-        if self.cfg.eval_every:
+        if self.cfg.eval_every and self.evaluated != self.iteration:
             self.evaluate()
         if RANK == 0:
             draw_curve(self.lines(), self.out / "curve.png")
-            print(f"wrote {self.out}/: checkpoint-{self.iteration}, log.jsonl, " + ("before_after.png, samples, " if self.cfg.eval_every else "") + "curve.png")
+            print(f"wrote {self.out}/: " + f"checkpoint-{self.iteration}, " * bool(self.iteration) + "log.jsonl, " + ("before_after.png, samples, " if self.cfg.eval_every else "") + "curve.png")
 
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -593,6 +634,8 @@ def start(cfg):
             signal.signal(sign, handler)
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)             # a log file shows each line when it is written
     if WORLD > 1 and not dist.is_initialized():
         meet()
     cfg = parse_config(argv)
@@ -600,10 +643,14 @@ def main(argv=None):
     try:
         return start(cfg)
     except torch.OutOfMemoryError as error:
-        print(f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, a smaller --batch, "
-              f"--no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}", file=sys.stderr)
+        said = (f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, --batch 6 or less, "
+              f"--no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}")
     except (rewards.ScorerError, ArithmeticError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        said = f"train.py: {error}"
+    print(said, file=sys.stderr)
+    with contextlib.suppress(OSError):                          # a full disk, above all
+        if AGENT in begun_by(cfg.out_dir)["agents"]:            # restarts would only repeat it
+            (Path(cfg.out_dir) / "launch.json").write_text(json.dumps({**begun_by(cfg.out_dir), "ended": said}))
     return 1
 
 if __name__ == "__main__":
