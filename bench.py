@@ -1,11 +1,11 @@
 """
 What does an iteration cost beyond the networks it must call? Time t runs from 1 (noise) to 0 (image).
 
-    python bench.py                                   # the tiny preset; any setting of train.py may follow
+    python bench.py                                   # the tiny preset; train.py's settings may follow
     python bench.py --memory                          # instead: GPU memory that FLUX.1-dev needs, computed without one
 
 Times train.py's own iterations and, between them, the same calls of the same networks in the same batches with nothing
-around them: the text encoders, T forwards of P x G latents, the VAE, the scorers, and K forwards and backwards of P x B. Prints the
+around them: the text encoders, T forwards of P x G latents, the VAE, the scorers, and U K forwards and backwards of P x B / U. Prints the
 median seconds of both, and the median of their ratios, which does not depend on how fast or busy the machine is.
 """
 import contextlib, io, statistics, sys, tempfile, time, weakref
@@ -47,7 +47,7 @@ def main(repeats=15, warmup=3):
         cfg = parse_config([*sys.argv[1:], "--out_dir", folder, "--eval_every", "0", "--save_every", "0"])
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, batch=cfg.batch)
         scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, ["a red apple, 3d style"])
         run, prompts, pairs = Run(cfg, model, scorers), ["a red apple, 3d style"] * cfg.prompts_per_iteration, []
         for i in range(warmup + repeats):
@@ -99,12 +99,13 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
     def net(**how):
         with torch.device("meta"):
             return FluxTransformer2DModel(guidance_embeds=True).bfloat16().requires_grad_(bool(how))
-    def call(net, M):
+    def call(net, M, batch=None):
         def x(*shape):
             return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
-        inputs = dict(hidden_states=x(M, tokens, 64), timestep=x(M), guidance=x(M), encoder_hidden_states=x(M, text, 4096), pooled_projections=x(M, 768),
+        n = batch or M
+        inputs = dict(hidden_states=x(n, tokens, 64), timestep=x(n), guidance=x(n), encoder_hidden_states=x(n, text, 4096), pooled_projections=x(n, 768),
                       img_ids=x(tokens, 3), txt_ids=x(text, 3), return_dict=False)
-        return lambda: net(**inputs)[0]
+        return lambda: torch.cat([net(**inputs)[0] for _ in range(M // n)])
     frozen, whole, adapted = net(), net(train=True), net()
     add_lora(adapted, rank)
     adapters = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
@@ -119,16 +120,19 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
         for checkpointing in (True, False):
             network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
             update[kind, checkpointing] = working_set(network, call(network, at_once), True)
+    adapted.enable_gradient_checkpointing()
+    several = working_set(adapted, call(adapted, 8 * at_once, 4), True)
     encoders, scorers = 2 * (4.762e9 + 0.123e9) + 2 * 0.084e9, 4 * (0.986e9 + 0.986e9 + 0.478e9)         # T5, CLIP, VAE in bf16; HPSv2.1, PickScore, ImageReward in float32
     print(f"transformer {n / 1e9:.2f} B parameters, a block up to {block / 1e9:.2f} B; LoRA {rank}: {adapters / 1e6:.0f} M; rollout of {G}: {rollout / 1e9:.1f} GB, decoding them {decode / 1e9:.1f}, "
           f"{at_once} anchors: {update['lora', True] / 1e9:.1f} (LoRA) or {update['full', True] / 1e9:.1f} (all) with checkpointing, {update['lora', False] / 1e9:.0f} or {update['full', False] / 1e9:.0f} without\n")
     print("| what | GPUs | weights | gradients, moments | encoders, VAE | scorers | rollout | update | peak |\n|---|---|---|---|---|---|---|---|---|")
     def row(what, gpus, weights, trained, roll, step, text_encoders=encoders):
-        parts = (weights, trained, text_encoders, scorers, max(roll, decode), step)
+        parts = (weights, trained, text_encoders, scorers, roll, step)
         print(f"| {what} | {gpus} | " + " | ".join(f"{part / 1e9:.1f}" for part in parts) + f" | {(sum(parts[:4]) + max(parts[4:])) / 1e9:.0f} |")
     for gpus in (1, 8, 32):
-        row(f"`--lora_rank {rank}`", gpus, 2 * n + 4 * adapters, (12 + 4 * (gpus > 1)) * adapters, rollout, update["lora", True])       # DDP's buckets hold gradients once more
+        row(f"`--lora_rank {rank}`", gpus, 2 * n + 4 * adapters, (12 + 4 * (gpus > 1)) * adapters, max(rollout, decode), update["lora", True])       # DDP's buckets hold gradients once more
     row(f"`--lora_rank {rank} --text_encoder_device offload`", 1, 2 * n + 4 * adapters, 12 * adapters, rollout, update["lora", True], 2 * 0.084e9)
+    row("the same, `--prompts_per_iteration 8 --batch 4`", 1, 2 * n + 4 * adapters, 12 * adapters, max(working_set(frozen, call(frozen, 4), False), decode / G * 4), several, 2 * 0.084e9)
     row("all weights", 1, 4 * n, 12 * n, rollout, update["full", True])
     for gpus in (8, 32):                                        # two blocks gathered at a time in bf16, and their gradients in float32 on the way out
         row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus, rollout + 2 * block * 2, update["full", True] + 2 * block * (2 + 4))

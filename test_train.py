@@ -256,9 +256,10 @@ def test_sigterm_to_any_process_ends_all_after_the_same_iteration_with_a_checkpo
             children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
             os.kill(int(children[-1]), signal.SIGTERM)
             break
-    process.communicate(timeout=60)
+    rest = process.communicate(timeout=60)[0]
     done = max(line["iter"] for line in lines_of(tmp_path / "run"))
-    assert process.returncode == 0 and 3 <= done < 1000 and (tmp_path / f"run/checkpoint-{done}/state/state.pt").is_file()
+    assert process.returncode == 0, rest[-3000:]
+    assert 3 <= done < 1000 and (tmp_path / f"run/checkpoint-{done}/state/state.pt").is_file()
 
 
 def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five, tmp_path):
