@@ -983,7 +983,7 @@ def test_overwriting_a_run_leaves_what_others_put_beside_it(tmp_path):
     for name in ("thesis.txt", "log.jsonl", "checkpoint-1/state/state.pt"):
         (run / name).write_text("{}\n")
     assert len(train_stub(tmp_path, Stub())) == 1                             # the new run's one line
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "launch.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt"]
 
 
 def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(tmp_path, eight_prompts, capsys, monkeypatch):

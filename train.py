@@ -421,10 +421,10 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             for path in [*checkpoints(self.out), *(self.out / name for name in OURS)]:     # --overwrite: what a run wrote, and nothing else that lies there
                 discard(path)
-            (self.out / "log.jsonl").touch()
+        (self.out / "launch.json").write_text(json.dumps(dict(agents=agents, ended="")))
+        (self.out / "log.jsonl").touch()
         for path in [*self.out.glob("checkpoint-*.old"), self.out / "checkpoint.new"]:         # what a kill left
             shutil.rmtree(path, ignore_errors=True)
-        (self.out / "launch.json").write_text(json.dumps(dict(agents=agents, ended="")))
         (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
         (self.out / "samples").mkdir(exist_ok=True)
         shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
@@ -645,12 +645,14 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         said = (f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, --batch 6 or less, "
               f"--no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}")
-    except (rewards.ScorerError, ArithmeticError, OSError) as error:
+    except (rewards.ScorerError, ArithmeticError) as error:
         said = f"train.py: {error}"
+    except OSError as error:                                    # a full disk, perhaps, or a process that died while all were saving: it may pass
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     print(said, file=sys.stderr)
-    with contextlib.suppress(OSError):                          # a full disk, above all
-        if AGENT in begun_by(cfg.out_dir)["agents"]:            # restarts would only repeat it
-            (Path(cfg.out_dir) / "launch.json").write_text(json.dumps({**begun_by(cfg.out_dir), "ended": said}))
+    if AGENT in begun_by(cfg.out_dir)["agents"]:                # restarts would only repeat it
+        (Path(cfg.out_dir) / "launch.json").write_text(json.dumps({**begun_by(cfg.out_dir), "ended": said}))
     return 1
 
 if __name__ == "__main__":
