@@ -8,7 +8,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 This file owns randomness, files and printing, and puts the others in order; the formulas are in neighbor_grpo.py.
 """
-import argparse, contextlib, datetime, importlib.util, json, math, os, shutil, signal, socket, sys, tempfile, time, warnings
+import argparse, atexit, contextlib, datetime, importlib.util, json, math, os, shutil, signal, socket, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -431,6 +431,7 @@ class Run:
         if importlib.util.find_spec("tensorboard"):             # it is watched where it is installed
             from torch.utils.tensorboard import SummaryWriter
             board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
+            atexit.register(board.close)
             self.watchers.append(lambda numbers, step: [board.add_scalar(name, number, step) for name, number in numbers.items()])
         if self.cfg.wandb:
             import wandb
@@ -656,4 +657,9 @@ def main(argv=None):
     return 1
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main() or 0
+    if dist.is_initialized():                                   # past the interpreter's end, whose threads gloo's may outlive and then abort (pytorch issue 190489)
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
