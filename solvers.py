@@ -8,14 +8,14 @@ Do this in float32 or better. In bf16 the rounding of one step is larger than wh
 import torch
 
 
-def schedule(num_steps, shift=1.0):
-    """The T+1 times 1 = t_T > ... > 0. shift > 1 spends more steps near the noise: t = shift u / (1 + (shift - 1) u) with u even.
+def schedule(num_steps, shift=1.0, start=1.0):
+    """The T+1 times 1 = t_T > ... > 0. shift > 1 spends more steps near the noise: t = shift u / (1 + (shift - 1) u) with u even, from `start` to 0.
 
     FLUX's dynamic shift at a given resolution is this one with shift = exp(mu). Returns (T+1,) float32.
     """
     if num_steps < 1 or not 0 < shift < float("inf"):
         raise ValueError(f"num_steps is {num_steps} and shift {shift}, but there must be at least one step and a shift above 0")
-    u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    u = torch.linspace(start, 0, num_steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()                                 # (T+1,)
 
 

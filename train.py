@@ -91,6 +91,22 @@ class Config:
         self.prompts_per_iteration = self.prompts_per_iteration or WORLD
         self.device = f"cuda:{LOCAL_RANK}" if self.device == "cuda" else self.device
 
+    def plan(self):
+        """What an iteration costs, in a line."""
+        P, G, T, B, K, U = self.prompts_per_iteration, self.group_size, self.num_rollout_steps, self.num_anchors, self.num_train_steps, self.updates_per_iteration
+        return (f"{P} prompts x G {G} x T {T} = {P * G * T} forwards ({self.solver}), {P} x B {B} x K {K} = {P * B * K} trained steps in {U} update{'s' * (U > 1)}; "
+                f"NFE_old {T}, NFE_theta {B * K / G:.2f}")
+
+    def rules(self):
+        """What the settings of the method must fulfil, and the sentence to say where they do not."""
+        return [
+            (self.tau == "dim" or 0 < _number(self.tau) < math.inf, f"tau is {self.tau}, but must be a number above 0, or dim"),
+            (self.num_anchors <= self.group_size, f"num_anchors (B) is {self.num_anchors}, but must lie between 1 and group_size (G), {self.group_size}"),
+            (self.num_train_steps <= self.num_rollout_steps - 1, f"num_train_steps (K) is {self.num_train_steps}, but must lie between 1 and T-1, "
+                                                                 f"{self.num_rollout_steps - 1}: the last step is never trained"),
+            (self.num_anchors % self.updates_per_iteration == 0, f"updates_per_iteration is {self.updates_per_iteration}, but must divide num_anchors (B), {self.num_anchors}"),
+        ]
+
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
                  rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=150, prompts_per_iteration=8, lr=5e-5, checkpointing=False),
@@ -99,12 +115,12 @@ PRESETS = {
     "dpm8": dict(solver="dpmpp_2m", num_rollout_steps=8, num_anchors=4, num_train_steps=4),
 }
 
-def parse_config(argv=None):
-    """Command line -> Config, or exit code 2 with one sentence, before any model is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     usage="python train.py [--preset tiny|ddim25|dpm16|dpm8] [--setting value ...]")
+def parse_config(argv=None, config=Config, methods={}, about=__doc__):
+    """Command line -> Config, or exit code 2 with one sentence, before any model is loaded. baselines.py has a Config of its own, and settings for each --method."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     usage="python %(prog)s [--preset tiny|ddim25|dpm16|dpm8] [--setting value ...]")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(default tiny)")
-    for f in fields(Config):
+    for f in fields(config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         shown = [os.path.relpath(value, HERE) if str(value).startswith(str(HERE)) else value or (value if f.type is not str else "empty")
                  for value in (f.default, PRESETS["tiny"].get(f.name, f.default))]
@@ -112,8 +128,9 @@ def parse_config(argv=None):
         notes = [allowed] * bool(allowed) + [f"default {shown[0]}"] + [f"tiny: {shown[1]}"] * (shown[0] != shown[1])
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({'; '.join(notes)})".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    preset = given.pop("preset")
-    cfg = Config(**{"out_dir": f"out/{preset}", **PRESETS[preset], **given})
+    preset, method = given.pop("preset"), given.get("method", "")
+    settings = {"out_dir": f"out/{method or preset}", **PRESETS[preset], **methods.get(method, {}), **given}
+    cfg = config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
     if max(everyone(RESTARTS)) and any(everyone(AGENT in begun_by(cfg.out_dir)["agents"])):     # torchrun --max-restarts began us anew after a process died; each
         cfg.resume = bool(checkpoints(cfg.out_dir))                                             # node counts its own restarts. A run that was refused stays refused
         cfg.overwrite = not cfg.resume
@@ -138,11 +155,7 @@ def check(c):
     names, weights = rewards.parse(c.rewards), [_number(w) for w in split(c.reward_weights)]
     rewards.parse(f"{c.rewards},{c.eval_scorers}")
     rules = [
-        (c.tau == "dim" or 0 < _number(c.tau) < math.inf, f"tau is {c.tau}, but must be a number above 0, or dim"),
-        (c.num_anchors <= c.group_size, f"num_anchors (B) is {c.num_anchors}, but must lie between 1 and group_size (G), {c.group_size}"),
-        (c.num_train_steps <= c.num_rollout_steps - 1, f"num_train_steps (K) is {c.num_train_steps}, but must lie between 1 and T-1, "
-                                                       f"{c.num_rollout_steps - 1}: the last step is never trained"),
-        (c.num_anchors % c.updates_per_iteration == 0, f"updates_per_iteration is {c.updates_per_iteration}, but must divide num_anchors (B), {c.num_anchors}"),
+        *c.rules(),
         (c.prompts_per_iteration % WORLD == 0, f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among {WORLD} processes, which hold whole groups"),
         (not c.fsdp or WORLD > 1, "fsdp divides a model among processes, and there is one; start it with torchrun --nproc_per_node"),
         (not (c.fsdp and c.lora_rank), "fsdp and lora_rank exclude each other; adapters fit on every GPU"),
@@ -208,12 +221,16 @@ def _number(text):
 def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
+def pick(cfg, it, group, prompts):
+    """The prompt of a group: each once before any comes twice."""
+    epoch, place = divmod(it * cfg.prompts_per_iteration + group, len(prompts))
+    return prompts[torch.randperm(len(prompts), generator=generator(cfg.seed, 1, epoch))[place]]
+
 def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
     """Everything random in iteration `it` for this process's P of all the groups: P prompts, eps* (P, N, C), delta (P, G, N, C), anchors (P, B); steps [K]."""
     P, chosen, eps_star, delta, anchors = cfg.prompts_per_iteration // world, [], [], [], []
     for group in range(rank * P, rank * P + P):
-        epoch, place = divmod(it * cfg.prompts_per_iteration + group, len(prompts))          # each prompt once before any comes twice
-        chosen.append(prompts[torch.randperm(len(prompts), generator=generator(cfg.seed, 1, epoch))[place]])
+        chosen.append(pick(cfg, it, group, prompts))
         rng = generator(cfg.seed, 2, it, group)
         eps_star.append(torch.randn(latent_shape, generator=rng))
         delta.append(torch.randn(cfg.group_size, *latent_shape, generator=rng))
@@ -232,10 +249,7 @@ def train(cfg, model, scorers, run):
     tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P)[:, None]                                                                    # (P, 1)  with anchors (P, b), picks from (P, G, ...)
 
-    bar = tqdm(range(run.iteration, cfg.iterations), initial=run.iteration, total=cfg.iterations, desc="train", disable=True if RANK else None)
-    for it in bar:
-        if any(everyone(run.stop)):
-            break
+    for it in run.iterations():
         # Draw prompts, noise, anchors and steps
         seconds, lap = stopwatch(model.device)
         prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, model.latent_shape)
@@ -245,24 +259,17 @@ def train(cfg, model, scorers, run):
             cond = model.encode(prompt)
             x1 = torch.cat([perturb_noise(e, d, cfg.sigma) for e, d in zip(eps_star, delta)])         # (P G, N, C)         Eq. 7
             traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
-            if not traj[-1].isfinite().all():
-                raise ArithmeticError(f"iteration {it + 1}: the model's latents are no longer finite, so the run ends here; lower lr, now {cfg.lr:g}; {run.newest()}")
-            images = model.decode(traj[-1])                                                           # (P G, 3, H, W)
+            images = model.decode(run.finite(traj[-1]))                                               # (P G, 3, H, W)
             traj, vels = traj.unflatten(1, (P, G)), vels.unflatten(1, (P, G))                         # (T+1, P, G, N, C), (T, ...)
         lap("rollout")
 
         # Score them, and turn scores into advantages
-        scores = {name: scorer(images, [c for c in prompt for _ in range(G)]).unflatten(0, (P, G)) for name, scorer in scorers.items()}
-        A = torch.full((P, G), torch.nan, device=model.device)
-        for g, r in enumerate(torch.stack(list(scores.values()), 1)):                                 # (M, G)
-            if r.isfinite().all():
-                A[g] = advantages(combine_rewards(r, weights), cfg.p)                                 # (G,)                Eq. 3, 11
-            else:                                                          # stays nan, which the gradient carries to all processes. The scorers of rewards.py raise instead
-                tqdm.write(f"iter {it + 1}: a reward for {prompt[g]!r} is not finite")
+        scores = score(scorers, images, prompt)                                                       # {name: (P, G)}
+        A = by_group(scores, prompt, lambda r: advantages(combine_rewards(r, weights), cfg.p))        # (P, G)              Eq. 3, 11
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
-        log_rhos, norms, trained, skipped = [], [], 0, 0
+        log_rhos, trained = [], 0
         for chosen in anchors.chunk(U, dim=1):                                                        # (P, b), b = B / U anchors of each group
             for k in steps:                                                                           # K of the first T-1
                 average_gradients(cfg, model, last=k == steps[-1])         # over the processes: once an update, not once a step
@@ -282,30 +289,25 @@ def train(cfg, model, scorers, run):
                 loss = -J / (chosen.numel() * len(steps))
                 loss.backward()
                 trained += chosen.numel()
-            norms.append(whole(torch.nn.utils.clip_grad_norm_(model.trained(), cfg.max_grad_norm)))
-            run.skips = 0 if norms[-1].isfinite() else run.skips + 1           # the gradient is everyone's, and so is what follows
-            if run.skips:
-                skipped += 1
-                tqdm.write(f"iter {it + 1}: the gradient is not finite; this update is skipped") if RANK == 0 else None
-            elif norms[-1] > 0:                                            # else every group was flat, and momentum alone would move the weights
-                run.step()
-            run.opt.zero_grad()
-            if run.skips >= cfg.max_skips:
-                raise ArithmeticError(f"iteration {it + 1}: {run.skips} updates in a row had no finite gradient; look at the rewards and lower lr, now {cfg.lr:g}; {run.newest()}")
+            run.update()
         lap("update")
+        run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
-        run.iteration = it + 1
-        # Print what means something: not the loss, which is 0 before the first update whatever the model does
-        log_rhos = torch.stack(log_rhos)                                                              # (K P B, G), of which the first of U updates made the first part
-        reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()                 # (P, G)
-        run.log(bar, dict(
-            iter=it + 1, reward=reward, reward_std=reward.std(1), **scores, first_ratio=log_rhos[: len(log_rhos) // U].clamp(max=80).expm1().abs().max().item(),
-            clip_fraction=clip_fraction(log_rhos, cfg.clip_eps)[None], grad_norm=torch.stack(norms), flat_groups=int((A == 0).all(1).sum()),
-            skipped=skipped, **seconds, nfe_old=len(vels), nfe_theta=trained / (P * G)), scorers.keys())
-        if cfg.eval_every and (it + 1) % cfg.eval_every == 0 and it + 1 < cfg.iterations:
-            run.evaluate()
-        if cfg.save_every and (it + 1) % cfg.save_every == 0 and it + 1 < cfg.iterations:
-            run.save()
+def score(scorers, images, prompt):
+    """The rewards of P groups' images (P G, 3, H, W): {name: (P, G)}."""
+    G = len(images) // len(prompt)
+    return {name: scorer(images, [c for c in prompt for _ in range(G)]).unflatten(0, (len(prompt), G)) for name, scorer in scorers.items()}
+
+def by_group(scores, prompt, advantages):
+    """`advantages` of each group's M rewards, (M, G) -> (G,); together (P, G). Where a reward is not finite they are nan, which the gradient carries to all
+    processes, so that all skip the update. (The scorers of rewards.py raise instead.)"""
+    A = torch.full_like(next(iter(scores.values())), torch.nan)
+    for g, r in enumerate(torch.stack(list(scores.values()), 1)):                                     # (M, G)
+        if r.isfinite().all():
+            A[g] = advantages(r)
+        else:
+            tqdm.write(f"a reward for {prompt[g]!r} is not finite")
+    return A
 
 def reward_weights(cfg, count):
     return torch.tensor([float(w) for w in split(cfg.reward_weights)] or [1.0] * count)
@@ -345,7 +347,7 @@ def merge(lines):
     def one(key, values):
         if isinstance(values[0], torch.Tensor):
             return torch.cat(values).nanmean().item()
-        return sum(values) if key == "flat_groups" else max(values)
+        return None if values[0] is None else sum(values) if key == "flat_groups" else max(values)
     return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
 
 def stopwatch(device):
@@ -354,7 +356,8 @@ def stopwatch(device):
     def lap(name):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds[f"seconds_{name}"], last[0] = time.perf_counter() - last[0], time.perf_counter()
+        key, now = f"seconds_{name}", time.perf_counter()
+        seconds[key], last[0] = seconds.get(key, 0) + now - last[0], now
     return seconds, lap
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -455,10 +458,40 @@ class Run:
         set_state_dict(self.model.transformer, self.opt, model_state_dict=state["weights"], optim_state_dict=state["moments"],
                        options=StateDictOptions(strict=False))                    # LoRA: the frozen weights are not in it
 
-    def step(self):
-        self.opt.step()
-        if self.ema:
-            torch._foreach_lerp_(self.ema, self.weights(), 1 - self.cfg.ema)
+    def iterations(self):
+        """Counts through the iterations that are left; between them, evaluations and checkpoints."""
+        c = self.cfg
+        with tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations, desc="train", disable=True if RANK else None) as self.bar:
+            for it in self.bar:
+                if any(everyone(self.stop)):
+                    return
+                self.norms, self.skipped = [], 0
+                yield it
+                self.iteration = it + 1
+                if c.eval_every and (it + 1) % c.eval_every == 0 and it + 1 < c.iterations:
+                    self.evaluate()
+                if c.save_every and (it + 1) % c.save_every == 0 and it + 1 < c.iterations:
+                    self.save()
+
+    def finite(self, latents):
+        if not latents.isfinite().all():
+            raise ArithmeticError(f"iteration {self.iteration + 1}: the model's latents are no longer finite, so the run ends here; lower lr, now {self.cfg.lr:g}; {self.newest()}")
+        return latents
+
+    def update(self, decay=None):
+        """An optimizer step with the gradients that have come together, unless one of them, on any process, is not finite. `decay`: of the average, if not cfg.ema."""
+        self.norms.append(whole(torch.nn.utils.clip_grad_norm_(self.model.trained(), self.cfg.max_grad_norm)))
+        self.skips = 0 if self.norms[-1].isfinite() else self.skips + 1               # the gradient is everyone's, and so is what follows
+        if self.skips:
+            self.skipped += 1
+            tqdm.write(f"iter {self.iteration + 1}: the gradient is not finite; this update is skipped") if RANK == 0 else None
+        elif self.norms[-1] > 0:                                # else every group was flat, and momentum alone would move the weights
+            self.opt.step()
+            if self.ema:
+                torch._foreach_lerp_(self.ema, self.weights(), 1 - (self.cfg.ema if decay is None else decay))
+        self.opt.zero_grad()
+        if self.skips >= self.cfg.max_skips:
+            raise ArithmeticError(f"iteration {self.iteration + 1}: {self.skips} updates in a row had no finite gradient; look at the rewards and lower lr, now {self.cfg.lr:g}; {self.newest()}")
 
     @contextlib.contextmanager
     def averaged(self):
@@ -489,19 +522,28 @@ class Run:
         for watch in self.watchers:
             watch({key: value for key, value in line.items() if key != "iter" and value is not None}, step=line["iter"])
 
-    def log(self, bar, line, names):
-        """One line of log.jsonl, of all processes, and the same numbers to be read and grepped."""
+    def log(self, it, scores, A, log_rhos, seconds, nfe_old, nfe_theta):
+        """One line of log.jsonl, of all processes, and the same numbers to be read and grepped. Not the loss: it is 0 before the first update whatever the model does.
+        scores {name: (P, G)}, A (P, G), log_rhos: ratios in the order of the updates, (..., G) each, or none."""
+        weights = reward_weights(self.cfg, len(scores)).to(A.device)
+        reward, rhos = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum(), torch.cat([r.flatten() for r in log_rhos]) if log_rhos else None
+        line = dict(
+            iter=it + 1, reward=reward, reward_std=reward.std(1), **scores,
+            first_ratio=None if rhos is None else rhos[: len(rhos) // self.cfg.updates_per_iteration].clamp(max=80).expm1().abs().max().item(),     # of the first update
+            clip_fraction=None if rhos is None else clip_fraction(rhos, self.cfg.clip_eps)[None], grad_norm=torch.stack(self.norms), flat_groups=int((A == 0).all(1).sum()),
+            skipped=self.skipped, **seconds, nfe_old=nfe_old, nfe_theta=nfe_theta)
         line = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in line.items()}
         line = merge(everyone(line))
         if RANK:
             return
         self.write(line)
-        each = " ".join(f"{name} {line[name]:.4f}" for name in names) + " | " if len(names) > 1 else ""
+        each = " ".join(f"{name} {line[name]:.4f}" for name in scores) + " | " if len(scores) > 1 else ""
+        ratios = "" if rhos is None else f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | "
         memory = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self.model.device.type == "cuda" else ""
-        tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each}"
-                   f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | gnorm {line['grad_norm']:.2e} | flat {line['flat_groups']} skip {line['skipped']} | "
+        tqdm.write(f"iter {line['iter']:03d}/{self.cfg.iterations} | reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each}{ratios}"
+                   f"gnorm {line['grad_norm']:.2e} | flat {line['flat_groups']} skip {line['skipped']} | "
                    f"roll {line['seconds_rollout']:.2f}s score {line['seconds_reward']:.2f}s update {line['seconds_update']:.2f}s{memory}")
-        bar.set_postfix_str(f"reward {line['reward']:.4f}")
+        self.bar.set_postfix_str(f"reward {line['reward']:.4f}")
 
     def evaluate(self):
         """The same prompts always from the same noise: rewards and watchers into the log, a few pictures beside those of the base."""
@@ -579,14 +621,11 @@ class Run:
 def announce(c, model, run):
     """What will happen, and what it costs, before it does."""
     count, watched = sum(w.numel() for w in model.trained()), f"; watched: {c.eval_scorers}" if c.eval_scorers else ""
-    forwards, trained = c.prompts_per_iteration * c.group_size * c.num_rollout_steps, c.prompts_per_iteration * c.num_anchors * c.num_train_steps
     print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters" + (f" of adapters, rank {c.lora_rank}" if c.lora_rank else "") +
           f", {c.resolution}x{c.resolution}, latent {model.latent_shape[0]} x {model.latent_shape[1]}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} {'held out' if c.eval_prompts else 'of them to watch'}\n"
           f"rewards    {c.rewards}{watched}\n"
-          f"iteration  {c.prompts_per_iteration} prompts x G {c.group_size} x T {c.num_rollout_steps} = {forwards} forwards ({c.solver}), "
-          f"{c.prompts_per_iteration} x B {c.num_anchors} x K {c.num_train_steps} = {trained} trained steps in {c.updates_per_iteration} update{'s' * (c.updates_per_iteration > 1)}; "
-          f"NFE_old {c.num_rollout_steps}, NFE_theta {c.num_anchors * c.num_train_steps / c.group_size:.2f}\n"
+          f"iteration  {c.plan()}\n"
           f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into {c.out_dir}/" +
           (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'DDP'}) with {c.prompts_per_iteration // WORLD} groups each" if WORLD > 1 else ""), flush=True)
 
@@ -601,7 +640,7 @@ def meet():
     patience = datetime.timedelta(hours=2)                      # a large checkpoint is written by one while the others wait
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience, **attempt)
 
-def start(cfg):
+def start(cfg, algorithm=train):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -624,7 +663,7 @@ def start(cfg):
     try:
         if run.before is None and cfg.eval_every:
             run.evaluate()
-        train(cfg, model, {name: scorers[name] for name in rewards.parse(cfg.rewards)}, run)
+        algorithm(cfg, model, {name: scorers[name] for name in rewards.parse(cfg.rewards)}, run)
         run.finish()
     except rewards.ScorerError:
         if WORLD == 1:                                          # before an update, so what was done is whole; several would have to save together
@@ -634,7 +673,7 @@ def start(cfg):
         for sign, handler in previous.items():
             signal.signal(sign, handler)
 
-def main(argv=None):
+def main(argv=None, parse_config=parse_config, algorithm=train):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)             # a log file shows each line when it is written
     if WORLD > 1 and not dist.is_initialized():
@@ -642,7 +681,7 @@ def main(argv=None):
     cfg = parse_config(argv)
     everyone(None)                                              # all have looked at out_dir before anybody writes there
     try:
-        return start(cfg)
+        return start(cfg, algorithm)
     except torch.OutOfMemoryError as error:
         said = (f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, --batch 6 or less, "
               f"--no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}")
@@ -656,10 +695,13 @@ def main(argv=None):
         (Path(cfg.out_dir) / "launch.json").write_text(json.dumps({**begun_by(cfg.out_dir), "ended": said}))
     return 1
 
-if __name__ == "__main__":
-    status = main() or 0
+def leave(status):
+    """End this process."""
     if dist.is_initialized():                                   # past the interpreter's end, whose threads gloo's may outlive and then abort (pytorch issue 190489)
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+        os._exit(status or 0)
     sys.exit(status)
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,288 @@
+"""
+baselines.py against closed forms, torch.distributions and flows whose distribution is known. One test per sentence.
+
+    python -m pytest -q test_baselines.py
+"""
+import json
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.testing import assert_close
+import baselines
+import train
+from baselines import METHODS, Config, dance_level, drift_residual, flow_level, log_prob, nft_loss, noise_estimate, sde_mean, sde_rollout, sde_std, tree_advantages, tree_widths
+from neighbor_grpo import clipped_objective
+from solvers import ddim_step, rollout, schedule
+from test_core import Stub, brightness
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")                       # one process writes its checkpoint alone
+LEVELS = dict(dance=dance_level, flow=flow_level)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+# ============================================================================================ the SDE
+
+MEANS, VARIANCES, SHARES = torch.tensor([[2.0, 0], [-1, 1.5], [0, -2]]), torch.tensor([[0.1, 0.3], [0.2, 0.05], [0.4, 0.1]]), torch.tensor([0.5, 0.3, 0.2])
+
+
+def mixture_velocity(x, t):
+    """The exact velocity of the flow from N(0, I) at t = 1 to a mixture of three Gaussians: E[eps - x_0 | x_t], component by component."""
+    mean, var = (1 - t) * MEANS, (1 - t) ** 2 * VARIANCES + t**2
+    log_weight = SHARES.log() + Independent(Normal(mean, var.sqrt()), 1).log_prob(x[:, None])        # (M, 3)
+    deviation = (x[:, None] - mean) / var                                                              # (M, 3, 2)
+    each = (t * deviation) - (MEANS + (1 - t) * VARIANCES * deviation)                                 # E[eps] - E[x_0]
+    return (log_weight.softmax(1)[:, :, None] * each).sum(1)
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_the_sde_keeps_the_marginals_of_a_mixture_of_gaussians_as_the_ode_does_and_without_its_drift_would_not(level):
+    M, ts = 20_000, schedule(250)
+    levels, x1 = level(ts, 0.7), torch.randn(M, 2)
+    levels[-1] = 0
+    noise = torch.randn(250, M, 2)
+    sde, _ = sde_rollout(mixture_velocity, x1, ts, levels, noise)
+    ode, _ = rollout(mixture_velocity, x1, ts)
+    for k in (125, 250):                                                       # half way, and at the image
+        t = ts[k]
+        shares = Categorical(SHARES)
+        exact = MixtureSameFamily(shares, MultivariateNormal((1 - t) * MEANS, torch.diag_embed((1 - t) ** 2 * VARIANCES + t**2))).sample((400_000,))
+        for traj in (sde, ode):
+            assert_close(traj[k].mean(0), exact.mean(0), atol=0.04, rtol=0)
+            assert_close(traj[k].T.cov(), exact.T.cov(), atol=0.08, rtol=0)
+    assert (sde[-1] - ode[-1]).norm(dim=1).mean() > 0.2                        # another image from the same noise
+    x = x1                                                                     # the naive form: noise without the drift that makes room for it
+    for k, eps in enumerate(noise):
+        x = ddim_step(x, mixture_velocity(x, ts[k]), ts[k], ts[k + 1]) + sde_std(ts[k], ts[k + 1], levels[k]) * eps
+    assert (x.T.cov() - exact.T.cov()).abs().max() > 0.16
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_a_step_of_the_sde_has_the_mean_that_flow_grpo_states(level):
+    x, v, ts = normal(6, 5), normal(6, 5), schedule(7, 3.0).double()
+    for t, t_next, a in zip(ts[:-1], ts[1:], level(ts, 0.6)):
+        dt = t - t_next                                                        # arXiv 2505.05470, Eq. 9: drift v + sigma_t^2 / (2 t) (x + (1 - t) v)
+        assert_close(sde_mean(x, v, t, t_next, a), x * (1 - a**2 * dt / (2 * t)) - v * dt * (1 + a**2 * (1 - t) / (2 * t)))
+
+
+def test_the_noise_levels_are_constant_for_dancegrpo_and_eta_root_t_over_one_minus_t_for_flow_grpo():
+    ts = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    assert_close(dance_level(ts, 0.3), torch.tensor([0.3, 0.3, 0.3, 0.3]))
+    assert_close(flow_level(ts, 0.7), 0.7 * torch.tensor([5.0, 4.0, 1.0, 0.25]).sqrt())              # at t = 1: 1 / (1 - 0.8)
+
+
+def test_log_prob_is_the_mean_over_dimensions_of_torch_distributions_normal():
+    x, mean, std = normal(4, 6, 3), normal(4, 6, 3), normal(4, 1, 1).abs()
+    assert_close(log_prob(x, mean, std), Normal(mean, std).log_prob(x).flatten(1).mean(1))
+
+
+def an_sde_step(level=0.8):
+    """An old and a new velocity at the same x, and where the old one's SDE step landed."""
+    x, v, v_old, eps = normal(12, 5), normal(12, 5), normal(12, 5), normal(12, 5)
+    t, t_next = torch.tensor(0.7).double(), torch.tensor(0.6).double()
+    std = sde_std(t, t_next, torch.tensor(level).double())
+    return x, v, v_old, eps, t, t_next, std, sde_mean(x, v_old, t, t_next, level) + std * eps
+
+
+def test_equation_6_the_negative_log_probability_is_a_squared_distance_plus_a_drift_residual_that_vanishes_at_theta_old():
+    x, v, v_old, eps, t, t_next, std, x_next = an_sde_step()
+    perturbed = ddim_step(x, v_old, t, t_next) + std * eps                      # x tilde
+    residual = drift_residual(noise_estimate(x, v, t), noise_estimate(x, v_old, t), t, std)
+    distance = (perturbed - ddim_step(x, v, t, t_next) + residual).pow(2).sum(1) / (2 * std**2)
+    density = Independent(Normal(sde_mean(x, v, t, t_next, 0.8), std), 1)
+    constant = Independent(Normal(torch.zeros(5).double(), std), 1).log_prob(torch.zeros(5).double())
+    assert_close(-density.log_prob(x_next) + constant, distance)
+    assert residual.abs().min() > 0 and not drift_residual(noise_estimate(x, v, t), noise_estimate(x, v, t), t, std).any()
+
+
+def test_section_3_2_the_sde_policy_gradient_is_advantage_weighted_contrastive_regression_on_the_ode_step():
+    x, _, v_old, eps, t, t_next, std, x_next = an_sde_step()
+    A, v = normal(12), v_old.clone().requires_grad_()
+    log_rho = log_prob(x_next, sde_mean(x, v, t, t_next, 0.8), std) - log_prob(x_next, sde_mean(x, v_old, t, t_next, 0.8), std)
+    policy, = torch.autograd.grad(clipped_objective(log_rho, A, 1e-4), v)       # Eq. 4 at theta_old
+    target = ddim_step(x, v_old, t, t_next) + std * eps                         # the ODE's step, perturbed: pulled closer if A > 0, pushed away if A < 0
+    regression, = torch.autograd.grad((-A[:, None] * (target - ddim_step(x, v, t, t_next)).pow(2) / (2 * std**2)).mean(1).sum(), v)
+    drift = 1 + 0.8**2 * (1 - t) / (2 * t)                                      # what the residual adds: a longer step in the same direction
+    assert_close(policy, drift * regression, atol=1e-14, rtol=1e-12)
+
+# ============================================================================================ MixGRPO
+
+
+def exact(x, t):
+    return x.tanh() + t
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_with_an_empty_window_the_sde_is_the_ode(solver):
+    x, ts = torch.randn(3, 4), schedule(8, 3.0)
+    ours, theirs = sde_rollout(exact, x, ts, torch.zeros(8), [], solver), rollout(exact, x, ts, solver)
+    for a, b in zip(ours, theirs):
+        assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_mixgrpo_leaves_the_ode_only_inside_its_window():
+    x, cfg = torch.randn(3, 4), Config(method="mix", **METHODS["mix"])
+    ts, start, end, levels = baselines.times(cfg, it=60)                        # has moved twice, after 25 iterations each
+    assert (start, end) == (2, 6) and levels.nonzero().flatten().tolist() == [2, 3, 4, 5]
+    traj, vels = sde_rollout(exact, x, ts, levels, torch.randn(4, 3, 4))
+    for k in range(25):
+        landed = ddim_step(traj[k], vels[k], ts[k], ts[k + 1])
+        assert torch.equal(landed, traj[k + 1]) == (k not in (2, 3, 4, 5))
+
+
+def test_mixgrpos_window_visits_every_step_but_the_last_and_begins_anew():
+    visited = [baselines.window_start(it, 25, 4, 25) for it in range(25 * 22)]
+    assert visited[0] == 0 and max(visited) == 20 and visited[25 * 21] == 0 and sorted(set(visited)) == list(range(21))      # 20 + 4 = 24, the last step
+
+
+def test_flashs_tail_runs_evenly_in_unshifted_time_from_the_window_to_the_image():
+    ts = baselines.flash_schedule(25, 3.0, 4, 0.2)
+    assert_close(ts[:5], schedule(25, 3.0)[:5])
+    u = ts / (3 - 2 * ts)                                                       # the shift undone
+    assert_close(u[4:], torch.linspace(21 / 25, 0, 5))
+    steps = [len(baselines.flash_schedule(25, 3.0, 4 + it // 20, 0.4)) - 1 for it in range(300)]
+    assert steps[0] == 12 and round(sum(steps) / 300) == 16                     # the published average of Flash
+
+# ============================================================================================ BranchGRPO
+
+
+def test_branchgrpos_tree_shares_its_first_steps_and_costs_what_is_published():
+    widths = tree_widths(20, [0, 3, 6, 9])
+    assert widths == [1, 2, 2, 2, 4, 4, 4, 8, 8, 8] + 11 * [16]
+    assert round(sum(widths) / 16, 2) == 13.69                                  # published: 13.68, which counts nodes, the root and the leaves too
+    pruned = Config(**{**METHODS["branch"], "method": "branch", "prune": 5})
+    assert {baselines.nfe(pruned, it)[1] for it in (0, 30, 150, 300)} == {8.625}
+
+
+def test_reward_fusion_gives_a_node_the_mean_of_its_leaves_standardised_over_its_depth():
+    r = torch.tensor([[1.0, 3, 0, 4, 10, 10, 2, 6]])
+    fused = torch.tensor([[2.0, 2, 10, 4]])
+    assert_close(tree_advantages(r, 4), (fused - 4.5) / fused.std())
+    assert_close(tree_advantages(r, 8), (r - 4.5) / r.std())
+    assert not tree_advantages(r, 1).any() and not tree_advantages(torch.full((1, 8), 0.3), 4).any()
+
+# ============================================================================================ DiffusionNFT
+
+
+def an_nft_point(M=6):
+    x0, eps, t, v_old = normal(M, 5), normal(M, 5), torch.rand(M, 1).double(), normal(M, 5)
+    return (1 - t) * x0 + t * eps, t, x0, eps - x0, v_old
+
+
+def test_nft_with_no_advantage_moves_nothing_and_with_opposite_ones_opposite_ways():
+    x_t, t, x0, _, v_old = an_nft_point()
+    v = v_old.clone().requires_grad_()
+    slope = lambda A: torch.autograd.grad(nft_loss(x_t, t, x0, v, v_old, torch.full((6,), A).double(), beta=0.7).sum(), v)[0]
+    assert slope(0.0).abs().max() < 1e-12
+    assert_close(slope(2.0), -slope(-2.0))
+    assert slope(2.0).abs().min() > 0
+
+
+def test_nft_at_full_advantage_is_flow_matching_on_the_rollouts_images():
+    x_t, t, x0, target, v_old = an_nft_point()
+    A = torch.full((6,), 5.0).double()
+    assert nft_loss(x_t, t, x0, target, v_old, A).abs().max() < 1e-12           # its minimum, beta 1: v = eps - x_0
+    v = normal(6, 5)
+    by_hand = 5 * (t * (v - target)).pow(2).mean(1) / (t * (v - target)).abs().mean(1)
+    assert_close(nft_loss(x_t, t, x0, v, v_old, A), by_hand)
+
+
+def test_nfts_old_policy_follows_the_trained_one_ever_more_slowly_up_to_half():
+    assert [baselines.nft_decay(step) for step in (1, 100, 500, 9000)] == [0.001, 0.1, 0.5, 0.5]
+
+# ============================================================================================ the loops
+
+
+class Many(Stub):
+    """A stub whose latents may have a time each, as FLUX's may."""
+
+    def velocity(self, x, t, cond):
+        return super().velocity(x, torch.as_tensor(t).expand(len(x))[:, None, None], cond)
+
+
+def train_stub(folder, model, method, scorer=brightness, **settings):
+    (folder / "prompts.txt").write_text("a\nb\nc\n")
+    settings = {**METHODS[method], "method": method, "model": "", "prompts": str(folder / "prompts.txt"), "rewards": "brightness",
+                "out_dir": str(folder / "run"), "overwrite": True, "iterations": 1, "eval_every": 0, "save_every": 0, "lr": 1e-2, **settings}
+    run = train.Run(Config(**settings), model, {})
+    baselines.LOOPS.get(method, baselines.train_sde)(run.cfg, model, {"brightness": scorer}, run)
+    return run.lines()
+
+
+@pytest.mark.parametrize("method, nfe_old, nfe_theta", [
+    ("dance", 25, 14), ("flow", 6, 5), ("mix", 25, 4), ("flash", 8, 4), ("branch", 203 / 16, 218 / 16), ("nft", 10, 9)])
+def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(tmp_path, method, nfe_old, nfe_theta):
+    """MixGRPO trains 4 steps by its code and paper (14 in this paper's Table 3). BranchGRPO's tree: 203 nodes are seen by the network, 218 edges trained; published
+    are 13.68 for both. DiffusionNFT also asks the old policy about every trained point."""
+    model = Many()
+    line, = train_stub(tmp_path, model, method, prompts_per_iteration=2)
+    images = 2 * METHODS[method].get("group_size", 12)
+    assert model.forwards / images == nfe_old + (9 if method == "nft" else 0) and model.backwards / images == nfe_theta
+    assert (line["nfe_old"], line["nfe_theta"]) == (nfe_old, nfe_theta)
+
+
+@pytest.mark.parametrize("method", ["dance", "flow", "mix", "flash", "branch"])
+def test_the_first_ratio_is_one_in_every_iteration(tmp_path, method):
+    for line in train_stub(tmp_path, Many(), method, iterations=4):
+        assert line["first_ratio"] < 1e-5 and line["clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_raises_the_reward_of_one_and_the_same_noise(tmp_path, method):
+    def rewards_of_twenty_groups(model):
+        return torch.tensor([line["reward"] for line in train_stub(tmp_path, model, method, iterations=20, lr=1e-12)])
+
+    model, untouched = Many(), Many()
+    train_stub(tmp_path, model, method, iterations=60, seed=1)
+    gain = rewards_of_twenty_groups(model) - rewards_of_twenty_groups(untouched)
+    assert gain.mean() > 5 * gain.std() / 20**0.5
+
+
+def test_mixgrpo_with_a_full_window_is_flow_grpo(tmp_path):
+    mix, flow = Many(), Many()
+    train_stub(tmp_path, flow, "flow", iterations=3)
+    train_stub(tmp_path, mix, "mix", iterations=3, num_rollout_steps=6, window=5, window_every=25, num_train_steps=5, eta=0.9, updates_per_iteration=2, global_std=True)
+    assert torch.equal(mix.weights(), flow.weights()) and not torch.equal(flow.weights(), Many().weights())
+
+
+SHORT = "--prompts_per_iteration 2 --iterations 4 --eval_every 0 --save_every 2 --threads 1 --eval_scorers".split() + [""]
+SMALL = dict(dance="--num_rollout_steps 4 --num_train_steps 2 --group_size 3", flow="--num_rollout_steps 4 --num_train_steps 3 --group_size 4", mix="--num_rollout_steps 6 --window 2 --num_train_steps 2 --group_size 4 --window_every 1",
+             flash="--num_rollout_steps 12 --window 2 --num_train_steps 2 --group_size 4", branch="--num_rollout_steps 4 --splits 0,2 --group_size 4", nft="--num_rollout_steps 4 --num_train_steps 3 --group_size 4")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_aligns_the_small_flux_and_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, method, eight_prompts):
+    command = ["--method", method, *SHORT, *eight_prompts, *SMALL[method].split()]
+    assert baselines.main([*command, "--out_dir", str(tmp_path / "a")]) is None
+    assert baselines.main([*command, "--out_dir", str(tmp_path / "b"), "--iterations", "2"]) is None
+    assert baselines.main([*command, "--out_dir", str(tmp_path / "b"), "--resume"]) is None
+    a, b = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab")
+    for ours, theirs in zip(a, b, strict=True):
+        assert {k: v for k, v in ours.items() if "seconds" not in k} == {k: v for k, v in theirs.items() if "seconds" not in k}
+
+
+@pytest.fixture
+def eight_prompts(tmp_path):
+    path = tmp_path / "eight.txt"
+    path.write_text("a red apple\nan octopus\na dog\na red car\nthe moon\na tree\na cat\na house\n")
+    return ["--prompts", str(path)]
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    ("", "method is , but must be dance or flow"), ("--method dance --window_every 3", "window_every is not a setting of dance"), ("--method mix --window 25", "window is 25, but must be at most T-1, 24"),
+    ("--method mix --num_train_steps 5", "num_train_steps (K) is 5, but must lie between 1 and 4"), ("--method branch --group_size 12", "as many steps below 20 as give G, 12"),
+    ("--method branch --prune 11", "prune is 11, but must lie between 0 and 10"), ("--method flow --updates_per_iteration 5", "updates_per_iteration is 5, but must divide group_size (G), 12"),
+    ("--method dance --eta 0", "eta is 0, but must be above 0"), ("--method nft --ema 0", "both must be above 0"), ("--method dance --sigma 0.3", "unrecognized arguments: --sigma"),
+    ("--method dance --group_size 1", "group_size is 1, but must lie in [2, inf)")])
+def test_a_setting_that_cannot_work_is_refused_in_one_sentence_before_anything_is_loaded(settings, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Flux", None)
+    with pytest.raises(SystemExit) as stop:
+        baselines.main(f"{settings} --out_dir {tmp_path / 'new'}".split())
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
