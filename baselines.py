@@ -387,10 +387,11 @@ def standardised(cfg, scores, prompt, weights):
     total = sum(w * s for w, s in zip(weights, scores.values()))                                      # (P, G)
     return global_advantages(total, torch.cat(everyone(total.cpu())).to(total.device))
 
-LOOPS = dict(branch=train_branch, nft=train_nft)
+def loop(cfg, model, scorers, run):
+    {"branch": train_branch, "nft": train_nft}.get(cfg.method, train_sde)(cfg, model, scorers, run)
 
-def main(argv=None):
-    return train.main(argv, lambda argv: train.parse_config(argv, Config, METHODS, __doc__), lambda cfg, *rest: LOOPS.get(cfg.method, train_sde)(cfg, *rest))
+def parse_config(argv=None):
+    return train.parse_config(argv, Config, METHODS, __doc__)
 
 if __name__ == "__main__":
-    train.leave(main())
+    train.leave(train.main(None, parse_config, loop))

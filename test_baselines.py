@@ -15,6 +15,10 @@ from neighbor_grpo import clipped_objective
 from solvers import ddim_step, rollout, schedule
 from test_core import Stub, brightness
 
+def main(argv):
+    return train.main(argv, baselines.parse_config, baselines.loop)
+
+
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")                       # one process writes its checkpoint alone
 LEVELS = dict(dance=dance_level, flow=flow_level)
@@ -212,7 +216,7 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
     settings = {**METHODS[method], "method": method, "model": "", "prompts": str(folder / "prompts.txt"), "rewards": "brightness",
                 "out_dir": str(folder / "run"), "overwrite": True, "iterations": 1, "eval_every": 0, "save_every": 0, "lr": 1e-2, **settings}
     run = train.Run(Config(**settings), model, {})
-    baselines.LOOPS.get(method, baselines.train_sde)(run.cfg, model, {"brightness": scorer}, run)
+    baselines.loop(run.cfg, model, {"brightness": scorer}, run)
     return run.lines()
 
 
@@ -260,9 +264,9 @@ SMALL = dict(dance="--num_rollout_steps 4 --num_train_steps 2 --group_size 3", f
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_aligns_the_small_flux_and_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, method, eight_prompts):
     command = ["--method", method, *SHORT, *eight_prompts, *SMALL[method].split()]
-    assert baselines.main([*command, "--out_dir", str(tmp_path / "a")]) is None
-    assert baselines.main([*command, "--out_dir", str(tmp_path / "b"), "--iterations", "2"]) is None
-    assert baselines.main([*command, "--out_dir", str(tmp_path / "b"), "--resume"]) is None
+    assert main([*command, "--out_dir", str(tmp_path / "a")]) is None
+    assert main([*command, "--out_dir", str(tmp_path / "b"), "--iterations", "2"]) is None
+    assert main([*command, "--out_dir", str(tmp_path / "b"), "--resume"]) is None
     a, b = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab")
     for ours, theirs in zip(a, b, strict=True):
         assert {k: v for k, v in ours.items() if "seconds" not in k} == {k: v for k, v in theirs.items() if "seconds" not in k}
@@ -284,5 +288,5 @@ def eight_prompts(tmp_path):
 def test_a_setting_that_cannot_work_is_refused_in_one_sentence_before_anything_is_loaded(settings, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Flux", None)
     with pytest.raises(SystemExit) as stop:
-        baselines.main(f"{settings} --out_dir {tmp_path / 'new'}".split())
+        main(f"{settings} --out_dir {tmp_path / 'new'}".split())
     assert stop.value.code == 2 and sentence in capsys.readouterr().err

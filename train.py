@@ -78,6 +78,7 @@ class Config:
     batch: int = option(0, "latents at most in one forward pass, for memory where a process holds several groups; 0: all of them at once", "[0, inf)")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
     seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
+    eval_steps: int = option(0, "steps of DPM-Solver++ in evaluations; 0: solver and steps are the rollout's", "[0, inf)")
     eval_every: int = option(25, "iterations between evaluations; 0: none at all", "[0, inf)")
     save_every: int = option(50, "iterations between checkpoints; 0: only at the end", "[0, inf)")
     keep: int = option(0, "only so many of the newest checkpoints stay; 0: all", "[0, inf)")
@@ -395,7 +396,7 @@ class Run:
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
         self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
-        self.ts = schedule(cfg.num_rollout_steps, cfg.shift)
+        self.sampler = dict(ts=schedule(cfg.eval_steps or cfg.num_rollout_steps, cfg.shift), solver="dpmpp_2m" if cfg.eval_steps else cfg.solver)
         train_prompts = read_prompts(cfg.prompts)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [train_prompts[i] for i in spread(len(train_prompts), 8)]
         self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
@@ -551,7 +552,7 @@ class Run:
         mine = [(RANK + WORLD * k) % len(self.prompts) for k in range(count)]
         at_once = self.cfg.prompts_per_iteration // WORLD * self.cfg.group_size                                             # what fits in a rollout
         with self.averaged():
-            parts = everyone(evaluate(self.model, self.scorers, self.prompts, self.ts, self.cfg.solver, seed=1_000_000, batch=at_once, chosen=mine))
+            parts = everyone(evaluate(self.model, self.scorers, self.prompts, **self.sampler, seed=1_000_000, batch=at_once, chosen=mine))
         whole_list = lambda pieces: torch.stack(list(pieces), 1).flatten(0, 1)[: len(self.prompts)]                           # (P, 1, ...)
         images, scores = whole_list(images for images, _ in parts), {name: whole_list(scores[name] for _, scores in parts) for name in self.scorers}
         line = dict(iter=self.iteration)
