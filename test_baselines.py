@@ -154,6 +154,15 @@ def test_flashs_tail_runs_evenly_in_unshifted_time_from_the_window_to_the_image(
     steps = [len(baselines.flash_schedule(25, 3.0, 4 + it // 20, 0.4)) - 1 for it in range(300)]
     assert steps[0] == 12 and round(sum(steps) / 300) == 16                     # the published average of Flash
 
+
+def test_flashs_tail_goes_on_from_the_x_0_that_the_windows_last_step_predicted():
+    c, ts = torch.randn(3, 4), schedule(8)
+    levels = torch.tensor([0.5, 0.5, 0.5, 0, 0, 0, 0, 0])
+    traj, _ = sde_rollout(lambda x, t: (x - c) / t, torch.randn(3, 4), ts, levels, torch.randn(3, 3, 4), "dpmpp_2m")       # all data is one point: x_0 = c at all times
+    for k in range(3, 8):
+        assert_close(traj[k + 1], c + ts[k + 1] / ts[k] * (traj[k] - c))
+    assert_close(traj[-1], c)
+
 # ============================================================================================ BranchGRPO
 
 
@@ -247,6 +256,55 @@ def test_every_method_raises_the_reward_of_one_and_the_same_noise(tmp_path, meth
     train_stub(tmp_path, model, method, iterations=60, seed=1)
     gain = rewards_of_twenty_groups(model) - rewards_of_twenty_groups(untouched)
     assert gain.mean() > 5 * gain.std() / 20**0.5
+
+
+def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "nft_decay", lambda step: 1.0)              # the old policy stays what it was
+    model, untouched = Many(), Many()
+    lines, still = (train_stub(tmp_path, m, "nft", iterations=6, ema=1 - 1e-7, **more) for m, more in ((model, {}), (untouched, dict(lr=1e-12))))
+    assert_close([line["reward"] for line in lines], [line["reward"] for line in still], atol=1e-5, rtol=0)
+    assert (model.weights() - untouched.weights()).abs().max() > 0.02
+
+
+def test_branchgrpos_edges_carry_the_advantage_of_the_node_they_lead_to(tmp_path, monkeypatch):
+    seen, landed, carried = {}, [], []                                         # what the network saw while rolling out; where trained edges lead; their advantages
+
+    class Watched(Many):
+        def velocity(self, x, t, cond):
+            if not torch.is_grad_enabled():
+                seen[round(float(t), 3)] = x
+            return super().velocity(x, t, cond)
+
+        def decode(self, x):
+            seen["images"] = x
+            return x
+
+    monkeypatch.setattr(baselines, "log_prob", lambda x_next, mean, std: (landed.append(x_next), log_prob(x_next, mean, std))[1])
+    monkeypatch.setattr(baselines, "clipped_objective", lambda log_rho, A, eps: (carried.append(A), clipped_objective(log_rho, A, eps))[1])
+    train_stub(tmp_path, Watched(), "branch", num_rollout_steps=4, splits="0,2", group_size=4, shift=1.0)
+    last = seen[0.25]
+    assert_close(seen["images"], ddim_step(last, Many().velocity(last, 0.25, None), 0.25, 0.0).detach())          # what the last step predicts, not its noise
+    r = brightness(seen["images"], None)                                       # of the four leaves
+    pairs = r.view(2, 2).mean(1)
+    expected = {0.75: pairs, 0.5: pairs, 0.25: r}                              # reward fusion: two nodes before the second split, four behind it
+    edges, found = list(zip(torch.cat(landed[::2]), torch.cat(carried), strict=True)), 0          # log_prob is asked twice: new mean, old mean
+    assert len(edges) == 2 + 2 + 4 + 4
+    for t, fused in expected.items():
+        for node, A in zip(seen[t], (fused - fused.mean()) / fused.std(), strict=True):
+            carries, = [carried for x_next, carried in edges if torch.equal(x_next, node)]
+            assert_close(carries, A)
+            found += 1
+    assert found == 2 + 2 + 4
+
+
+def test_branchgrpos_edges_begin_at_the_parent_of_the_node_they_lead_to(tmp_path, monkeypatch):
+    pairs = []
+    monkeypatch.setattr(baselines, "log_prob", lambda x_next, mean, std: (pairs.extend(zip(x_next, mean.detach(), std.flatten().tolist())), log_prob(x_next, mean, std))[1])
+    model = Many()
+    train_stub(tmp_path, model, "branch", num_rollout_steps=4, splits="0,2", group_size=4, split_noise=0.0, updates_per_iteration=1, lr=1e-12)
+    deviations = torch.stack([((x_next - mean) / std).pow(2).mean() for x_next, mean, std in pairs])
+    zero = deviations < 1e-9                                                   # without noise at the splits, all 2 + 4 children begin where the parent's step ended
+    assert zero.sum() == 2 * (2 + 4) and 0.5 < deviations[~zero].mean() < 1.5 and deviations[~zero].max() < 4      # the other 2 + 4 by a standard normal; asked about twice
 
 
 def test_mixgrpo_with_a_full_window_is_flow_grpo(tmp_path):
