@@ -370,12 +370,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WHAT, "all"])
     parser.add_argument("--seeds", type=int, default=0, help="runs of each (default 3; quick: 1)")
-    parser.add_argument("--iterations", type=int, default=0, help="of Neighbor GRPO with 8 steps, whose seconds all runs last (default 100; quick: 6)")
+    parser.add_argument("--iterations", type=int, default=0, help="of Neighbor GRPO with 8 steps, whose seconds all runs last (default 100; quick: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--quick", action="store_true", help="a rough version in minutes")
     parser.add_argument("--out_dir", default="out/reproduce", help="of the runs (default out/reproduce)")
     args = parser.parse_args(argv)
-    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (6 if args.quick else 100), 1 if args.quick else 7
+    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (4 if args.quick else 100), 1 if args.quick else 7
     if min(args.seeds, args.iterations, args.jobs) < 1:
         parser.error("seeds, iterations and jobs must be at least 1")
     args.out, args.results = Path(args.out_dir, *["quick"] * args.quick).resolve(), HERE.joinpath("results", *["quick"] * args.quick)
