@@ -375,7 +375,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a rough version in minutes")
     parser.add_argument("--out_dir", default="out/reproduce", help="of the runs (default out/reproduce)")
     args = parser.parse_args(argv)
-    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (4 if args.quick else 100), 1 if args.quick else 7
+    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (4 if args.quick else 100), 1 if args.quick else 5
     if min(args.seeds, args.iterations, args.jobs) < 1:
         parser.error("seeds, iterations and jobs must be at least 1")
     args.out, args.results = Path(args.out_dir, *["quick"] * args.quick).resolve(), HERE.joinpath("results", *["quick"] * args.quick)
