@@ -186,11 +186,13 @@ class Config(train.Config):
         return [
             *((getattr(self, f.name) == f.default or f.name in row or f.name == "global_std", f"{f.name} is not a setting of {self.method}") for f in own if f.name != "method"),
             (self.window < T, f"window is {self.window}, but must be at most T-1, {T - 1}: the last step is the ODE's"),
-            (self.method == "branch" or self.num_train_steps <= (self.window or T - 1), f"num_train_steps (K) is {self.num_train_steps}, but must lie between 1 and {self.window or T - 1}, the SDE's steps"),
-            (self.method != "branch" or 2 ** len(steps) == self.group_size and all(0 <= k < T for k in steps),
-             f"splits is {self.splits}, but must be as many steps below {T} as give G, {self.group_size}, leaves"),
-            (self.method != "branch" or self.prune <= T - 1 - max(steps), f"prune is {self.prune}, but must lie between 0 and {T - 1 - max(steps, default=0)}, the depths behind the last split"),
-            (self.method == "branch" or self.group_size % self.updates_per_iteration == 0, f"updates_per_iteration is {self.updates_per_iteration}, but must divide group_size (G), {self.group_size}"),
+            (self.method == "branch" or self.num_train_steps <= (self.window or T - 1), f"num_train_steps (K) is {self.num_train_steps}, but must lie between 1 and {self.window or T - 1}, the steps to draw from"),
+            (self.method != "branch" or self.num_train_steps == 4, "num_train_steps is not a setting of branch, which trains every edge; prune is"),
+            (self.method != "branch" or 2 ** len(set(steps)) == self.group_size and max(steps) < T,
+             f"splits is {self.splits}, but must be as many different steps below {T} as give G, {self.group_size}, leaves"),
+            (self.method != "branch" or self.prune < T - max(steps, default=0), f"prune is {self.prune}, but must lie between 0 and {T - 1 - max(steps, default=0)}, the depths behind the last split"),
+            (self.method != "nft" or self.updates_per_iteration == 1, f"updates_per_iteration is {self.updates_per_iteration}, but nft has one"),
+            (self.group_size % self.updates_per_iteration == 0, f"updates_per_iteration is {self.updates_per_iteration}, but must divide group_size (G), {self.group_size}"),
             (not row.get("eta") or self.eta > 0, f"eta is {self.eta:g}, but must be above 0: without noise there is nothing to learn from"),
             (self.method != "nft" or 0 < self.ema < 1 and self.beta > 0, f"ema is {self.ema:g} and beta {self.beta:g}, but both must be above 0"),
         ]

@@ -339,7 +339,9 @@ def eight_prompts(tmp_path):
 
 @pytest.mark.parametrize("settings, sentence", [
     ("", "method is , but must be dance or flow"), ("--method dance --window_every 3", "window_every is not a setting of dance"), ("--method mix --window 25", "window is 25, but must be at most T-1, 24"),
-    ("--method mix --num_train_steps 5", "num_train_steps (K) is 5, but must lie between 1 and 4"), ("--method branch --group_size 12", "as many steps below 20 as give G, 12"),
+    ("--method mix --num_train_steps 5", "num_train_steps (K) is 5, but must lie between 1 and 4"), ("--method branch --group_size 12", "as many different steps below 20 as give G, 12"),
+    ("--method branch --splits ,", "splits is ,, but must be as many different steps"), ("--method branch --splits 0,0,1,2", "as many different steps below 20"),
+    ("--method branch --num_train_steps 9", "num_train_steps is not a setting of branch"), ("--method nft --updates_per_iteration 2", "but nft has one"),
     ("--method branch --prune 11", "prune is 11, but must lie between 0 and 10"), ("--method flow --updates_per_iteration 5", "updates_per_iteration is 5, but must divide group_size (G), 12"),
     ("--method dance --eta 0", "eta is 0, but must be above 0"), ("--method nft --ema 0", "both must be above 0"), ("--method dance --sigma 0.3", "unrecognized arguments: --sigma"),
     ("--method dance --group_size 1", "group_size is 1, but must lie in [2, inf)")])
