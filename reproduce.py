@@ -384,8 +384,9 @@ def main(argv=None):
     for name in [name for name in WHAT if not (args.quick and name == "lr")] if args.what == "all" else [args.what]:
         began = time.time()
         head, rows, data = WHAT[name](args)
-        command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations}" + " --quick" * args.quick
-        text = "\n".join([f"`{command}` (the small world, seeds 0 to {args.seeds - 1}, {torch.get_num_threads()} CPU threads)", "",
+        command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick
+        seeds = {"lr": "seed 1000", "table3": "no seeds, it learns nothing"}.get(name, f"seeds 0 to {args.seeds - 1}" if args.seeds > 1 else "seed 0")
+        text = "\n".join([f"`{command}` (the small world, {seeds}; {max(1, torch.get_num_threads() // args.jobs)} CPU threads a run)", "",
                           *("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])]) + "\n"
         (args.results / f"{name}.md").write_text(text)
         (args.results / f"{name}.json").write_text(json.dumps(dict(command=command, head=head, rows=rows, data=data), indent=1))
