@@ -7,7 +7,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 Each method is its formulas, a row of METHODS and a loop that stands beside train.py's: same model, rewards, prompts, optimizer, log, evaluation and
 checkpoints, by the same functions. The formulas come first, on plain tensors, to be copied like those of neighbor_grpo.py. Equation numbers are those of
-arXiv 2511.16955; settings and formulas are those of the methods' published code, and where that differs from their papers, or ours from both, it is said.
+arXiv 2511.16955; formulas and settings (METHODS) are those of the methods' published code, and where that differs from their papers, or ours from both, it is said there.
 """
 import math
 from dataclasses import dataclass, fields
@@ -60,7 +60,7 @@ def log_prob(x_next, mean, std):
 
 
 def drift_residual(eps_hat, eps_hat_old, t, std):
-    """Eq. 24: what an SDE step's -log pi is short of a squared distance between ODE steps (Eq. 6). It is 0 at theta_old."""
+    """Eq. 24: what stands in Eq. 6's squared norm beside the difference of the two ODE steps. It is 0 at theta_old."""
     return std**2 / (2 * t) * (eps_hat - eps_hat_old)
 
 
@@ -121,10 +121,10 @@ def tree_advantages(rewards, width):
     return torch.where(std < 1e-6, deviation * 0, deviation / (std + 1e-8)).clamp(-5, 5)
 
 
-def pruned_depths(iteration, T, count, earliest):
-    """Depth pruning: `count` depths that are not trained, at first T - count to T - 1, one earlier every 30 iterations until `earliest`. (Their paper lets the
-    window move the other way.) With 5 of them NFE_theta is the published 8.625."""
-    start = max(T - count - iteration // 30, earliest)
+def pruned_depths(iteration, T, count, earliest, every):
+    """Depth pruning: `count` depths that are not trained, at first T - count to T - 1, one earlier every so many iterations until `earliest`. (Their paper lets
+    the window move the other way.) With 5 of them NFE_theta is the published 8.625."""
+    start = max(T - count - (iteration // every if every else 0), earliest)
     return range(start, start + count)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Config(train.Config):
     noise: str = option("", "noise level: dance's, eta at all times, or flow's, eta sqrt(t / (1 - t))", ("", "dance", "flow"))
     eta: float = option(0.0, "its strength (Eq. 12)", "[0, 100]")
     window: int = option(0, "SDE steps; 0: all but the last", "[0, inf)")
-    window_every: int = option(0, "iterations after which the window moves on by a step; 0: it stays", "[0, inf)")
+    window_every: int = option(0, "iterations after which the window, or that of the pruned depths, moves on by a step; 0: it stays", "[0, inf)")
     compress: float = option(1.0, "flash: the share of the steps behind the window that stay", "(0, 1]")
     global_std: bool = option(False, "advantages are divided by the standard deviation of all rewards, not of their group's")
     splits: str = option("", "branch: the steps at which every node gets two children, by comma; G is 2 to the power of their number")
@@ -171,6 +171,7 @@ class Config(train.Config):
     beta: float = option(0.0, "nft: how far v+ and v- lie from the old policy", "[0, 100]")
 
     num_anchors: ClassVar = 0                                   # Neighbor GRPO's own are no settings here: all candidates are trained,
+    code: ClassVar = ("baselines.py", "neighbor_grpo.py")
     sigma: ClassVar = 0                                         # begin at one noise,
     p: ClassVar = 0                                             # and there is no quasi-norm
     tau: ClassVar = ""                                          # and no distance
@@ -188,23 +189,28 @@ class Config(train.Config):
             (self.window < T, f"window is {self.window}, but must be at most T-1, {T - 1}: the last step is the ODE's"),
             (self.method == "branch" or self.num_train_steps <= (self.window or T - 1), f"num_train_steps (K) is {self.num_train_steps}, but must lie between 1 and {self.window or T - 1}, the steps to draw from"),
             (self.method != "branch" or self.num_train_steps == 4, "num_train_steps is not a setting of branch, which trains every edge; prune is"),
-            (self.method != "branch" or 2 ** len(set(steps)) == self.group_size and max(steps) < T,
-             f"splits is {self.splits}, but must be as many different steps below {T} as give G, {self.group_size}, leaves"),
+            (self.method != "branch" or 2 ** len(set(steps)) == self.group_size and max(steps) < T - 1,
+             f"splits is {self.splits}, but must be as many different steps below {T - 1} as give G, {self.group_size}, leaves"),
             (self.method != "branch" or self.prune < T - max(steps, default=0), f"prune is {self.prune}, but must lie between 0 and {T - 1 - max(steps, default=0)}, the depths behind the last split"),
             (self.method != "nft" or self.updates_per_iteration == 1, f"updates_per_iteration is {self.updates_per_iteration}, but nft has one"),
-            (self.group_size % self.updates_per_iteration == 0, f"updates_per_iteration is {self.updates_per_iteration}, but must divide group_size (G), {self.group_size}"),
+            (self.method == "branch" or self.group_size % self.updates_per_iteration == 0, f"updates_per_iteration is {self.updates_per_iteration}, but must divide group_size (G), {self.group_size}"),
+            (self.method != "branch" or self.updates_per_iteration <= 2 * self.group_size - 2, f"updates_per_iteration is {self.updates_per_iteration}, but must be at most 2 G - 2, {2 * self.group_size - 2}"),
+            (self.method != "branch" or self.solver == "ddim", "solver is not a setting of branch, whose every step is the SDE's"),
+            (not row.get("noise") or self.noise, "noise is empty, but must be dance or flow"),
             (not row.get("eta") or self.eta > 0, f"eta is {self.eta:g}, but must be above 0: without noise there is nothing to learn from"),
             (self.method != "nft" or 0 < self.ema < 1 and self.beta > 0, f"ema is {self.ema:g} and beta {self.beta:g}, but both must be above 0"),
         ]
 
-METHODS = {                                                     # the published settings, for FLUX.1-dev where there are such, with G = 12 for all that leave the choice
-    "dance": dict(noise="dance", eta=0.3, num_rollout_steps=25, num_train_steps=14, updates_per_iteration=3, window=0, solver="ddim"),
-    "flow": dict(noise="flow", eta=0.9, num_rollout_steps=6, num_train_steps=5, updates_per_iteration=2, window=0, global_std=True, solver="ddim"),
+METHODS = {                                                     # as published, for FLUX.1-dev where there is that; what is not:
+    "dance": dict(noise="dance", eta=0.3, num_rollout_steps=25, num_train_steps=14, updates_per_iteration=3, window=0, solver="ddim"),           # T and K as this paper has them; the code: 16, 9
+    "flow": dict(noise="flow", eta=0.9, num_rollout_steps=6, num_train_steps=5, updates_per_iteration=2, window=0, global_std=True, solver="ddim"),          # G = 12 for 24; adapters and an average there
     "mix": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4, updates_per_iteration=4, window=4, window_every=25, solver="ddim"),
-    "flash": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4, updates_per_iteration=4, window=4, window_every=0, compress=0.2, solver="dpmpp_2m"),
-    "branch": dict(noise="dance", eta=0.3, num_rollout_steps=20, group_size=16, splits="0,3,6,9", split_noise=4.0, prune=0, clip_eps=1e-3, updates_per_iteration=4, solver="ddim"),
-    "nft": dict(num_rollout_steps=10, num_train_steps=9, updates_per_iteration=1, beta=1.0, ema=0.5, global_std=True, solver="dpmpp_2m"),
+    "flash": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4, updates_per_iteration=4, window=4, window_every=0, compress=0.2, solver="dpmpp_2m"),         # Flash*; Flash: 20, 0.4
+    "branch": dict(noise="dance", eta=0.3, num_rollout_steps=20, num_train_steps=4, group_size=16, splits="0,3,6,9", split_noise=4.0, prune=0, window_every=30, clip_eps=1e-3,
+                   updates_per_iteration=18, solver="ddim"),    # an update every 12 edges of a tree; the pruned window ends at depth 10, where theirs goes on to 9
+    "nft": dict(num_rollout_steps=10, num_train_steps=9, updates_per_iteration=1, beta=1.0, ema=0.5, global_std=True, solver="dpmpp_2m"),            # G = 12 for 24; adapters there
 }
+LEVELS = {"dance": dance_level, "flow": flow_level}
 
 def split_steps(cfg):
     return [int(k) for k in cfg.splits.split(",") if k.strip().isdigit()]
@@ -214,14 +220,14 @@ def times(cfg, it):
     T, size = cfg.num_rollout_steps, cfg.window or cfg.num_rollout_steps - 1
     start = window_start(it, T, size, cfg.window_every)
     ts = flash_schedule(T, cfg.shift, start + size, cfg.compress) if cfg.compress < 1 else schedule(T, cfg.shift)
-    levels = (dance_level if cfg.noise == "dance" else flow_level)(ts, cfg.eta)
+    levels = LEVELS[cfg.noise](ts, cfg.eta)
     levels[:start] = levels[start + size:] = 0                  # the last step always: DanceGRPO too decodes the x_0 it predicts, and Flow-GRPO trains all but that one
     return ts, start, start + size, levels
 
 def tree(cfg, it):
     """BranchGRPO's: nodes before each step and after the last, and the trained edges, (step, child) each."""
     widths = tree_widths(cfg.num_rollout_steps, split_steps(cfg))
-    pruned = pruned_depths(it, cfg.num_rollout_steps, cfg.prune, max(split_steps(cfg)) + 1)
+    pruned = pruned_depths(it, cfg.num_rollout_steps, cfg.prune, max(split_steps(cfg)) + 1, cfg.window_every)
     return widths, [(k, child) for k in range(cfg.num_rollout_steps) if k + 1 not in pruned for child in range(widths[k + 1])]
 
 def nfe(cfg, it=0):
@@ -229,7 +235,9 @@ def nfe(cfg, it=0):
     if cfg.method == "branch":
         widths, edges = tree(cfg, it)
         return sum(widths[:-1]) / cfg.group_size, len(edges) / cfg.group_size
-    return len(times(cfg, it)[0]) - 1 if cfg.method != "nft" else cfg.num_rollout_steps, cfg.num_train_steps
+    if cfg.method == "nft":                                     # whose old policy is also asked about every trained point
+        return cfg.num_rollout_steps + cfg.num_train_steps, cfg.num_train_steps
+    return len(times(cfg, it)[0]) - 1, cfg.num_train_steps
 
 # ---------------------------------------------------------------------------------------------------------------
 # the loops, to be read beside train.py's
@@ -284,10 +292,11 @@ def train_sde(cfg, model, scorers, run):
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
 def train_branch(cfg, model, scorers, run):
-    """BranchGRPO: one trajectory from each noise, which splits in two now and then; every step is the SDE's, and an edge's advantage is that of the node it leads to."""
+    """BranchGRPO: one trajectory from each noise, which splits in two now and then; every step is the SDE's, and an edge's advantage is that of the node it leads to. The
+    last step's edges are trained too, as in their code, although no image contains its noise."""
     P, G, U, T = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.updates_per_iteration, cfg.num_rollout_steps
     prompts, weights, ts = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device), schedule(T, cfg.shift)
-    levels, splits = dance_level(ts, cfg.eta), split_steps(cfg)
+    levels, splits = LEVELS[cfg.noise](ts, cfg.eta), split_steps(cfg)
     for it in run.iterations():
         # Draw prompts, one initial noise for each, and noise for every node
         seconds, lap = stopwatch(model.device)
@@ -380,7 +389,7 @@ def train_nft(cfg, model, scorers, run):
             (nft_loss(x_t[j], t[j], x0, v, v_old[j], A.flatten(), cfg.beta).mean() / K).backward()
         run.update(decay=min(nft_decay(it + 1), cfg.ema))
         lap("update")
-        run.log(it, scores, A, [], seconds, nfe_old=len(vels), nfe_theta=float(K))
+        run.log(it, scores, A, [], seconds, nfe_old=len(vels) + K, nfe_theta=float(K))
 
 def standardised(cfg, scores, prompt, weights):
     """Eq. 3 on each reward, then their weighted mean (as MixGRPO does); or, with global_std, the weighted sum of the rewards against the spread of all. Cut at 5."""

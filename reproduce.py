@@ -1,5 +1,5 @@
 """
-The paper's tables and figures on the small world: Neighbor GRPO beside the methods it is compared with, at equal seconds.
+The paper's tables and figures on the small world: Neighbor GRPO beside the methods it is compared with.
 
     python reproduce.py table1                        # runs what is missing, goes on with what was interrupted, writes results/table1.md, .json and .png
     python reproduce.py all --jobs 2                  # everything, two runs at a time with one thread each
@@ -13,9 +13,10 @@ The paper's tables and figures on the small world: Neighbor GRPO beside the meth
     figure8            a rollout group before and after
     lr                 the learning rates: the same four for each method, on a third of the seconds
 
-Equal seconds: every run lasts as long as --iterations of Neighbor GRPO with 8 steps, by the times of table3, so that nothing else that the machine does
-at the time counts. The learning rate is that with the best held-out reward in the sweep, on a seed of its own; the judge has no say. All evaluations are
-DPM-Solver++ with 16 steps, whatever the rollout's. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own.
+Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8 steps, by the times of table3, so that nothing else that the
+machine does at the time counts; tables 4 to 6, as in the paper, at equal iterations. The learning rate is that with the best reward in the sweep, on prompts and
+seeds that no table uses; variants of a method take its. All evaluations are DPM-Solver++ with 16 steps, whatever the rollout's. The reward is clip, the judge is
+never trained on. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own.
 """
 import argparse, contextlib, io, json, math, shutil, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import baselines, rewards, train
-from eval import label_of, picture_grid, read_prompts, sample, spread
+from eval import label_of, picture_grid, read_prompts, sample, spread, write
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from solvers import rollout, schedule
@@ -43,18 +44,21 @@ METHODS = {                                                     # label: (script
     "Neighbor GRPO, 25 steps": ("train.py", "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4", "neighbor"),
     "Neighbor GRPO, 16 steps": ("train.py", "--num_rollout_steps 16 --num_train_steps 9", "neighbor"),
     "Neighbor GRPO, 8 steps": ("train.py", "", "neighbor"),
-    "Neighbor GRPO, 8 steps, p = 2": ("train.py", "--p 2", "neighbor"),
+    "Neighbor GRPO, sigma 0.5, p = 2": ("train.py", "--sigma 0.5 --p 2", "neighbor"),         # Table 2, which is Table 6's rows: sigma 0.5
+    "Neighbor GRPO, sigma 0.5, p = 0.8": ("train.py", "--sigma 0.5", "neighbor"),
 }
 OURS, RIVAL = "Neighbor GRPO, 8 steps", "DanceGRPO"
+ERRORS = "± is the standard error over seeds."
 LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
-TABLE1 = [label for label in METHODS if "p = 2" not in label]
-TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", "Neighbor GRPO, 8 steps, p = 2", "Neighbor GRPO, 8 steps"]
+TABLE1 = [label for label in METHODS if "sigma" not in label]
+TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", "Neighbor GRPO, sigma 0.5, p = 2", "Neighbor GRPO, sigma 0.5, p = 0.8"]
 SWEEPS = {"table4": ("sigma", (1.0, 0.5, 0.3, 0.1)), "table5": ("num_anchors", (2, 4, 8, 12)), "table6": ("p", (2.0, 1.0, 0.8, 0.5))}
 START = dict(sigma=0.5, num_anchors=4, p=2.0)                   # Sec. 4.2
-PAPER = {                                                       # FLUX.1-dev: HPSv2.1 (the reward, or one of the three), CLIP (never trained on), s / iter.
-    "table1": {"base": (0.310, 0.389), "DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382), "MixGRPO-Flash*": (0.343, 0.374),
+PAPER_BASE = 0.310, 0.389
+PAPER = {                                                       # FLUX.1-dev: HPSv2.1 (the reward, or in Table 1 one of three), CLIP (never trained on); s / iter.
+    "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382), "MixGRPO-Flash*": (0.343, 0.374),
                "Neighbor GRPO, 25 steps": (0.359, 0.385), "Neighbor GRPO, 16 steps": (0.369, 0.386), "Neighbor GRPO, 8 steps": (0.366, 0.391)},
-    "table2": {"DanceGRPO": (0.356, 0.366), "MixGRPO": (0.371, 0.367), "BranchGRPO": (0.379, 0.362), "Neighbor GRPO, 8 steps, p = 2": (0.379, 0.368), "Neighbor GRPO, 8 steps": (0.372, 0.371)},
+    "table2": {"DanceGRPO": (0.356, 0.366), "MixGRPO": (0.371, 0.367), "BranchGRPO": (0.379, 0.362), "Neighbor GRPO, sigma 0.5, p = 2": (0.379, 0.368), "Neighbor GRPO, sigma 0.5, p = 0.8": (0.372, 0.371)},
     "table3": {"DanceGRPO": 237.86, "MixGRPO": 237.71, "MixGRPO-Flash*": 129.36, "BranchGRPO": 249.33, "Neighbor GRPO, 25 steps": 141.93, "Neighbor GRPO, 16 steps": 105.85, "Neighbor GRPO, 8 steps": 45.08},
     "table4": {1.0: (0.364, 0.359), 0.5: (0.379, 0.368), 0.3: (0.375, 0.363), 0.1: (0.357, 0.364)},
     "table5": {2: (0.370, 0.363), 4: (0.379, 0.368), 8: (0.374, 0.373), 12: (0.377, 0.370)},
@@ -65,38 +69,50 @@ PAPER = {                                                       # FLUX.1-dev: HP
 # runs
 
 def run(args, jobs):
-    """Bring every run of `jobs`, {folder: (script, flags)}, to its end. -> {folder: the lines of its log}."""
+    """Bring every run of `jobs`, {folder: (script, flags)}, to its end. -> {folder: the lines of its log}, no lines where it diverged."""
     def one(folder):
         script, flags = jobs[folder]
-        if not finished(folder, flags):
-            has_some = bool(train.checkpoints(folder))
-            command = [sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if has_some else "--overwrite"]
-            print("python " + " ".join(command[1:]), flush=True)
-            done = subprocess.run([*command, "--threads", str(max(1, torch.get_num_threads() // args.jobs))], cwd=HERE, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{folder} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        return read(folder)
+        note = folder.parent / f"{folder.name}.json"                      # how the run ended that is in the folder
+        command = [script, *flags, "--out_dir", folder.name]
+        known = json.loads(note.read_text()) if note.exists() else dict(command=command, ended="")
+        if known["command"] != command or not known["ended"]:
+            goes_on = known["command"] == command and train.checkpoints(folder)
+            if not goes_on:
+                for old in args.out.glob(f"eval-*/{folder.name}-checkpoint-*"):       # pictures of other weights
+                    shutil.rmtree(old)
+            print("python " + " ".join(command), flush=True)
+            done = subprocess.run([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
+                                  cwd=HERE, capture_output=True, text=True)
+            whole = any(line["iter"] == iterations_in(flags) and "eval_clip" in line for line in read(folder))
+            known = dict(command=command, ended="whole" if whole and not done.returncode else "diverged" if "no longer finite" in done.stderr else "")
+            keep(note, known)
+            if not known["ended"]:
+                raise RuntimeError(f"{folder} ended with {done.returncode} before it was done; the same command goes on with it:\n{done.stderr[-2000:]}")
+        return read(folder) if known["ended"] == "whole" else []
     with ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(jobs, pool.map(one, jobs)))
 
+def keep(path, what):
+    write(path, lambda aside: aside.write_text(json.dumps(what, indent=1)))
+
+def threads(args):
+    return max(1, torch.get_num_threads() // args.jobs)
+
 def read(folder):
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return train.read_log(folder)
 
 def iterations_in(flags):
     return int(flags[flags.index("--iterations") + 1])
 
-def finished(folder, flags):
-    return any(line["iter"] == iterations_in(flags) and "eval_clip" in line for line in read(folder))
-
-def job(args, label, seed, lr, iterations, more=(), evaluations=10):
+def job(args, label, seed, lr, iterations, more=(), evaluations=10, extra=()):
     """One run of a method -> (folder, (script, flags))."""
-    script, flags, _ = METHODS[label]
+    script, flags, _ = METHODS[label]                           # `more` is part of the folder's name, `extra` not
     every = math.ceil(iterations / (1 if args.quick else evaluations))
-    window = ["--window_every", str(max(1, round(iterations / 12)))] if label == "MixGRPO" else []        # 25 of 300 iterations, as published
+    moves = {"MixGRPO": 12, "BranchGRPO, pruned": 10}.get(label)         # every 25 and every 30 of 300 iterations, as published
+    window = ["--window_every", str(max(1, round(iterations / moves)))] if moves else []
     more = [str(word) for word in more]
     name = "-".join([label.replace("*", "").replace(", ", "-").replace(" = ", "").replace(" ", "_"), *(word.removeprefix("--") for word in more), f"{lr:g}", str(iterations), f"seed{seed}"])
-    return args.out / name, (script, [*flags.split(), *window, *more, "--lr", f"{lr:g}", "--iterations", str(iterations), "--seed", str(seed),
+    return args.out / name, (script, [*flags.split(), *window, *more, *extra, "--lr", f"{lr:g}", "--iterations", str(iterations), "--seed", str(seed),
                                       "--eval_steps", "16", "--eval_every", str(every), "--save_every", "10", "--keep", "1"])
 
 def jobs_of(args, label, more=()):
@@ -104,18 +120,23 @@ def jobs_of(args, label, more=()):
     lr, iterations = learning_rates(args)[METHODS[label][2]], lasting(args, label)
     return dict(job(args, label, seed, lr, iterations, more) for seed in range(args.seeds))
 
+def cost_of(args, label):
+    """Variants of ours that do the same work cost the same: two timings would only differ by chance."""
+    return costs(args)[OURS if "sigma" in label else label]
+
 def lasting(args, label, share=1.0):
     """As many iterations of a method as take the seconds of args.iterations of ours."""
-    seconds = costs(args)
-    return max(1, round(args.iterations * share * seconds[OURS]["seconds"] / seconds[label]["seconds"]))
+    return max(1, round(args.iterations * share * cost_of(args, OURS)["seconds"] / cost_of(args, label)["seconds"]))
 
 def cached(function):
-    """What is found once is kept beside the runs."""
+    """What was found once is kept beside the runs, for as long as what it was found with is the same."""
     def found(args):
-        path = args.out / f"{function.__name__}-{args.iterations}.json"
-        if not path.exists():
-            path.write_text(json.dumps(function(args), indent=1))
-        return json.loads(path.read_text())
+        path, inputs = args.out / f"{function.__name__}.json", json.loads(json.dumps([METHODS, LEARNING_RATES, args.iterations if function.__name__ != "costs" else args.repeats, threads(args)]))
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("inputs") != inputs:
+            kept = dict(inputs=inputs, found=function(args))
+            keep(path, kept)
+        return kept["found"]
     return found
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -124,11 +145,10 @@ def cached(function):
 @cached
 def costs(args):
     """One iteration of each method in turn, again and again, in one process, with what --jobs leaves of the threads; the median of the seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // args.jobs))
-    model, timers = None, {}
+    all_threads, model, timers = torch.get_num_threads(), None, {}
+    torch.set_num_threads(threads(args))
     with tempfile.TemporaryDirectory() as folder:
-        for i, (label, (script, flags, _)) in enumerate(METHODS.items()):
+        for i, (label, (script, flags, _)) in enumerate((label, method) for label, method in METHODS.items() if "sigma" not in label):
             parse, loop = (train.parse_config, train.train) if script == "train.py" else (baselines.parse_config, baselines.loop)
             cfg = parse([*flags.split(), "--out_dir", f"{folder}/{i}", "--eval_every", "0", "--save_every", "0", "--lr", "1e-12", "--iterations", str(args.repeats + 1)])
             model = model or Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
@@ -140,9 +160,9 @@ def costs(args):
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     loop(cfg, model, scorers, books)
                 print(f"timing {repeat}/{args.repeats}: {label}: {total(books.lines()[-1]):.2f} s", flush=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(all_threads)
         return {label: dict(seconds=statistics.median(total(line) for line in books.lines()[1:]), nfe_old=books.lines()[-1]["nfe_old"], nfe_theta=books.lines()[-1]["nfe_theta"], G=cfg.group_size,
-                            B=cfg.num_anchors or cfg.group_size, K="adapt" if "Branch" in label else cfg.num_train_steps,
+                            B="adapt" if "Branch" in label else cfg.num_anchors or cfg.group_size, K="all" if "Branch" in label else cfg.num_train_steps,
                             solver={"ddim": "DDIM", "dpmpp_2m": "DPM++"}[cfg.solver]) for label, (cfg, _, _, books) in timers.items()}
 
 def total(line):
@@ -154,49 +174,52 @@ def table3(args):
     rows = [[label, f"{c['nfe_old']:.2f}".removesuffix(".00"), c["G"], c["B"], c["K"], f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}", f"{c['seconds'] / rival:.2f}",
              f"{paper[label]:.2f}" if label in paper else "", f"{paper[label] / paper[RIVAL]:.2f}" if label in paper else ""] for label, c in found.items()]
     draw_bars(args.results / "table3.png", {label: c["seconds"] for label, c in found.items()}, "seconds an iteration")
-    return ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s", "paper: s / iter.", f"of {RIVAL}'s"], rows, found
+    caption = (f"Medians of {args.repeats} iterations of each method in turn, in one process. The paper counts 14 trained steps for MixGRPO, whose code and paper have 4, and for BranchGRPO the nodes of its tree. "
+               "DiffusionNFT's NFE_old has the old policy's velocity at the 9 trained points.")
+    return ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s", "paper: s / iter.", f"of {RIVAL}'s"], rows, found, caption
 
 @cached
 def learning_rates(args):
-    """{whose: the best of LEARNING_RATES}, by the held-out reward at the end of a third of the seconds, on a seed that no table uses."""
+    """{whose: the best of LEARNING_RATES}, by the reward at the end of a third of the seconds, on prompts and seeds that no table uses."""
     if args.quick:
         return {family: 5e-5 for _, _, family in METHODS.values()}
-    best = {}
-    for family, found in sweep(args).items():
-        best[family] = max(LEARNING_RATES, key=lambda lr: found[f"{lr:g}"][0])
-    return best
+    return {family: max(LEARNING_RATES, key=lambda rate: np.mean(found[f"{rate:g}"]["clip"])) for family, found in sweep(args).items()}
 
 def sweep(args):
-    labels = {family: label for label, (_, _, family) in reversed(METHODS.items())}
+    """{whose: {lr: dict(iterations, clip, judge: the gains of each seed)}}; a run that diverged has lost all."""
+    labels = {family: label for label, (_, _, family) in reversed(METHODS.items())}           # of variants, the first
     labels["neighbor"] = OURS
-    jobs = {(family, lr): job(args, label, 1000, lr, lasting(args, label, 1 / 3), evaluations=1) for family, label in labels.items() for lr in LEARNING_RATES}
+    jobs = {(family, rate, seed): job(args, label, seed, rate, lasting(args, label, 1 / 3), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt"))
+            for family, label in labels.items() for rate in LEARNING_RATES for seed in (1000, 1001)}
     logs = run(args, dict(jobs.values()))
-    last = {key: [line for line in logs[folder] if "eval_clip" in line][-1] for key, (folder, _) in jobs.items()}
-    return {family: {f"{lr:g}": [last[family, lr]["eval_clip_gain"], last[family, lr]["eval_judge_gain"], last[family, lr]["iter"]] for lr in LEARNING_RATES} for family in labels}
+    def gains(family, rate, scorer):
+        return [curve(logs[jobs[family, rate, seed][0]], scorer)[1][-1] if logs[jobs[family, rate, seed][0]] else -1.0 for seed in (1000, 1001)]
+    return {family: {f"{rate:g}": dict(iterations=lasting(args, label, 1 / 3), clip=gains(family, rate, "clip"), judge=gains(family, rate, "judge")) for rate in LEARNING_RATES} for family, label in labels.items()}
 
 def lr(args):
     if args.quick:
         raise SystemExit("lr: --quick takes 5e-5 for all")
     found, best = sweep(args), learning_rates(args)
-    rows = [[family, each[f"{LEARNING_RATES[0]:g}"][2], *(f"{'**' * (best[family] == rate)}{each[f'{rate:g}'][0]:+.4f}{'**' * (best[family] == rate)} ({each[f'{rate:g}'][1]:+.4f})" for rate in LEARNING_RATES)]
-            for family, each in found.items()]
+    rows = [[family, each[f"{LEARNING_RATES[0]:g}"]["iterations"], *("**" * (best[family] == rate) + shown(each[f"{rate:g}"]["clip"], sign="+") + "**" * (best[family] == rate) + f" ({np.mean(each[f'{rate:g}']['judge']):+.4f})"
+             for rate in LEARNING_RATES)] for family, each in found.items()]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for family, each in found.items():
-        axes.plot(LEARNING_RATES, [each[f"{rate:g}"][0] for rate in LEARNING_RATES], marker="o", label=family)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out reward gain")
+        axes.plot(LEARNING_RATES, [np.mean(each[f"{rate:g}"]["clip"]) for rate in LEARNING_RATES], marker="o", label=family)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain on test_pair.txt")
     axes.legend()
     finish(figure, args.results / "lr.png")
-    return ["method", "iterations", *(f"lr {rate:g}: reward gain (judge)" for rate in LEARNING_RATES)], rows, found
+    caption = f"Reward gain (judge gain) on the prompts of tiny/prompts/test_pair.txt, seeds 1000 and 1001, after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}. Bold: taken, by the reward alone. {ERRORS}"
+    return ["method", "iterations", *(f"lr {rate:g}" for rate in LEARNING_RATES)], rows, found, caption
 
 # ---------------------------------------------------------------------------------------------------------------
 # the methods
 
-def finals(args, jobs):
+def finals(args, name, jobs):
     """{folder: reward, judge, diversity and their gains} of finished runs: eval.py on their last checkpoints, four pictures for each held-out prompt."""
     checkpoints = {folder: train.checkpoints(folder)[-1] for folder in jobs}
-    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, checkpoints.values()), "--steps", "16", "--out_dir", str(args.out / "eval"),
+    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, checkpoints.values()), "--steps", "16", "--out_dir", str(args.out / f"eval-{name}"),
                     *(["--num_prompts", "24"] if args.quick else [])], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-    rows = {row["label"]: row for row in json.loads((args.out / "eval/results.json").read_text())["results"]}
+    rows = {row["label"]: row for row in json.loads((args.out / f"eval-{name}/results.json").read_text())["results"]}
     return {"base": next(iter(rows.values())), **{folder: rows[label_of(path)] for folder, path in checkpoints.items()}}
 
 def over_seeds(values):
@@ -208,52 +231,59 @@ def shown(values, digits=4, sign=""):
     mean, error = over_seeds(values)
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
 
-def curve(lines, seconds, name="clip"):
-    """Held-out gains of one run -> (seconds, gain) of its evaluations."""
-    found = [(line["iter"] * seconds, line[f"eval_{name}_gain"]) for line in lines if "eval_clip" in line]
-    return np.array(found).T
+def curve(lines, name="clip"):
+    """Held-out gains of one run -> (iterations, gains) of its evaluations, at every tenth of the run: one that was interrupted has more."""
+    times, gains = np.array([(line["iter"], line[f"eval_{name}_gain"]) for line in lines if "eval_clip" in line]).T
+    grid = np.linspace(0, times[-1], 11)
+    return grid, np.interp(grid, times, gains)
 
 def first_time(times, gains, goal):
     """When a curve, straight between its points, first reaches the goal; inf if it never does."""
+    if gains[0] >= goal:
+        return times[0]
     for k in range(1, len(times)):
         if gains[k] >= goal:
             return times[k - 1] + (times[k] - times[k - 1]) * (goal - gains[k - 1]) / (gains[k] - gains[k - 1])
     return math.inf
 
-def compare(args, name, labels):
-    """A table of methods at equal seconds."""
-    cost, chosen = costs(args), learning_rates(args)
-    jobs = {label: jobs_of(args, label) for label in [RIVAL, *labels]}
-    logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
-    ends = finals(args, logs)
-    goal = np.mean([curve(logs[folder], 1)[1][-1] for folder in jobs[RIVAL]])
-    reached = {label: [first_time(*curve(logs[folder], cost[label]["seconds"]), goal) for folder in jobs[label]] for label in jobs}
-    rival, rows, data = np.mean(reached[RIVAL]), [], dict(goal=goal)
-    for label in ["base", *labels]:
-        theirs = [f"{value:.3f}" for value in PAPER[name].get(label, ())] or ["", ""]
-        if label == "base":
-            rows.append([label, "", "", "", "", "", f"{ends['base']['clip']:.4f}", f"{ends['base']['judge']:.4f}", f"{ends['base']['diversity']:.3f}", "", *theirs])
-            continue
-        each, c, folders = [ends[folder] for folder in jobs[label]], cost[label], list(jobs[label])
-        times = reached[label]
-        rows.append([label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}", logs[folders[0]][-1]["iter"], f"{chosen[METHODS[label][2]]:g}",
-                     *(shown([row[f"{scorer}_gain"] for row in each], sign="+") for scorer in ("clip", "judge")), shown([row["diversity"] for row in each], 3),
-                     shown(np.array(times) / rival, 2) if np.isfinite(times).all() else f"never in {np.isinf(times).sum()} of {len(times)}", *theirs])
-        data[label] = dict(finals=each, seconds_to_goal=[t if math.isfinite(t) else None for t in times], commands=[command_line(*what, folder) for folder, what in jobs[label].items()])
-    pick = spread(len(read_prompts(HERE / "tiny/prompts/test_concept.txt")), 8)
-    paths = {"base": HERE / "tiny/flux", **{label: train.checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
-    picture_grid(args.results / f"{name}.png", {label: pictures(path, pick) for label, path in paths.items()}, [read_prompts(HERE / "tiny/prompts/test_concept.txt")[i] for i in pick])
-    return ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr", "reward gain", "judge gain", "diversity", f"seconds to {RIVAL}'s reward, of its own", "paper: HPSv2.1", "paper: CLIP"], rows, data
+def times_to(curves, goal, rival_time):
+    """Of each run (times, gains), the time to the goal as a share of the rival's. -> text"""
+    shares = [first_time(times, gains, goal) / rival_time for times, gains in curves]
+    return shown(shares, 2) if np.isfinite(shares).all() else f"not reached by {np.isinf(shares).sum()} of {len(shares)}"
 
-def pictures(path, places):
-    model, prompts = Flux(path, 64, frozen=True), read_prompts(HERE / "tiny/prompts/test_concept.txt")
+def compare(args, name, labels, caption):
+    """A table of methods at equal seconds."""
+    chosen, scorers = learning_rates(args), ("clip", "judge")
+    jobs = {label: jobs_of(args, label) for label in dict.fromkeys([RIVAL, *labels])}
+    logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
+    ends = finals(args, name, logs)
+    curves = {label: [(curve(logs[folder])[0] * cost_of(args, label)["seconds"], curve(logs[folder])[1]) for folder in jobs[label]] for label in jobs}
+    rival_times, rival = curves[RIVAL][0][0], np.mean([gains for _, gains in curves[RIVAL]], 0)
+    goal, rival_time, base = rival[-1], first_time(rival_times, rival, rival[-1]), ends["base"]
+    rows, data = [["base", "", "", "", "", "", f"{base['clip']:.4f}", "", f"{base['judge']:.4f}", "", f"{base['diversity']:.3f}", "", "", ""]], dict(goal=goal)
+    for label in labels:
+        each, c, folders = [ends[folder] for folder in jobs[label]], cost_of(args, label), list(jobs[label])
+        theirs = [f"{value - at_first:+.3f}" for value, at_first in zip(PAPER[name].get(label, ()), PAPER_BASE)] or ["", ""]
+        rows.append([label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}", logs[folders[0]][-1]["iter"], f"{chosen[METHODS[label][2]]:g}",
+                     *(text for scorer in scorers for text in (shown([row[scorer] for row in each]), shown([row[f"{scorer}_gain"] for row in each], sign="+"))), shown([row["diversity"] for row in each], 3),
+                     times_to(curves[label], goal, rival_time), *theirs])
+        data[label] = dict(finals=each, curves=[[list(map(float, part)) for part in pair] for pair in curves[label]], commands=[command_line(*what, folder) for folder, what in jobs[label].items()])
+    held_out = read_prompts(HERE / "tiny/prompts/test_concept.txt")
+    pick, paths = spread(len(held_out), 8), {"base": HERE / "tiny/flux", **{label: train.checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
+    picture_grid(args.results / f"{name}.png", {label: pictures(path, held_out, pick) for label, path in paths.items()}, [held_out[i] for i in pick])
+    caption += (f" All for the same seconds, {args.iterations * cost_of(args, OURS)['seconds']:.0f}, by the times of table3. {ERRORS} The goal, {RIVAL}'s final held-out gain, is {goal:+.4f}; the paper's columns are gains too.")
+    return ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr", "reward", "its gain", "judge", "its gain", "diversity", f"time to {RIVAL}'s final reward, as a share of {RIVAL}'s",
+            "paper: HPSv2.1", "paper: CLIP"], rows, data, caption
+
+def pictures(path, prompts, places):
+    model = Flux(path, 64, frozen=True)
     return (sample(model, [prompts[i] for i in places], places, schedule(16), "dpmpp_2m") * 255).round().to(torch.uint8)
 
 def table1(args):
-    return compare(args, "table1", TABLE1)
+    return compare(args, "table1", TABLE1, "One reward, clip; the paper's Table 1 has three, of which HPSv2.1 is one.")
 
 def table2(args):
-    return compare(args, "table2", TABLE2)
+    return compare(args, "table2", TABLE2, "One reward, clip; in the paper HPSv2.1.")
 
 def ablation(args, name):
     """One setting around (sigma, B, p) = (0.5, 4, 2), the others fixed; equal iterations, as in the paper."""
@@ -264,17 +294,18 @@ def ablation(args, name):
         more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]
         jobs[value] = dict(job(args, OURS, seed, rate, args.iterations, more, evaluations=1) for seed in range(args.seeds))
     logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
-    ends = finals(args, logs)
+    ends = finals(args, name, logs)
     scores = {value: {key: [ends[folder][key] for folder in each] for key in ("clip_gain", "judge_gain", "diversity")} for value, each in jobs.items()}
-    rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"), shown(s["diversity"], 3), *(f"{number:.3f}" for number in PAPER[name][value])] for value, s in scores.items()]
+    rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"), shown(s["diversity"], 3), *(f"{number - at_first:+.3f}" for number, at_first in zip(PAPER[name][value], PAPER_BASE))] for value, s in scores.items()]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for panel, (key, title) in zip(panels, (("clip_gain", "reward gain"), ("judge_gain", "judge gain"), ("diversity", "diversity"))):
         means, errors = zip(*(over_seeds(s[key]) for s in scores.values()))
         panel.errorbar(range(len(values)), means, np.nan_to_num(errors), marker="o", capsize=3)
         panel.set(title=title, xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values], xlabel=flag)
     finish(figure, args.results / f"{name}.png")
+    caption = f"(sigma, B, p) = (0.5, 4, 2) but for {flag}; {args.iterations} iterations each, lr {rate:g}. {ERRORS} The paper's columns are gains too."
     return [flag, "reward gain", "judge gain", "diversity", "paper: HPSv2.1", "paper: CLIP"], rows, dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate,
-            commands=[command_line(*what, folder) for each in jobs.values() for folder, what in each.items()])
+            commands=[command_line(*what, folder) for each in jobs.values() for folder, what in each.items()]), caption
 
 def command_line(script, flags, folder):
     return f"python {script} {' '.join(flags)} --out_dir {folder.name}"
@@ -283,31 +314,32 @@ def command_line(script, flags, folder):
 # the figures
 
 def figure5(args):
-    cost, labels = costs(args), [label for label in METHODS if "p = 2" not in label]
-    jobs = {label: jobs_of(args, label) for label in labels}
+    jobs = {label: jobs_of(args, label) for label in TABLE1}
     logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
     figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     rows, data = [], {}
-    for i, label in enumerate(labels):
+    for i, label in enumerate(TABLE1):
+        seconds = cost_of(args, label)["seconds"]
         style = dict(label=label, color=f"C{i % 10}", linewidth=2.5 if "Neighbor" in label else 1.2, linestyle="-" if "Neighbor" in label else "--")
-        for panel, unit, name in zip(panels, (1, cost[label]["seconds"], cost[label]["seconds"]), ("clip", "clip", "judge")):
-            curves = [curve(logs[folder], unit, name) for folder in jobs[label]]
-            panel.plot(curves[0][0], np.mean([c[1] for c in curves], 0), **style)
-        gains = [curve(logs[folder], 1)[1] for folder in jobs[label]]
-        data[label] = dict(iterations=curve(logs[next(iter(jobs[label]))], 1)[0].tolist(), seconds=cost[label]["seconds"], gains=[gain.tolist() for gain in gains])
-        rows.append([label, *(shown([gain[round(share * (len(gain) - 1))] for gain in gains], sign="+") for share in (0.2, 0.4, 0.6, 0.8, 1))])
+        for panel, unit, name in zip(panels, (1, seconds, seconds), ("clip", "clip", "judge")):
+            curves = [curve(logs[folder], name) for folder in jobs[label]]
+            panel.plot(curves[0][0] * unit, np.mean([gains for _, gains in curves], 0), **style)
+        gains = [curve(logs[folder])[1] for folder in jobs[label]]
+        data[label] = dict(iterations=curves[0][0].tolist(), seconds=seconds, gains=[each.tolist() for each in gains])
+        rows.append([label, *(shown([each[k] for each in gains], sign="+") for k in (1, 2, 4, 6, 8, 10))])
     for panel, x, y in zip(panels, ("iterations", "seconds", "seconds"), ("reward gain", "reward gain", "judge gain")):
         panel.set(xlabel=x, ylabel=f"held-out {y}")
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
     finish(figure, args.results / "figure5.png")
-    return ["held-out reward gain after a share of the seconds", "0.2", "0.4", "0.6", "0.8", "1"], rows, data
+    caption = f"Held-out reward gain after a share of the seconds, {args.iterations * cost_of(args, OURS)['seconds']:.0f} for each method, by the times of table3. {ERRORS}"
+    return ["share of the seconds", "0.1", "0.2", "0.4", "0.6", "0.8", "1"], rows, data, caption
 
 @torch.no_grad()
 def group_of(path, prompts, seed, sigma=0.3, G=12):
     """Rollout groups as training has them -> images (P, G, 3, H, W), rewards (P, G)."""
     model, rng = Flux(path, 64, frozen=True), torch.Generator().manual_seed(seed)
-    scorer = rewards.load_all(["clip"], "cpu", prompts[:1])["clip"]
+    scorer = rewards.load_all(rewards.parse("clip"), "cpu", prompts[:1])["clip"]
     cond = model.encode(prompts)
     x1 = torch.cat([perturb_noise(torch.randn(model.latent_shape, generator=rng), torch.randn(G, *model.latent_shape, generator=rng), sigma) for _ in prompts])
     images = model.decode(rollout(lambda x, t: model.velocity(x, t, cond), x1, schedule(8), "dpmpp_2m")[0][-1])
@@ -331,25 +363,28 @@ def figure4(args):
         quarter = len(order) // 4
         for p in (2.0, 1.0, 0.8, 0.5):
             length = torch.stack([advantages(each, p) for each in r]).norm(dim=1).numpy()
-            share = length / length.mean()
-            panel.scatter(flatness, share, s=12, label=f"p = {p:g}")
-            rows.append([label, f"{p:g}", f"{share[order[:quarter]].mean():.3f}", f"{share[order[-quarter:]].mean():.3f}", f"{share[order[:quarter]].mean() / share[order[-quarter:]].mean():.2f}"])
-            data[f"{label}, p {p:g}"] = dict(flatness=flatness.tolist(), weight=share.tolist())
+            weight = length / length.mean()
+            panel.scatter(flatness, weight, s=12, label=f"p = {p:g}")
+            rows.append([label, f"{p:g}", f"{weight[order[:quarter]].mean():.3f}", f"{weight[order[-quarter:]].mean():.3f}", f"{weight[order[:quarter]].mean() / weight[order[-quarter:]].mean():.2f}"])
+            data[f"{label}, p {p:g}"] = dict(flatness=flatness.tolist(), weight=weight.tolist())
         panel.set(title=label, xlabel="flatness of the group, |A|_1 / (sqrt(G) |A|_2)", ylabel="length of A' over the mean of all groups")
         panel.legend()
     finish(figure, args.results / "figure4.png")
-    return ["model", "p", "weight of the most peaked quarter of the groups", "weight of the flattest quarter", "ratio"], rows, data
+    return ["model", "p", "weight of the most peaked quarter of the groups", "weight of the flattest quarter", "ratio"], rows, data, f"{len(groups['base'][1])} rollout groups of training prompts; weight: |A'|_2 over its mean."
 
 def figure8(args):
-    prompts = [read_prompts(HERE / "tiny/prompts/train.txt")[i] for i in spread(913, 3)]
+    known = read_prompts(HERE / "tiny/prompts/train.txt")
+    prompts = [known[i] for i in spread(len(known), 3)]
     rows, strips = [], {}
     for label, (images, r) in before_and_after(args, prompts, seed=8).items():
         for prompt, each, score in zip(prompts, images, r):
             strips[f"{prompt[:40]}: {label}"] = (each * 255).round().to(torch.uint8)
             spread_of = (2 * each.flatten(1).var(0).mean()).sqrt().item()
             rows.append([prompt, label, f"{score.mean():.4f}", f"{score.std():.4f}", f"{spread_of:.4f}"])
-    picture_grid(args.results / "figure8.png", dict(sorted(strips.items())), [f"candidate {i + 1}" for i in range(12)])
-    return ["prompt", "model", "mean reward", "its spread", "distance of two pictures"], sorted(rows), {}
+    order = [f"{prompt[:40]}: {label}" for prompt in prompts for label in ("base", "aligned")]
+    picture_grid(args.results / "figure8.png", {key: strips[key] for key in order}, [f"candidate {i + 1}" for i in range(12)])
+    return (["prompt", "model", "mean reward", "its standard deviation in the group", "distance of two pictures"], sorted(rows, key=lambda row: (row[0], row[1] != "base")), {},
+            f"Groups of 12, sigma 0.3, from the same noises; {OURS}, seed 0.")
 
 def draw_bars(path, numbers, title):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -383,10 +418,9 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
     for name in [name for name in WHAT if not (args.quick and name == "lr")] if args.what == "all" else [args.what]:
         began = time.time()
-        head, rows, data = WHAT[name](args)
+        head, rows, data, caption = WHAT[name](args)
         command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick
-        seeds = {"lr": "seed 1000", "table3": "no seeds, it learns nothing"}.get(name, f"seeds 0 to {args.seeds - 1}" if args.seeds > 1 else "seed 0")
-        text = "\n".join([f"`{command}` (the small world, {seeds}; {max(1, torch.get_num_threads() // args.jobs)} CPU threads a run)", "",
+        text = "\n".join([f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, {threads(args)} a run). {caption}", "",
                           *("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])]) + "\n"
         (args.results / f"{name}.md").write_text(text)
         (args.results / f"{name}.json").write_text(json.dumps(dict(command=command, head=head, rows=rows, data=data), indent=1))

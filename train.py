@@ -11,6 +11,7 @@ This file owns randomness, files and printing, and puts the others in order; the
 import argparse, atexit, contextlib, datetime, importlib.util, json, math, os, shutil, signal, socket, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -87,6 +88,7 @@ class Config:
     wandb: str = option("", "Weights & Biases project that is sent every line of the log; empty: none")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     threads: int = option(0, "CPU threads; 0: torch's own choice", "[0, 1024]")
+    code: ClassVar = ("neighbor_grpo.py",)
 
     def __post_init__(self):
         self.prompts_per_iteration = self.prompts_per_iteration or WORLD
@@ -364,12 +366,20 @@ def stopwatch(device):
 # ---------------------------------------------------------------------------------------------------------------
 # the books: log.jsonl, checkpoints, evaluation, pictures
 
-OURS = ("log.jsonl", "config.json", "launch.json", "neighbor_grpo.py", "before_after.png", "curve.png", "samples", "tensorboard", "wandb")      # what a run writes, beside its checkpoints
+OURS = ("log.jsonl", "config.json", "launch.json", "neighbor_grpo.py", "baselines.py", "before_after.png", "curve.png", "samples", "tensorboard", "wandb")      # what a run writes, beside its checkpoints
 
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
     found = [path.parents[1] for path in Path(out).glob("checkpoint-*/state/state.pt") if path.parts[-3].removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+def read_log(out):
+    """The lines of a run's log, but for those that were cut off or garbled while they were written."""
+    found = []
+    for line in (Path(out) / "log.jsonl").read_text(errors="replace").split("\n") if (Path(out) / "log.jsonl").exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(dict(json.loads(line)))
+    return found
 
 def cause_of(error):
     """What torch.distributed.checkpoint wraps."""
@@ -431,7 +441,8 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
         (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
         (self.out / "samples").mkdir(exist_ok=True)
-        shutil.copy(HERE / "neighbor_grpo.py", self.out)        # the loss this run was made with
+        for name in self.cfg.code:                              # the loss this run was made with
+            shutil.copy(HERE / name, self.out)
         if importlib.util.find_spec("tensorboard"):             # it is watched where it is installed
             from torch.utils.tensorboard import SummaryWriter
             board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
@@ -510,11 +521,7 @@ class Run:
             w.copy_(value)
 
     def lines(self):
-        found = []
-        for line in (self.out / "log.jsonl").read_text(errors="replace").split("\n") if (self.out / "log.jsonl").exists() else ():
-            with contextlib.suppress(ValueError, TypeError):                      # cut off or garbled while it was written
-                found.append(dict(json.loads(line)))
-        return found
+        return read_log(self.out)
 
     def write(self, line):
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}     # JSON has no nan

@@ -1,0 +1,95 @@
+"""
+reproduce.py's sums, on curves that were drawn by hand. One test per sentence.
+
+    python -m pytest -q test_reproduce.py
+"""
+import argparse, math
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+import reproduce
+from reproduce import HERE, curve, first_time, group_of, over_seeds, shown, times_to
+
+
+def log(*points):
+    return [dict(iter=0, reward=1.0)] + [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain) for it, gain in points]
+
+
+def test_a_curve_has_the_tenths_of_its_run_and_an_evaluation_more_changes_nothing_else():
+    straight = curve(log((0, 0.0), (50, 0.5), (100, 1.0)))
+    assert_allclose(straight[0], np.arange(0, 101, 10))
+    assert_allclose(straight[1], np.arange(11) / 10)
+    assert_allclose(curve(log((0, 0.0), (33, 0.33), (50, 0.5), (100, 1.0)))[1], straight[1])
+
+
+def test_the_time_to_a_goal_lies_on_the_line_between_two_evaluations_and_is_infinite_if_it_is_never_reached():
+    times, gains = [0, 10, 20, 30], [0.0, 0.2, 0.1, 0.4]
+    assert first_time(times, gains, 0.1) == 5 and first_time(times, gains, 0.3) == pytest.approx(20 + 10 * 2 / 3) and first_time(times, gains, 0.4) == 30
+    assert first_time(times, gains, 0.5) == math.inf and first_time(times, gains, -0.2) == 0
+
+
+def test_one_seed_that_misses_the_goal_is_said_and_not_averaged_away():
+    fast, slow, never = ([0, 10], [0.0, 1.0]), ([0, 10], [0.0, 0.5]), ([0, 10], [0.0, 0.4])
+    assert times_to([fast, slow], 0.5, 20) == "0.38 ± 0.12" and times_to([fast, slow, never], 0.5, 20) == "not reached by 1 of 3"
+
+
+def test_the_error_is_the_standard_error_over_seeds_and_one_seed_has_none():
+    mean, error = over_seeds([1.0, 2.0, 6.0])
+    assert mean == 3 and error == pytest.approx(7**0.5 / 3**0.5)
+    assert shown([0.25]) == "0.2500" and shown([1.0, 3.0], 1, "+") == "+2.0 ± 1.0"
+
+
+def settings(tmp_path, **more):
+    return argparse.Namespace(**{**dict(out=tmp_path, results=tmp_path, jobs=1, seeds=1, iterations=60, repeats=1, quick=False), **more})
+
+
+def test_runs_last_equal_seconds_and_what_was_found_once_is_found_again_only_for_the_same_question(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "costs", reproduce.cached(named("costs", lambda args: asked.append(1) or {label: dict(seconds=2.0 if label == reproduce.OURS else 8.0) for label in reproduce.METHODS})))
+    args = settings(tmp_path)
+    assert reproduce.lasting(args, "DanceGRPO") == 15 and reproduce.lasting(args, reproduce.OURS) == reproduce.lasting(args, "Neighbor GRPO, sigma 0.5, p = 2") == 60
+    assert len(asked) == 1
+    reproduce.costs(settings(tmp_path, repeats=2))
+    assert len(asked) == 2
+
+
+def named(name, function):
+    function.__name__ = name
+    return function
+
+
+def test_a_run_that_is_whole_is_not_made_again_and_one_that_was_stopped_or_asked_for_otherwise_is(tmp_path, monkeypatch):
+    script = tmp_path / "stub.py"
+    script.write_text("""
+import json, pathlib, sys
+out, last = pathlib.Path(sys.argv[sys.argv.index("--out_dir") + 1]), int(sys.argv[sys.argv.index("--iterations") + 1])
+out.mkdir(exist_ok=True)
+stop = (out.parent / "stop").exists()
+(out / "log.jsonl").write_text(json.dumps(dict(iter=1 if stop else last, eval_clip=0.5, eval_clip_gain=0.1)) + "\\n" + '{"iter": 2, "cut')
+print(sys.argv, file=open(out.parent / "calls", "a"))
+""")
+    args, folder = settings(tmp_path), tmp_path / "run-1e-05"
+    calls = lambda: len((tmp_path / "calls").read_text().splitlines())
+    first = {folder: (str(script), ["--iterations", "3"])}
+    (tmp_path / "stop").touch()
+    with pytest.raises(RuntimeError, match="before it was done"):               # its exit status was 0
+        reproduce.run(args, first)
+    (tmp_path / "stop").unlink()
+    assert reproduce.run(args, first) == reproduce.run(args, first) == {folder: [dict(iter=3, eval_clip=0.5, eval_clip_gain=0.1)]}
+    assert calls() == 2
+    reproduce.run(args, {folder: (str(script), ["--iterations", "4"])})
+    assert calls() == 3
+
+
+def test_a_rollout_group_of_the_figures_is_one_of_training():
+    images, r = group_of(HERE / "tiny/flux", ["a red apple", "a dog"], seed=0, G=3)
+    assert images.shape == (2, 3, 3, 64, 64) and r.shape == (2, 3)
+    within, between = (images[0, 0] - images[0, 1]).pow(2).mean(), (images[0, 0] - images[1, 0]).pow(2).mean()
+    assert 0 < within < between                                                 # neighbours of one noise
+
+
+def test_every_row_of_the_papers_tables_has_a_row_here():
+    for name, labels in (("table1", reproduce.TABLE1), ("table2", reproduce.TABLE2), ("table3", reproduce.METHODS)):
+        assert set(reproduce.PAPER[name]) <= set(labels)
+    for name, (_, values) in reproduce.SWEEPS.items():
+        assert set(reproduce.PAPER[name]) == set(values)
