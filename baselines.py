@@ -59,6 +59,12 @@ def log_prob(x_next, mean, std):
     return (-z**2 / 2 - std.log() - math.log(2 * math.pi) / 2).flatten(1).mean(1)                     # (M,)      Eq. 16
 
 
+def sde_log_ratio(x_next, x_t, v, v_old, t, t_next, level):
+    """log pi_theta - log pi_old of a step that the old velocity took, x_t to x_next (M, ...), as `log_prob` measures it -> (M,). It is 0 where v is v_old."""
+    std = sde_std(t, t_next, level)
+    return log_prob(x_next, sde_mean(x_t, v, t, t_next, level), std) - log_prob(x_next, sde_mean(x_t, v_old, t, t_next, level), std)
+
+
 def drift_residual(eps_hat, eps_hat_old, t, std):
     """Eq. 24: what stands in Eq. 6's squared norm beside the difference of the two ODE steps. It is 0 at theta_old."""
     return std**2 / (2 * t) * (eps_hat - eps_hat_old)
@@ -170,8 +176,8 @@ class Config(train.Config):
     prune: int = option(0, "branch: depths that are not trained", "[0, inf)")
     beta: float = option(0.0, "nft: how far v+ and v- lie from the old policy", "[0, 100]")
 
-    num_anchors: ClassVar = 0                                   # Neighbor GRPO's own are no settings here: all candidates are trained,
     code: ClassVar = ("baselines.py", "neighbor_grpo.py")
+    num_anchors: ClassVar = 0                                   # Neighbor GRPO's own are no settings here: all candidates are trained,
     sigma: ClassVar = 0                                         # begin at one noise,
     p: ClassVar = 0                                             # and there is no quasi-norm
     tau: ClassVar = ""                                          # and no distance
@@ -281,8 +287,7 @@ def train_sde(cfg, model, scorers, run):
                 t, t_next, level = (value[k].flatten()[:, None, None].to(model.device) for value in (ts, ts[1:], levels))         # (P g, 1, 1)
                 x_t, x_next, v_old = (values[k, row, chosen].flatten(0, 1) for values in (traj, traj[1:], vels))                  # (P g, N, C)
                 v = model.velocity(x_t, t.flatten(), cond)
-                mean, mean_old, std = sde_mean(x_t, v, t, t_next, level), sde_mean(x_t, v_old, t, t_next, level), sde_std(t, t_next, level)
-                log_rho = log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)               # (P g,)              Eq. 16
+                log_rho = sde_log_ratio(x_next, x_t, v, v_old, t, t_next, level)                      # (P g,)              Eq. 16
                 J = clipped_objective(log_rho, A[:, chosen].flatten(), cfg.clip_eps)                  # ()                  Eq. 4
                 (-J / (k.numel() * K)).backward()
                 log_rhos.append(log_rho.detach())
@@ -338,8 +343,7 @@ def train_branch(cfg, model, scorers, run):
                 x_t, v_old = (torch.stack([values[k][:, parent] for k, _, parent in some], 1).flatten(0, 1) for values in (nodes, vels))     # (P e, N, C)
                 x_next, A_edge = (torch.stack([values[k + 1][:, child] for k, child, _ in some], 1).flatten(0, 1) for values in (nodes, A))
                 v = model.velocity(x_t, t.flatten(), cond)
-                mean, mean_old, std = sde_mean(x_t, v, t, t_next, level), sde_mean(x_t, v_old, t, t_next, level), sde_std(t, t_next, level)
-                log_rho = log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)               # (P e,)              Eq. 16
+                log_rho = sde_log_ratio(x_next, x_t, v, v_old, t, t_next, level)                      # (P e,)              Eq. 16
                 J = clipped_objective(log_rho, A_edge, cfg.clip_eps)                                  # ()                  Eq. 4
                 (-J / (P * len(mine))).backward()
                 log_rhos.append(log_rho.detach())

@@ -11,12 +11,12 @@ median seconds of both, and the median of their ratios, which does not depend on
 import contextlib, io, statistics, sys, tempfile, time, weakref
 import torch
 import rewards
-from model import Flux, add_lora
+from model import add_lora
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from solvers import schedule
-from train import Run, parse_config, train
+from train import Run, load, parse_config, train
 
 def bare_calls(cfg, model, scorers, prompts):
     P, G, B = cfg.prompts_per_iteration, cfg.group_size, cfg.num_anchors
@@ -47,7 +47,7 @@ def main(repeats=15, warmup=3):
         cfg = parse_config([*sys.argv[1:], "--out_dir", folder, "--eval_every", "0", "--save_every", "0"])
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, batch=cfg.batch)
+        model = load(cfg)
         scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, ["a red apple, 3d style"])
         run, prompts, pairs = Run(cfg, model, scorers), ["a red apple, 3d style"] * cfg.prompts_per_iteration, []
         for i in range(warmup + repeats):

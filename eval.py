@@ -28,6 +28,7 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default 
 SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="clip,judge", images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution=64, batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic", images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution=1024, batch=4)
 TITLES = dict(hpsv2="HPSv2.1", pickscore="Pick / 100", imagereward="Img.Rwd.", clipscore="CLIP", unifiedreward="Unified.", aesthetic="Aes.")    # Table 1's
+SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++"}
 UNITS = dict(pickscore=100)                                                                           # Table 1 prints PickScore over 100
 Z_95 = 1.959964                                                                                       # 95 % of a normal distribution lies within +- Z_95
 
@@ -206,6 +207,11 @@ def label_of(path):
     return "-".join(Path(path).resolve().parts[-2:] if Path(path).exists() else Path(path).parts)
 
 
+def seconds_in(line):
+    """How long the iteration of a log's line took, all phases."""
+    return sum(value for key, value in line.items() if key.startswith("seconds_"))
+
+
 class Row:
     """<out_dir>/<label>/: settings.json, prompts.json, and in pictures/ 00000-0.png (prompt, picture) and 00000.json (the prompt's scores)."""
 
@@ -285,8 +291,8 @@ class Row:
         try:
             config = json.loads((Path(self.path) / "state/config.json").read_text())
             lines = [line for line in map(json.loads, (Path(self.path).parent / "log.jsonl").read_text().split("\n")[:-1]) if "nfe_old" in line]
-            seconds = [sum(value for key, value in line.items() if key.startswith("seconds_")) for line in lines]
-            return dict(solver={"ddim": "DDIM", "dpmpp_2m": "DPM++"}[config["solver"]], nfe_old=f"{lines[-1]['nfe_old']}", nfe_theta=f"{lines[-1]['nfe_theta']:.2f}",
+            seconds = [seconds_in(line) for line in lines]
+            return dict(solver=SOLVERS[config["solver"]], nfe_old=f"{lines[-1]['nfe_old']}", nfe_theta=f"{lines[-1]['nfe_theta']:.2f}",
                         seconds=f"{statistics.median(seconds):.2f}", trained_on=[spec.partition("=")[0] for spec in split(config["rewards"])])
         except (OSError, ValueError, LookupError):
             return dict(solver="N/A", nfe_old="N/A", nfe_theta="N/A", seconds="N/A", trained_on=[])

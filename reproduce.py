@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import baselines, rewards, train
-from eval import label_of, picture_grid, read_prompts, sample, spread, write
+from eval import SOLVERS, label_of, picture_grid, read_prompts, sample, seconds_in, spread, write
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from solvers import rollout, schedule
@@ -68,8 +68,9 @@ PAPER = {                                                       # FLUX.1-dev: HP
 # ---------------------------------------------------------------------------------------------------------------
 # runs
 
-def run(args, jobs):
-    """Bring every run of `jobs`, {folder: (script, flags)}, to its end. -> {folder: the lines of its log}, no lines where it diverged."""
+def run(args, *groups):
+    """Bring every run of each group, {folder: (script, flags)}, to its end. -> {folder: the lines of its log}, no lines where it diverged."""
+    jobs = {folder: what for group in groups for folder, what in group.items()}
     def one(folder):
         script, flags = jobs[folder]
         note = folder.parent / f"{folder.name}.json"                      # how the run ended that is in the folder
@@ -83,12 +84,13 @@ def run(args, jobs):
             print("python " + " ".join(command), flush=True)
             done = subprocess.run([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
                                   cwd=HERE, capture_output=True, text=True)
-            whole = any(line["iter"] == iterations_in(flags) and "eval_clip" in line for line in read(folder))
+            last = int(flags[flags.index("--iterations") + 1])
+            whole = any(line["iter"] == last and "eval_clip" in line for line in train.read_log(folder))
             known = dict(command=command, ended="whole" if whole and not done.returncode else "diverged" if "no longer finite" in done.stderr else "")
             keep(note, known)
             if not known["ended"]:
                 raise RuntimeError(f"{folder} ended with {done.returncode} before it was done; the same command goes on with it:\n{done.stderr[-2000:]}")
-        return read(folder) if known["ended"] == "whole" else []
+        return train.read_log(folder) if known["ended"] == "whole" else []
     with ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(jobs, pool.map(one, jobs)))
 
@@ -97,12 +99,6 @@ def keep(path, what):
 
 def threads(args):
     return max(1, torch.get_num_threads() // args.jobs)
-
-def read(folder):
-    return train.read_log(folder)
-
-def iterations_in(flags):
-    return int(flags[flags.index("--iterations") + 1])
 
 def job(args, label, seed, lr, iterations, more=(), evaluations=10, extra=()):
     """One run of a method -> (folder, (script, flags))."""
@@ -115,10 +111,10 @@ def job(args, label, seed, lr, iterations, more=(), evaluations=10, extra=()):
     return args.out / name, (script, [*flags.split(), *window, *more, *extra, "--lr", f"{lr:g}", "--iterations", str(iterations), "--seed", str(seed),
                                       "--eval_steps", "16", "--eval_every", str(every), "--save_every", "10", "--keep", "1"])
 
-def jobs_of(args, label, more=()):
+def jobs_of(args, label):
     """A method's runs, one per seed, at its own learning rate, as long as args.iterations of ours. -> {folder: (script, flags)}."""
     lr, iterations = learning_rates(args)[METHODS[label][2]], lasting(args, label)
-    return dict(job(args, label, seed, lr, iterations, more) for seed in range(args.seeds))
+    return dict(job(args, label, seed, lr, iterations) for seed in range(args.seeds))
 
 def cost_of(args, label):
     """Variants of ours that do the same work cost the same: two timings would only differ by chance."""
@@ -151,7 +147,7 @@ def costs(args):
         for i, (label, (script, flags, _)) in enumerate((label, method) for label, method in METHODS.items() if "sigma" not in label):
             parse, loop = (train.parse_config, train.train) if script == "train.py" else (baselines.parse_config, baselines.loop)
             cfg = parse([*flags.split(), "--out_dir", f"{folder}/{i}", "--eval_every", "0", "--save_every", "0", "--lr", "1e-12", "--iterations", str(args.repeats + 1)])
-            model = model or Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing)
+            model = model or train.load(cfg)
             scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, read_prompts(cfg.prompts)[:1])
             timers[label] = cfg, loop, scorers, train.Run(cfg, model, scorers)
         for repeat in range(args.repeats + 1):                  # the first warms up
@@ -159,14 +155,11 @@ def costs(args):
                 cfg.iterations = repeat + 1
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     loop(cfg, model, scorers, books)
-                print(f"timing {repeat}/{args.repeats}: {label}: {total(books.lines()[-1]):.2f} s", flush=True)
+                print(f"timing {repeat}/{args.repeats}: {label}: {seconds_in(books.lines()[-1]):.2f} s", flush=True)
         torch.set_num_threads(all_threads)
-        return {label: dict(seconds=statistics.median(total(line) for line in books.lines()[1:]), nfe_old=books.lines()[-1]["nfe_old"], nfe_theta=books.lines()[-1]["nfe_theta"], G=cfg.group_size,
+        return {label: dict(seconds=statistics.median(seconds_in(line) for line in books.lines()[1:]), nfe_old=books.lines()[-1]["nfe_old"], nfe_theta=books.lines()[-1]["nfe_theta"], G=cfg.group_size,
                             B="adapt" if "Branch" in label else cfg.num_anchors or cfg.group_size, K="all" if "Branch" in label else cfg.num_train_steps,
-                            solver={"ddim": "DDIM", "dpmpp_2m": "DPM++"}[cfg.solver]) for label, (cfg, _, _, books) in timers.items()}
-
-def total(line):
-    return sum(value for key, value in line.items() if key.startswith("seconds_"))
+                            solver=SOLVERS[cfg.solver]) for label, (cfg, _, _, books) in timers.items()}
 
 def table3(args):
     found = costs(args)
@@ -255,9 +248,9 @@ def compare(args, name, labels, caption):
     """A table of methods at equal seconds."""
     chosen, scorers = learning_rates(args), ("clip", "judge")
     jobs = {label: jobs_of(args, label) for label in dict.fromkeys([RIVAL, *labels])}
-    logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
+    logs = run(args, *jobs.values())
     ends = finals(args, name, logs)
-    curves = {label: [(curve(logs[folder])[0] * cost_of(args, label)["seconds"], curve(logs[folder])[1]) for folder in jobs[label]] for label in jobs}
+    curves = {label: [(iterations * cost_of(args, label)["seconds"], gains) for iterations, gains in (curve(logs[folder]) for folder in jobs[label])] for label in jobs}
     rival_times, rival = curves[RIVAL][0][0], np.mean([gains for _, gains in curves[RIVAL]], 0)
     goal, rival_time, base = rival[-1], first_time(rival_times, rival, rival[-1]), ends["base"]
     rows, data = [["base", "", "", "", "", "", f"{base['clip']:.4f}", "", f"{base['judge']:.4f}", "", f"{base['diversity']:.3f}", "", "", ""]], dict(goal=goal)
@@ -293,7 +286,7 @@ def ablation(args, name):
         settings = {**START, flag: value}
         more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]
         jobs[value] = dict(job(args, OURS, seed, rate, args.iterations, more, evaluations=1) for seed in range(args.seeds))
-    logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
+    logs = run(args, *jobs.values())
     ends = finals(args, name, logs)
     scores = {value: {key: [ends[folder][key] for folder in each] for key in ("clip_gain", "judge_gain", "diversity")} for value, each in jobs.items()}
     rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"), shown(s["diversity"], 3), *(f"{number - at_first:+.3f}" for number, at_first in zip(PAPER[name][value], PAPER_BASE))] for value, s in scores.items()]
@@ -315,7 +308,7 @@ def command_line(script, flags, folder):
 
 def figure5(args):
     jobs = {label: jobs_of(args, label) for label in TABLE1}
-    logs = run(args, {folder: what for each in jobs.values() for folder, what in each.items()})
+    logs = run(args, *jobs.values())
     figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     rows, data = [], {}
     for i, label in enumerate(TABLE1):
@@ -339,11 +332,11 @@ def figure5(args):
 def group_of(path, prompts, seed, sigma=0.3, G=12):
     """Rollout groups as training has them -> images (P, G, 3, H, W), rewards (P, G)."""
     model, rng = Flux(path, 64, frozen=True), torch.Generator().manual_seed(seed)
-    scorer = rewards.load_all(rewards.parse("clip"), "cpu", prompts[:1])["clip"]
+    scorers = rewards.load_all(rewards.parse("clip"), "cpu", prompts[:1])
     cond = model.encode(prompts)
     x1 = torch.cat([perturb_noise(torch.randn(model.latent_shape, generator=rng), torch.randn(G, *model.latent_shape, generator=rng), sigma) for _ in prompts])
     images = model.decode(rollout(lambda x, t: model.velocity(x, t, cond), x1, schedule(8), "dpmpp_2m")[0][-1])
-    return images.unflatten(0, (-1, G)), scorer(images, [prompt for prompt in prompts for _ in range(G)]).unflatten(0, (-1, G))
+    return images.unflatten(0, (-1, G)), train.score(scorers, images, prompts)["clip"]
 
 def before_and_after(args, prompts, seed=0):
     folder, what = next(iter(jobs_of(args, OURS).items()))

@@ -648,6 +648,9 @@ def meet():
     patience = datetime.timedelta(hours=2)                      # a large checkpoint is written by one while the others wait
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience, **attempt)
 
+def load(cfg):
+    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
+
 def start(cfg, algorithm=train):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -655,7 +658,7 @@ def start(cfg, algorithm=train):
     prompts = read_prompts(cfg.prompts) + (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [])
     try:
         scorers = rewards.load_all(rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}"), cfg.device, prompts)
-        model = Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
+        model = load(cfg)
     except ValueError as error:                                 # a broken file
         raise OSError(rewards.short(error)) from error
     spread_out(cfg, model)
