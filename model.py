@@ -99,9 +99,9 @@ class Flux:
                           return_dict=False)[0] for some in self.parts(len(x))]
         return torch.cat(v).float()
 
-    def parts(self, M):
-        """M latents, or images, `batch` at a time."""
-        size = self.batch or M
+    def parts(self, M, most=None):
+        """M latents, or images, `batch` at a time, or `most`."""
+        size = min(self.batch or M, most or M)
         return [slice(i, i + size) for i in range(0, M, size)]
 
     def unpack(self, x):
@@ -111,10 +111,10 @@ class Flux:
 
     @torch.no_grad()
     def decode(self, x):
-        """Latents at t = 0, (M, N, C) -> images (M, 3, H, W) in [0, 1], float32."""
+        """Latents at t = 0, (M, N, C) -> images (M, 3, H, W) in [0, 1], float32. Sixteen at a time: on a CPU that takes half as long as 96 at once, which leave the cache."""
         vae = self.pipe.vae
         z = self.unpack(x) / vae.config.scaling_factor + vae.config.shift_factor
-        return torch.cat([(vae.decode(z[some].to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for some in self.parts(len(z))])
+        return torch.cat([(vae.decode(z[some].to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for some in self.parts(len(z), most=16)])
 
     def save(self, path, weights=None):
         """Write a directory that `FluxPipeline.from_pretrained` loads, or with LoRA one for its `load_lora_weights`. `weights`: {name: tensor} of

@@ -11,11 +11,11 @@ The paper's tables and figures on the small world: Neighbor GRPO beside the meth
     figure4            which groups the quasi-norm turns up and down
     figure5            reward against iterations and against seconds
     figure8            a rollout group before and after
-    lr                 the learning rates: the same four for each method, on a third of the seconds
+    tune               learning rate and clip of each method, from the same eight pairs, on a third of the seconds
 
 Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8 steps, by the times of table3, so that nothing else that the
-machine does at the time counts; tables 4 to 6, as in the paper, at equal iterations. The learning rate is that with the best reward in the sweep, on prompts and
-seeds that no table uses; variants of a method take its. All evaluations are DPM-Solver++ with 16 steps, whatever the rollout's. The reward is clip, the judge is
+machine does at the time counts; tables 4 to 6, as in the paper, at equal iterations. Learning rate and clip are those with the best reward in the sweep, on prompts
+and seeds that no table uses; variants of a method take its. All evaluations are DPM-Solver++ with 16 steps, whatever the rollout's. The reward is clip, the judge is
 never trained on. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own.
 """
 import argparse, contextlib, io, json, math, shutil, statistics, subprocess, sys, tempfile, time
@@ -33,7 +33,7 @@ from neighbor_grpo import advantages, perturb_noise
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
-METHODS = {                                                     # label: (script, its flags, whose learning rate)
+METHODS = {                                                     # label: (script, its flags, whose learning rate and clip)
     "DanceGRPO": ("baselines.py", "--method dance", "dance"),
     "Flow-GRPO": ("baselines.py", "--method flow", "flow"),
     "MixGRPO": ("baselines.py", "--method mix", "mix"),
@@ -50,6 +50,7 @@ METHODS = {                                                     # label: (script
 OURS, RIVAL = "Neighbor GRPO, 8 steps", "DanceGRPO"
 ERRORS = "± is the standard error over seeds."
 LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+CLIPS = (1e-4, 1e-3)                                            # as published, and for fewer dimensions: a log ratio that is a mean over D of them goes with 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11
 TABLE1 = [label for label in METHODS if "sigma" not in label]
 TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", "Neighbor GRPO, sigma 0.5, p = 2", "Neighbor GRPO, sigma 0.5, p = 0.8"]
 SWEEPS = {"table4": ("sigma", (1.0, 0.5, 0.3, 0.1)), "table5": ("num_anchors", (2, 4, 8, 12)), "table6": ("p", (2.0, 1.0, 0.8, 0.5))}
@@ -100,21 +101,20 @@ def keep(path, what):
 def threads(args):
     return max(1, torch.get_num_threads() // args.jobs)
 
-def job(args, label, seed, lr, iterations, more=(), evaluations=10, extra=()):
+def job(args, label, seed, lr, clip, iterations, more=(), evaluations=10, extra=()):
     """One run of a method -> (folder, (script, flags))."""
     script, flags, _ = METHODS[label]                           # `more` is part of the folder's name, `extra` not
     every = math.ceil(iterations / (1 if args.quick else evaluations))
     moves = {"MixGRPO": 12, "BranchGRPO, pruned": 10}.get(label)         # every 25 and every 30 of 300 iterations, as published
     window = ["--window_every", str(max(1, round(iterations / moves)))] if moves else []
     more = [str(word) for word in more]
-    name = "-".join([label.replace("*", "").replace(", ", "-").replace(" = ", "").replace(" ", "_"), *(word.removeprefix("--") for word in more), f"{lr:g}", str(iterations), f"seed{seed}"])
-    return args.out / name, (script, [*flags.split(), *window, *more, *extra, "--lr", f"{lr:g}", "--iterations", str(iterations), "--seed", str(seed),
-                                      "--eval_steps", "16", "--eval_every", str(every), "--save_every", "10", "--keep", "1"])
+    name = "-".join([label.replace("*", "").replace(", ", "-").replace(" = ", "").replace(" ", "_"), *(word.removeprefix("--") for word in more), f"lr{lr:g}", f"clip{clip:g}", str(iterations), f"seed{seed}"])
+    return args.out / name, (script, [*flags.split(), *window, *more, *extra, "--lr", f"{lr:g}", "--clip_eps", f"{clip:g}", "--iterations", str(iterations),
+                                      "--seed", str(seed), "--eval_steps", "16", "--eval_every", str(every), "--save_every", "10", "--keep", "1"])
 
 def jobs_of(args, label):
-    """A method's runs, one per seed, at its own learning rate, as long as args.iterations of ours. -> {folder: (script, flags)}."""
-    lr, iterations = learning_rates(args)[METHODS[label][2]], lasting(args, label)
-    return dict(job(args, label, seed, lr, iterations) for seed in range(args.seeds))
+    """A method's runs, one per seed, with its own learning rate and clip, as long as args.iterations of ours. -> {folder: (script, flags)}."""
+    return dict(job(args, label, seed, *tuned(args)[METHODS[label][2]], lasting(args, label)) for seed in range(args.seeds))
 
 def cost_of(args, label):
     """Variants of ours that do the same work cost the same: two timings would only differ by chance."""
@@ -127,10 +127,10 @@ def lasting(args, label, share=1.0):
 def cached(function):
     """What was found once is kept beside the runs, for as long as what it was found with is the same."""
     def found(args):
-        path, inputs = args.out / f"{function.__name__}.json", json.loads(json.dumps([METHODS, LEARNING_RATES, args.iterations if function.__name__ != "costs" else args.repeats, threads(args)]))
+        path, inputs = args.out / f"{function.__name__}.json", json.loads(json.dumps([METHODS, threads(args), args.repeats, *([] if function.__name__ == "costs" else [LEARNING_RATES, CLIPS, args.iterations])]))
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("inputs") != inputs:
-            kept = dict(inputs=inputs, found=function(args))
+            kept = json.loads(json.dumps(dict(inputs=inputs, found=function(args))))
             keep(path, kept)
         return kept["found"]
     return found
@@ -172,37 +172,49 @@ def table3(args):
     return ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s", "paper: s / iter.", f"of {RIVAL}'s"], rows, found, caption
 
 @cached
-def learning_rates(args):
-    """{whose: the best of LEARNING_RATES}, by the reward at the end of a third of the seconds, on prompts and seeds that no table uses."""
+def tuned(args):
+    """{whose: (learning rate, clip)}, the best of the sweep."""
     if args.quick:
-        return {family: 5e-5 for _, _, family in METHODS.values()}
-    return {family: max(LEARNING_RATES, key=lambda rate: np.mean(found[f"{rate:g}"]["clip"])) for family, found in sweep(args).items()}
+        return {family: (5e-5, 1e-3 if family == "branch" else 1e-4) for _, _, family in METHODS.values()}
+    best = lambda cells: max((cell for cell in cells.values() if len(cell["clip"]) == 2), key=lambda cell: np.mean(cell["clip"]))
+    return {family: best(cells)["setting"] for family, cells in sweep(args).items()}
 
 def sweep(args):
-    """{whose: {lr: dict(iterations, clip, judge: the gains of each seed)}}; a run that diverged has lost all."""
+    """{whose: {"lr, clip": dict(setting, clip, judge: the gains of each seed)}}: every pair with one seed, the two best with another. A run that diverged has lost all."""
     labels = {family: label for label, (_, _, family) in reversed(METHODS.items())}           # of variants, the first
     labels["neighbor"] = OURS
-    jobs = {(family, rate, seed): job(args, label, seed, rate, lasting(args, label, 1 / 3), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt"))
-            for family, label in labels.items() for rate in LEARNING_RATES for seed in (1000, 1001)}
-    logs = run(args, dict(jobs.values()))
-    def gains(family, rate, scorer):
-        return [curve(logs[jobs[family, rate, seed][0]], scorer)[1][-1] if logs[jobs[family, rate, seed][0]] else -1.0 for seed in (1000, 1001)]
-    return {family: {f"{rate:g}": dict(iterations=lasting(args, label, 1 / 3), clip=gains(family, rate, "clip"), judge=gains(family, rate, "judge")) for rate in LEARNING_RATES} for family, label in labels.items()}
+    settings = {family: [(lr, clip) for clip in (CLIPS[:1] if family == "nft" else CLIPS) for lr in LEARNING_RATES] for family in labels}           # nft has no ratio to clip
+    found = {family: {} for family in labels}
+    for seed in (1000, 1001):
+        jobs = {(family, setting): job(args, labels[family], seed, *setting, lasting(args, labels[family], 1 / 3), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt"))
+                for family in labels for setting in settings[family]}
+        logs = run(args, dict(jobs.values()))
+        for (family, setting), (folder, _) in jobs.items():
+            cell = found[family].setdefault("{:g}, {:g}".format(*setting), dict(setting=setting, clip=[], judge=[]))
+            for scorer in ("clip", "judge"):
+                cell[scorer].append(curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0)
+        settings = {family: [cell["setting"] for cell in sorted(cells.values(), key=lambda cell: -cell["clip"][0])[:2]] for family, cells in found.items()}
+    return found
 
-def lr(args):
+def tune(args):
     if args.quick:
-        raise SystemExit("lr: --quick takes 5e-5 for all")
-    found, best = sweep(args), learning_rates(args)
-    rows = [[family, each[f"{LEARNING_RATES[0]:g}"]["iterations"], *("**" * (best[family] == rate) + shown(each[f"{rate:g}"]["clip"], sign="+") + "**" * (best[family] == rate) + f" ({np.mean(each[f'{rate:g}']['judge']):+.4f})"
-             for rate in LEARNING_RATES)] for family, each in found.items()]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for family, each in found.items():
-        axes.plot(LEARNING_RATES, [np.mean(each[f"{rate:g}"]["clip"]) for rate in LEARNING_RATES], marker="o", label=family)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain on test_pair.txt")
-    axes.legend()
-    finish(figure, args.results / "lr.png")
-    caption = f"Reward gain (judge gain) on the prompts of tiny/prompts/test_pair.txt, seeds 1000 and 1001, after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}. Bold: taken, by the reward alone. {ERRORS}"
-    return ["method", "iterations", *(f"lr {rate:g}" for rate in LEARNING_RATES)], rows, found, caption
+        raise SystemExit("tune: --quick takes learning rate 5e-5 and the published clips")
+    found, best = sweep(args), tuned(args)
+    labels = list(dict.fromkeys(family for _, _, family in METHODS.values()))
+    rows, (figure, axes) = [], plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, family in enumerate(labels):
+        for clip, style in zip(CLIPS, ("-", "--")):
+            cells = [cell for cell in found[family].values() if cell["setting"][1] == clip]
+            bold = lambda cell: "**" * (cell["setting"] == tuple(best[family]))
+            if cells:
+                rows.append([family, f"{clip:g}" if family != "nft" else "none", *(f"{bold(cell)}{shown(cell['clip'], sign='+')}{bold(cell)} ({np.mean(cell['judge']):+.4f})" for cell in cells)])
+                axes.plot(LEARNING_RATES, [np.mean(cell["clip"]) for cell in cells], style, color=f"C{i}", marker="o", label=f"{family}, clip {clip:g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain on test_pair.txt", ylim=(-0.03, None))
+    axes.legend(fontsize=6)
+    finish(figure, args.results / "tune.png")
+    caption = (f"Reward gain (judge gain) on the prompts of tiny/prompts/test_pair.txt after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000; the two best of each method also with "
+               f"seed 1001, ± the standard error. Bold: taken, by the reward alone.")
+    return ["method", "clip", *(f"lr {rate:g}" for rate in LEARNING_RATES)], rows, found, caption
 
 # ---------------------------------------------------------------------------------------------------------------
 # the methods
@@ -246,7 +258,7 @@ def times_to(curves, goal, rival_time):
 
 def compare(args, name, labels, caption):
     """A table of methods at equal seconds."""
-    chosen, scorers = learning_rates(args), ("clip", "judge")
+    chosen, scorers = tuned(args), ("clip", "judge")
     jobs = {label: jobs_of(args, label) for label in dict.fromkeys([RIVAL, *labels])}
     logs = run(args, *jobs.values())
     ends = finals(args, name, logs)
@@ -257,7 +269,7 @@ def compare(args, name, labels, caption):
     for label in labels:
         each, c, folders = [ends[folder] for folder in jobs[label]], cost_of(args, label), list(jobs[label])
         theirs = [f"{value - at_first:+.3f}" for value, at_first in zip(PAPER[name].get(label, ()), PAPER_BASE)] or ["", ""]
-        rows.append([label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}", logs[folders[0]][-1]["iter"], f"{chosen[METHODS[label][2]]:g}",
+        rows.append([label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}", logs[folders[0]][-1]["iter"], "{:g}, {:g}".format(*chosen[METHODS[label][2]]),
                      *(text for scorer in scorers for text in (shown([row[scorer] for row in each]), shown([row[f"{scorer}_gain"] for row in each], sign="+"))), shown([row["diversity"] for row in each], 3),
                      times_to(curves[label], goal, rival_time), *theirs])
         data[label] = dict(finals=each, curves=[[list(map(float, part)) for part in pair] for pair in curves[label]], commands=[command_line(*what, folder) for folder, what in jobs[label].items()])
@@ -265,7 +277,7 @@ def compare(args, name, labels, caption):
     pick, paths = spread(len(held_out), 8), {"base": HERE / "tiny/flux", **{label: train.checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
     picture_grid(args.results / f"{name}.png", {label: pictures(path, held_out, pick) for label, path in paths.items()}, [held_out[i] for i in pick])
     caption += (f" All for the same seconds, {args.iterations * cost_of(args, OURS)['seconds']:.0f}, by the times of table3. {ERRORS} The goal, {RIVAL}'s final held-out gain, is {goal:+.4f}; the paper's columns are gains too.")
-    return ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr", "reward", "its gain", "judge", "its gain", "diversity", f"time to {RIVAL}'s final reward, as a share of {RIVAL}'s",
+    return ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr, clip", "reward", "its gain", "judge", "its gain", "diversity", f"time to {RIVAL}'s final reward, as a share of {RIVAL}'s",
             "paper: HPSv2.1", "paper: CLIP"], rows, data, caption
 
 def pictures(path, prompts, places):
@@ -281,11 +293,11 @@ def table2(args):
 def ablation(args, name):
     """One setting around (sigma, B, p) = (0.5, 4, 2), the others fixed; equal iterations, as in the paper."""
     flag, values = SWEEPS[name]
-    rate, jobs = learning_rates(args)["neighbor"], {}
+    (rate, clip), jobs = tuned(args)["neighbor"], {}
     for value in values:
         settings = {**START, flag: value}
         more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]
-        jobs[value] = dict(job(args, OURS, seed, rate, args.iterations, more, evaluations=1) for seed in range(args.seeds))
+        jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1) for seed in range(args.seeds))
     logs = run(args, *jobs.values())
     ends = finals(args, name, logs)
     scores = {value: {key: [ends[folder][key] for folder in each] for key in ("clip_gain", "judge_gain", "diversity")} for value, each in jobs.items()}
@@ -296,8 +308,8 @@ def ablation(args, name):
         panel.errorbar(range(len(values)), means, np.nan_to_num(errors), marker="o", capsize=3)
         panel.set(title=title, xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values], xlabel=flag)
     finish(figure, args.results / f"{name}.png")
-    caption = f"(sigma, B, p) = (0.5, 4, 2) but for {flag}; {args.iterations} iterations each, lr {rate:g}. {ERRORS} The paper's columns are gains too."
-    return [flag, "reward gain", "judge gain", "diversity", "paper: HPSv2.1", "paper: CLIP"], rows, dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate,
+    caption = f"(sigma, B, p) = (0.5, 4, 2) but for {flag}; {args.iterations} iterations each, lr {rate:g}, clip {clip:g}. {ERRORS} The paper's columns are gains too."
+    return [flag, "reward gain", "judge gain", "diversity", "paper: HPSv2.1", "paper: CLIP"], rows, dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate, clip=clip,
             commands=[command_line(*what, folder) for each in jobs.values() for folder, what in each.items()]), caption
 
 def command_line(script, flags, folder):
@@ -392,7 +404,7 @@ def finish(figure, path):
 
 # ---------------------------------------------------------------------------------------------------------------
 
-WHAT = {"table3": table3, "lr": lr, "table1": table1, "table2": table2, **{name: lambda args, name=name: ablation(args, name) for name in SWEEPS}, "figure4": figure4, "figure5": figure5, "figure8": figure8}
+WHAT = {"table3": table3, "tune": tune, "table1": table1, "table2": table2, **{name: lambda args, name=name: ablation(args, name) for name in SWEEPS}, "figure4": figure4, "figure5": figure5, "figure8": figure8}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -403,13 +415,13 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a rough version in minutes")
     parser.add_argument("--out_dir", default="out/reproduce", help="of the runs (default out/reproduce)")
     args = parser.parse_args(argv)
-    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (4 if args.quick else 100), 1 if args.quick else 5
+    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (4 if args.quick else 100), 1 if args.quick else 10
     if min(args.seeds, args.iterations, args.jobs) < 1:
         parser.error("seeds, iterations and jobs must be at least 1")
     args.out, args.results = Path(args.out_dir, *["quick"] * args.quick).resolve(), HERE.joinpath("results", *["quick"] * args.quick)
     for folder in (args.out, args.results):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in [name for name in WHAT if not (args.quick and name == "lr")] if args.what == "all" else [args.what]:
+    for name in [name for name in WHAT if not (args.quick and name == "tune")] if args.what == "all" else [args.what]:
         began = time.time()
         head, rows, data, caption = WHAT[name](args)
         command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick

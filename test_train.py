@@ -220,6 +220,15 @@ def test_a_network_that_is_called_with_few_latents_at_a_time_gives_the_same_numb
         assert_close(a, b, rtol=0, atol=1e-5 * max(1, float(a.abs().max())))
 
 
+def test_many_pictures_are_the_pictures_of_each_latent_in_order_sixteen_at_a_time_at_most():
+    model, sizes = Flux(FLUX, 64, frozen=True), []
+    x, decode = torch.randn(35, *model.latent_shape), model.pipe.vae.decode
+    alone = torch.cat([model.decode(row[None]) for row in x])
+    model.pipe.vae.decode = lambda z, **more: sizes.append(len(z)) or decode(z, **more)
+    assert_close(model.decode(x), alone, rtol=0, atol=1e-5)
+    assert sizes == [16, 16, 3]
+
+
 def test_text_encoders_say_the_same_wherever_they_live():
     a, b = Flux(FLUX, 64).encode(["a red apple"]), Flux(FLUX, 64, text_device="offload").encode(["a red apple"])
     assert torch.equal(a["txt"], b["txt"]) and torch.equal(a["vec"], b["vec"])
