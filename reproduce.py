@@ -210,7 +210,7 @@ def tune(args):
                 rows.append([family, f"{clip:g}" if family != "nft" else "none", *(f"{bold(cell)}{shown(cell['clip'], sign='+')}{bold(cell)} ({np.mean(cell['judge']):+.4f})" for cell in cells)])
                 axes.plot(LEARNING_RATES, [np.mean(cell["clip"]) for cell in cells], style, color=f"C{i}", marker="o", label=f"{family}, clip {clip:g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain on test_pair.txt", ylim=(-0.03, None))
-    axes.legend(fontsize=6)
+    figure.legend(loc="outside right upper", fontsize=7)
     finish(figure, args.results / "tune.png")
     caption = (f"Reward gain (judge gain) on the prompts of tiny/prompts/test_pair.txt after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000; the two best of each method also with "
                f"seed 1001, ± the standard error. Bold: taken, by the reward alone.")
