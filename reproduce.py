@@ -11,7 +11,7 @@ The paper's tables and figures on the small world: Neighbor GRPO beside the meth
     figure4            which groups the quasi-norm turns up and down
     figure5            reward against iterations and against seconds
     figure8            a rollout group before and after
-    tune               learning rate and clip of each method, from the same eight pairs, on a third of the seconds
+    tune               learning rate and clip of each method, from the same eight pairs
 
 Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8 steps, by the times of table3, so that nothing else that the
 machine does at the time counts; tables 4 to 6, as in the paper, at equal iterations. Learning rate and clip are those with the best reward in the sweep, on prompts
@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import baselines, rewards, train
-from eval import SOLVERS, label_of, picture_grid, read_prompts, sample, seconds_in, spread, write
+from eval import SOLVERS, diversity, label_of, picture_grid, read_prompts, sample, seconds_in, spread, write
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from solvers import rollout, schedule
@@ -75,14 +75,14 @@ def run(args, *groups):
     def one(folder):
         script, flags = jobs[folder]
         note = folder.parent / f"{folder.name}.json"                      # how the run ended that is in the folder
-        command = [script, *flags, "--out_dir", folder.name]
+        command = command_line(script, flags, folder)
         known = json.loads(note.read_text()) if note.exists() else dict(command=command, ended="")
         if known["command"] != command or not known["ended"]:
             goes_on = known["command"] == command and train.checkpoints(folder)
             if not goes_on:
                 for old in args.out.glob(f"eval-*/{folder.name}-checkpoint-*"):       # pictures of other weights
                     shutil.rmtree(old)
-            print("python " + " ".join(command), flush=True)
+            print(command, flush=True)
             done = subprocess.run([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
                                   cwd=HERE, capture_output=True, text=True)
             last = int(flags[flags.index("--iterations") + 1])
@@ -94,6 +94,9 @@ def run(args, *groups):
         return train.read_log(folder) if known["ended"] == "whole" else []
     with ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(jobs, pool.map(one, jobs)))
+
+def command_line(script, flags, folder):
+    return " ".join(["python", script, *flags, "--out_dir", folder.name])
 
 def keep(path, what):
     write(path, lambda aside: aside.write_text(json.dumps(what, indent=1)))
@@ -107,7 +110,6 @@ def job(args, label, seed, lr, clip, iterations, more=(), evaluations=10, extra=
     every = math.ceil(iterations / (1 if args.quick else evaluations))
     moves = {"MixGRPO": 12, "BranchGRPO, pruned": 10}.get(label)         # every 25 and every 30 of 300 iterations, as published
     window = ["--window_every", str(max(1, round(iterations / moves)))] if moves else []
-    more = [str(word) for word in more]
     name = "-".join([label.replace("*", "").replace(", ", "-").replace(" = ", "").replace(" ", "_"), *(word.removeprefix("--") for word in more), f"lr{lr:g}", f"clip{clip:g}", str(iterations), f"seed{seed}"])
     return args.out / name, (script, [*flags.split(), *window, *more, *extra, "--lr", f"{lr:g}", "--clip_eps", f"{clip:g}", "--iterations", str(iterations),
                                       "--seed", str(seed), "--eval_steps", "16", "--eval_every", str(every), "--save_every", "10", "--keep", "1"])
@@ -124,21 +126,23 @@ def lasting(args, label, share=1.0):
     """As many iterations of a method as take the seconds of args.iterations of ours."""
     return max(1, round(args.iterations * share * cost_of(args, OURS)["seconds"] / cost_of(args, label)["seconds"]))
 
-def cached(function):
-    """What was found once is kept beside the runs, for as long as what it was found with is the same."""
-    def found(args):
-        path, inputs = args.out / f"{function.__name__}.json", json.loads(json.dumps([METHODS, threads(args), args.repeats, *([] if function.__name__ == "costs" else [LEARNING_RATES, CLIPS, args.iterations])]))
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("inputs") != inputs:
-            kept = json.loads(json.dumps(dict(inputs=inputs, found=function(args))))
-            keep(path, kept)
-        return kept["found"]
-    return found
+def cached(inputs):
+    """What was found once is kept beside the runs, for as long as what it was found with, inputs(args), is the same."""
+    def decorate(function):
+        def found(args):
+            path, asked = args.out / f"{function.__name__}.json", json.loads(json.dumps(inputs(args)))
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            if kept.get("inputs") != asked:
+                kept = json.loads(json.dumps(dict(inputs=asked, found=function(args))))
+                keep(path, kept)
+            return kept["found"]
+        return found
+    return decorate
 
 # ---------------------------------------------------------------------------------------------------------------
 # what an iteration costs, and how fast each method may learn
 
-@cached
+@cached(lambda args: [METHODS, threads(args), args.repeats])
 def costs(args):
     """One iteration of each method in turn, again and again, in one process, with what --jobs leaves of the threads; the median of the seconds."""
     all_threads, model, timers = torch.get_num_threads(), None, {}
@@ -171,49 +175,51 @@ def table3(args):
                "DiffusionNFT's NFE_old has the old policy's velocity at the 9 trained points.")
     return ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s", "paper: s / iter.", f"of {RIVAL}'s"], rows, found, caption
 
-@cached
+@cached(lambda args: [METHODS, threads(args), args.repeats, LEARNING_RATES, CLIPS, args.iterations])
 def tuned(args):
-    """{whose: (learning rate, clip)}, the best of the sweep."""
+    """{whose: (learning rate, clip)}, the best of the sweep over the whole seconds."""
     if args.quick:
         return {family: (5e-5, 1e-3 if family == "branch" else 1e-4) for _, _, family in METHODS.values()}
-    best = lambda cells: max((cell for cell in cells.values() if len(cell["clip"]) == 2), key=lambda cell: np.mean(cell["clip"]))
-    return {family: best(cells)["setting"] for family, cells in sweep(args).items()}
+    return {family: max(cells, key=lambda cell: cell["clip"].get("whole", -math.inf))["setting"] for family, cells in sweep(args).items()}
 
 def sweep(args):
-    """{whose: {"lr, clip": dict(setting, clip, judge: the gains of each seed)}}: every pair with one seed, the two best with another. A run that diverged has lost all."""
-    labels = {family: label for label, (_, _, family) in reversed(METHODS.items())}           # of variants, the first
+    """Every pair for a third of the seconds; then the two best learning rates, each with its better clip, for the whole of them and with another seed: what learns
+    fastest at first may not last. -> {whose: [dict(setting, clip, judge)]}, the gains as {"third": gain, "whole": gain}. A run that diverged has lost all."""
+    labels = {}
+    for label, (_, _, family) in METHODS.items():
+        labels.setdefault(family, label)                        # of variants, the first
     labels["neighbor"] = OURS
-    settings = {family: [(lr, clip) for clip in (CLIPS[:1] if family == "nft" else CLIPS) for lr in LEARNING_RATES] for family in labels}           # nft has no ratio to clip
-    found = {family: {} for family in labels}
-    for seed in (1000, 1001):
-        jobs = {(family, setting): job(args, labels[family], seed, *setting, lasting(args, labels[family], 1 / 3), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt"))
-                for family in labels for setting in settings[family]}
-        logs = run(args, dict(jobs.values()))
-        for (family, setting), (folder, _) in jobs.items():
-            cell = found[family].setdefault("{:g}, {:g}".format(*setting), dict(setting=setting, clip=[], judge=[]))
+    found = {family: [dict(setting=(lr, clip), clip={}, judge={}) for clip in (CLIPS[:1] if family == "nft" else CLIPS) for lr in LEARNING_RATES] for family in labels}           # nft has no ratio to clip
+    tried = found
+    for part, share, seed in (("third", 1 / 3, 1000), ("whole", 1, 1001)):
+        jobs = [(cell, job(args, labels[family], seed, *cell["setting"], lasting(args, labels[family], share), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt")))
+                for family, cells in tried.items() for cell in cells]
+        logs = run(args, dict(what for _, what in jobs))
+        for cell, (folder, _) in jobs:
             for scorer in ("clip", "judge"):
-                cell[scorer].append(curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0)
-        settings = {family: [cell["setting"] for cell in sorted(cells.values(), key=lambda cell: -cell["clip"][0])[:2]] for family, cells in found.items()}
+                cell[scorer][part] = curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0
+        tried = {family: [max((cell for cell in cells if cell["setting"][0] == lr), key=lambda cell: cell["clip"]["third"]) for lr in LEARNING_RATES] for family, cells in found.items()}
+        tried = {family: sorted(cells, key=lambda cell: -cell["clip"]["third"])[:2] for family, cells in tried.items()}
     return found
 
 def tune(args):
     if args.quick:
         raise SystemExit("tune: --quick takes learning rate 5e-5 and the published clips")
     found, best = sweep(args), tuned(args)
-    labels = list(dict.fromkeys(family for _, _, family in METHODS.values()))
     rows, (figure, axes) = [], plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, family in enumerate(labels):
+    for i, (family, cells) in enumerate(found.items()):
         for clip, style in zip(CLIPS, ("-", "--")):
-            cells = [cell for cell in found[family].values() if cell["setting"][1] == clip]
+            row = [cell for cell in cells if cell["setting"][1] == clip]
             bold = lambda cell: "**" * (cell["setting"] == tuple(best[family]))
-            if cells:
-                rows.append([family, f"{clip:g}" if family != "nft" else "none", *(f"{bold(cell)}{shown(cell['clip'], sign='+')}{bold(cell)} ({np.mean(cell['judge']):+.4f})" for cell in cells)])
-                axes.plot(LEARNING_RATES, [np.mean(cell["clip"]) for cell in cells], style, color=f"C{i}", marker="o", label=f"{family}, clip {clip:g}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain on test_pair.txt", ylim=(-0.03, None))
+            if row:
+                rows.append([family, f"{clip:g}" if family != "nft" else "none",
+                             *(f"{cell['clip']['third']:+.4f}" + (f", {bold(cell)}{cell['clip']['whole']:+.4f}{bold(cell)} ({cell['judge']['whole']:+.4f})" if "whole" in cell["clip"] else "") for cell in row)])
+                axes.plot(LEARNING_RATES, [cell["clip"]["third"] for cell in row], style, color=f"C{i}", marker="o", label=f"{family}, clip {clip:g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain after a third of the seconds", ylim=(-0.03, None))
     figure.legend(loc="outside right upper", fontsize=7)
     finish(figure, args.results / "tune.png")
-    caption = (f"Reward gain (judge gain) on the prompts of tiny/prompts/test_pair.txt after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000; the two best of each method also with "
-               f"seed 1001, ± the standard error. Bold: taken, by the reward alone.")
+    caption = (f"Reward gain on the prompts of tiny/prompts/test_pair.txt after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000; and, for the two best learning rates of each "
+               f"method, after those of {args.iterations} (judge gain), seed 1001. Bold: taken, by the second reward alone.")
     return ["method", "clip", *(f"lr {rate:g}" for rate in LEARNING_RATES)], rows, found, caption
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,6 +262,9 @@ def times_to(curves, goal, rival_time):
     shares = [first_time(times, gains, goal) / rival_time for times, gains in curves]
     return shown(shares, 2) if np.isfinite(shares).all() else f"not reached by {np.isinf(shares).sum()} of {len(shares)}"
 
+def paper_gains(name, row):
+    return [f"{value - at_first:+.3f}" for value, at_first in zip(PAPER[name].get(row, ()), PAPER_BASE)] or ["", ""]
+
 def compare(args, name, labels, caption):
     """A table of methods at equal seconds."""
     chosen, scorers = tuned(args), ("clip", "judge")
@@ -268,10 +277,9 @@ def compare(args, name, labels, caption):
     rows, data = [["base", "", "", "", "", "", f"{base['clip']:.4f}", "", f"{base['judge']:.4f}", "", f"{base['diversity']:.3f}", "", "", ""]], dict(goal=goal)
     for label in labels:
         each, c, folders = [ends[folder] for folder in jobs[label]], cost_of(args, label), list(jobs[label])
-        theirs = [f"{value - at_first:+.3f}" for value, at_first in zip(PAPER[name].get(label, ()), PAPER_BASE)] or ["", ""]
         rows.append([label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}", logs[folders[0]][-1]["iter"], "{:g}, {:g}".format(*chosen[METHODS[label][2]]),
                      *(text for scorer in scorers for text in (shown([row[scorer] for row in each]), shown([row[f"{scorer}_gain"] for row in each], sign="+"))), shown([row["diversity"] for row in each], 3),
-                     times_to(curves[label], goal, rival_time), *theirs])
+                     times_to(curves[label], goal, rival_time), *paper_gains(name, label)])
         data[label] = dict(finals=each, curves=[[list(map(float, part)) for part in pair] for pair in curves[label]], commands=[command_line(*what, folder) for folder, what in jobs[label].items()])
     held_out = read_prompts(HERE / "tiny/prompts/test_concept.txt")
     pick, paths = spread(len(held_out), 8), {"base": HERE / "tiny/flux", **{label: train.checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
@@ -301,7 +309,7 @@ def ablation(args, name):
     logs = run(args, *jobs.values())
     ends = finals(args, name, logs)
     scores = {value: {key: [ends[folder][key] for folder in each] for key in ("clip_gain", "judge_gain", "diversity")} for value, each in jobs.items()}
-    rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"), shown(s["diversity"], 3), *(f"{number - at_first:+.3f}" for number, at_first in zip(PAPER[name][value], PAPER_BASE))] for value, s in scores.items()]
+    rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"), shown(s["diversity"], 3), *paper_gains(name, value)] for value, s in scores.items()]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for panel, (key, title) in zip(panels, (("clip_gain", "reward gain"), ("judge_gain", "judge gain"), ("diversity", "diversity"))):
         means, errors = zip(*(over_seeds(s[key]) for s in scores.values()))
@@ -311,9 +319,6 @@ def ablation(args, name):
     caption = f"(sigma, B, p) = (0.5, 4, 2) but for {flag}; {args.iterations} iterations each, lr {rate:g}, clip {clip:g}. {ERRORS} The paper's columns are gains too."
     return [flag, "reward gain", "judge gain", "diversity", "paper: HPSv2.1", "paper: CLIP"], rows, dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate, clip=clip,
             commands=[command_line(*what, folder) for each in jobs.values() for folder, what in each.items()]), caption
-
-def command_line(script, flags, folder):
-    return f"python {script} {' '.join(flags)} --out_dir {folder.name}"
 
 # ---------------------------------------------------------------------------------------------------------------
 # the figures
@@ -382,10 +387,9 @@ def figure8(args):
     prompts = [known[i] for i in spread(len(known), 3)]
     rows, strips = [], {}
     for label, (images, r) in before_and_after(args, prompts, seed=8).items():
-        for prompt, each, score in zip(prompts, images, r):
+        for prompt, each, score, distance in zip(prompts, images, r, diversity(images)):
             strips[f"{prompt[:40]}: {label}"] = (each * 255).round().to(torch.uint8)
-            spread_of = (2 * each.flatten(1).var(0).mean()).sqrt().item()
-            rows.append([prompt, label, f"{score.mean():.4f}", f"{score.std():.4f}", f"{spread_of:.4f}"])
+            rows.append([prompt, label, f"{score.mean():.4f}", f"{score.std():.4f}", f"{distance.item():.4f}"])
     order = [f"{prompt[:40]}: {label}" for prompt in prompts for label in ("base", "aligned")]
     picture_grid(args.results / "figure8.png", {key: strips[key] for key in order}, [f"candidate {i + 1}" for i in range(12)])
     return (["prompt", "model", "mean reward", "its standard deviation in the group", "distance of two pictures"], sorted(rows, key=lambda row: (row[0], row[1] != "base")), {},

@@ -45,7 +45,7 @@ def settings(tmp_path, **more):
 
 def test_runs_last_equal_seconds_and_what_was_found_once_is_found_again_only_for_the_same_question(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reproduce, "costs", reproduce.cached(named("costs", lambda args: asked.append(1) or {label: dict(seconds=2.0 if label == reproduce.OURS else 8.0) for label in reproduce.METHODS})))
+    monkeypatch.setattr(reproduce, "costs", reproduce.cached(lambda args: args.repeats)(named("costs", lambda args: asked.append(1) or {label: dict(seconds=2.0 if label == reproduce.OURS else 8.0) for label in reproduce.METHODS})))
     args = settings(tmp_path)
     assert reproduce.lasting(args, "DanceGRPO") == 15 and reproduce.lasting(args, reproduce.OURS) == reproduce.lasting(args, "Neighbor GRPO, sigma 0.5, p = 2") == 60
     assert len(asked) == 1
@@ -53,20 +53,22 @@ def test_runs_last_equal_seconds_and_what_was_found_once_is_found_again_only_for
     assert len(asked) == 2
 
 
-def test_the_sweep_tries_each_methods_two_best_pairs_with_another_seed_and_takes_the_better(tmp_path, monkeypatch):
-    """A made-up reward: best at 1e-4 with seed 1000; but with seed 1001, and so on average, 5e-5 is better; 2e-5 would be best of all then, but is not tried again. 2e-4 diverges."""
-    reward = {"1000": {"2e-05": 0.1, "5e-05": 0.2, "0.0001": 0.3}, "1001": {"2e-05": 9, "5e-05": 0.4, "0.0001": 0.2}}
+def test_the_sweep_tries_each_methods_two_best_learning_rates_over_the_whole_seconds_and_takes_what_is_better_then(tmp_path, monkeypatch):
+    """A made-up reward: 1e-4 is best after a third of the seconds, but 5e-5 over the whole of them; 2e-5 would be best of all then, but is not tried again. The wider clip is always better. 2e-4 diverges."""
+    reward = {"20": {"2e-05": 0.1, "5e-05": 0.2, "0.0001": 0.3}, "60": {"2e-05": 9, "5e-05": 0.25, "0.0001": 0.2}}
     calls = []
     def run(args, jobs):
         after = lambda flags, key: flags[flags.index(key) + 1]
-        calls.append(jobs)
-        return {folder: [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain, eval_judge_gain=0.0) for it, gain in ((0, 0.0), (9, reward[after(flags, "--seed")][after(flags, "--lr")] + (after(flags, "--clip_eps") == "0.001")))]
+        calls.append({(flags[flags.index("--method") + 1] if "--method" in flags else "neighbor", after(flags, "--lr"), after(flags, "--clip_eps"), after(flags, "--seed")) for _, flags in jobs.values()})
+        return {folder: [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain, eval_judge_gain=0.0) for it, gain in ((0, 0.0), (9, reward[after(flags, "--iterations")][after(flags, "--lr")] + (after(flags, "--clip_eps") == "0.001")))]
                 if after(flags, "--lr") != "0.0002" else [] for folder, (_, flags) in jobs.items()}
     monkeypatch.setattr(reproduce, "run", run)
     monkeypatch.setattr(reproduce, "costs", lambda args: {label: dict(seconds=1.0) for label in reproduce.METHODS})
     found = reproduce.tuned(settings(tmp_path))
-    assert found == {**dict.fromkeys(("dance", "flow", "mix", "flash", "branch", "neighbor"), [5e-5, 1e-3]), "nft": [5e-5, 1e-4]}
-    assert [len(jobs) for jobs in calls] == [6 * 8 + 4, 7 * 2]
+    methods = ("dance", "flow", "mix", "flash", "branch", "neighbor")
+    assert found == {**dict.fromkeys(methods, [5e-5, 1e-3]), "nft": [5e-5, 1e-4]}
+    assert len(calls[0]) == 6 * 8 + 4
+    assert calls[1] == {(method, lr, "0.001", "1001") for method in methods for lr in ("5e-05", "0.0001")} | {("nft", lr, "0.0001", "1001") for lr in ("5e-05", "0.0001")}
 
 
 def named(name, function):
