@@ -55,6 +55,7 @@ TABLE1 = [label for label in METHODS if "sigma" not in label]
 TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", "Neighbor GRPO, sigma 0.5, p = 2", "Neighbor GRPO, sigma 0.5, p = 0.8"]
 SWEEPS = {"table4": ("sigma", (1.0, 0.5, 0.3, 0.1)), "table5": ("num_anchors", (2, 4, 8, 12)), "table6": ("p", (2.0, 1.0, 0.8, 0.5))}
 START = dict(sigma=0.5, num_anchors=4, p=2.0)                   # Sec. 4.2
+IN_TABLE2 = {2.0: TABLE2[3], 0.8: TABLE2[4]}                    # by p: runs that the sweeps share with Table 2
 PAPER_BASE = 0.310, 0.389
 PAPER = {                                                       # FLUX.1-dev: HPSv2.1 (the reward, or in Table 1 one of three), CLIP (never trained on); s / iter.
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382), "MixGRPO-Flash*": (0.343, 0.374),
@@ -304,8 +305,11 @@ def ablation(args, name):
     (rate, clip), jobs = tuned(args)["neighbor"], {}
     for value in values:
         settings = {**START, flag: value}
-        more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]
-        jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1) for seed in range(args.seeds))
+        if settings == {**START, "p": settings["p"]} and settings["p"] in IN_TABLE2:
+            jobs[value] = jobs_of(args, IN_TABLE2[settings["p"]])
+        else:
+            more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]
+            jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1) for seed in range(args.seeds))
     logs = run(args, *jobs.values())
     ends = finals(args, name, logs)
     scores = {value: {key: [ends[folder][key] for folder in each] for key in ("clip_gain", "judge_gain", "diversity")} for value, each in jobs.items()}

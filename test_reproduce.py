@@ -76,6 +76,24 @@ def named(name, function):
     return function
 
 
+@pytest.mark.parametrize("table", reproduce.SWEEPS)
+def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(tmp_path, monkeypatch, table):
+    asked = {}
+    monkeypatch.setattr(reproduce, "costs", lambda args: {label: dict(seconds=2.0) for label in reproduce.METHODS})
+    monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
+    monkeypatch.setattr(reproduce, "run", lambda args, *groups: [asked.update(group) for group in groups])
+    def finals(args, name, logs):
+        configs = [reproduce.train.parse_config([*flags, "--out_dir", str(folder)]) for folder, (script, flags) in asked.items() if script == "train.py"]
+        return {folder: {key: {"sigma": cfg.sigma, "num_anchors": cfg.num_anchors, "p": cfg.p}[reproduce.SWEEPS[table][0]] for key in ("clip_gain", "judge_gain", "diversity")} for folder, cfg in zip(asked, configs, strict=True)
+                if cfg.iterations == 60 and (cfg.lr, cfg.clip_eps) == (3e-5, 1e-3)
+                and {"sigma": cfg.sigma, "num_anchors": cfg.num_anchors, "p": cfg.p} == {**reproduce.START, reproduce.SWEEPS[table][0]: getattr(cfg, reproduce.SWEEPS[table][0])}}
+    monkeypatch.setattr(reproduce, "finals", finals)
+    _, rows, _, _ = reproduce.ablation(settings(tmp_path, seeds=2), table)
+    for value, row in zip(reproduce.SWEEPS[table][1], rows, strict=True):
+        assert row[:2] == [f"{value:g}", f"{value:+.4f} ± 0.0000"]               # each run's own flag, both seeds'
+    assert len(asked) == 2 * len(rows)
+
+
 def test_a_run_that_is_whole_is_not_made_again_and_one_that_was_stopped_or_asked_for_otherwise_is(tmp_path, monkeypatch):
     script = tmp_path / "stub.py"
     script.write_text("""
