@@ -217,6 +217,8 @@ def tune(args):
                              *(f"{cell['clip']['third']:+.4f}" + (f", {bold(cell)}{cell['clip']['whole']:+.4f}{bold(cell)} ({cell['judge']['whole']:+.4f})" if "whole" in cell["clip"] else "") for cell in row)])
                 axes.plot(LEARNING_RATES, [cell["clip"]["third"] for cell in row], style, color=f"C{i}", marker="o", label=f"{family}, clip {clip:g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="reward gain after a third of the seconds", ylim=(-0.03, None))
+    axes.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
+    axes.minorticks_off()
     figure.legend(loc="outside right upper", fontsize=7)
     finish(figure, args.results / "tune.png")
     caption = (f"Reward gain on the prompts of tiny/prompts/test_pair.txt after the seconds of {lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000; and, for the two best learning rates of each "
