@@ -81,7 +81,7 @@ def run(args, *groups):
         if known["command"] != command or not known["ended"]:
             goes_on = known["command"] == command and train.checkpoints(folder)
             if not goes_on:
-                for old in args.out.glob(f"eval-*/{folder.name}-checkpoint-*"):       # pictures of other weights
+                for old in args.out.glob(f"eval/{folder.name}-checkpoint-*"):       # pictures of other weights
                     shutil.rmtree(old)
             print(command, flush=True)
             done = subprocess.run([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
@@ -228,12 +228,12 @@ def tune(args):
 # ---------------------------------------------------------------------------------------------------------------
 # the methods
 
-def finals(args, name, jobs):
+def finals(args, jobs):
     """{folder: reward, judge, diversity and their gains} of finished runs: eval.py on their last checkpoints, four pictures for each held-out prompt."""
     checkpoints = {folder: train.checkpoints(folder)[-1] for folder in jobs}
-    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, checkpoints.values()), "--steps", "16", "--out_dir", str(args.out / f"eval-{name}"),
+    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, checkpoints.values()), "--steps", "16", "--out_dir", str(args.out / "eval"),
                     *(["--num_prompts", "24"] if args.quick else [])], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-    rows = {row["label"]: row for row in json.loads((args.out / f"eval-{name}/results.json").read_text())["results"]}
+    rows = {row["label"]: row for row in json.loads((args.out / "eval/results.json").read_text())["results"]}
     return {"base": next(iter(rows.values())), **{folder: rows[label_of(path)] for folder, path in checkpoints.items()}}
 
 def over_seeds(values):
@@ -273,7 +273,7 @@ def compare(args, name, labels, caption):
     chosen, scorers = tuned(args), ("clip", "judge")
     jobs = {label: jobs_of(args, label) for label in dict.fromkeys([RIVAL, *labels])}
     logs = run(args, *jobs.values())
-    ends = finals(args, name, logs)
+    ends = finals(args, logs)
     curves = {label: [(iterations * cost_of(args, label)["seconds"], gains) for iterations, gains in (curve(logs[folder]) for folder in jobs[label])] for label in jobs}
     rival_times, rival = curves[RIVAL][0][0], np.mean([gains for _, gains in curves[RIVAL]], 0)
     goal, rival_time, base = rival[-1], first_time(rival_times, rival, rival[-1]), ends["base"]
@@ -313,7 +313,7 @@ def ablation(args, name):
             more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]
             jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1) for seed in range(args.seeds))
     logs = run(args, *jobs.values())
-    ends = finals(args, name, logs)
+    ends = finals(args, logs)
     scores = {value: {key: [ends[folder][key] for folder in each] for key in ("clip_gain", "judge_gain", "diversity")} for value, each in jobs.items()}
     rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"), shown(s["diversity"], 3), *paper_gains(name, value)] for value, s in scores.items()]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")

@@ -82,7 +82,7 @@ def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(t
     monkeypatch.setattr(reproduce, "costs", lambda args: {label: dict(seconds=2.0) for label in reproduce.METHODS})
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
     monkeypatch.setattr(reproduce, "run", lambda args, *groups: [asked.update(group) for group in groups])
-    def finals(args, name, logs):
+    def finals(args, logs):
         configs = [reproduce.train.parse_config([*flags, "--out_dir", str(folder)]) for folder, (script, flags) in asked.items() if script == "train.py"]
         return {folder: {key: {"sigma": cfg.sigma, "num_anchors": cfg.num_anchors, "p": cfg.p}[reproduce.SWEEPS[table][0]] for key in ("clip_gain", "judge_gain", "diversity")} for folder, cfg in zip(asked, configs, strict=True)
                 if cfg.iterations == 60 and (cfg.lr, cfg.clip_eps) == (3e-5, 1e-3)
