@@ -282,7 +282,7 @@ def compare(args, name, labels, caption):
         each, c, folders = [ends[folder] for folder in jobs[label]], cost_of(args, label), list(jobs[label])
         rows.append([label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}", logs[folders[0]][-1]["iter"], "{:g}, {:g}".format(*chosen[METHODS[label][2]]),
                      *(text for scorer in scorers for text in (shown([row[scorer] for row in each]), shown([row[f"{scorer}_gain"] for row in each], sign="+"))), shown([row["diversity"] for row in each], 3),
-                     times_to(curves[label], goal, rival_time), *paper_gains(name, label)])
+                     "1" if label == RIVAL else times_to(curves[label], goal, rival_time), *paper_gains(name, label)])
         data[label] = dict(finals=each, curves=[[list(map(float, part)) for part in pair] for pair in curves[label]], commands=[command_line(*what, folder) for folder, what in jobs[label].items()])
     held_out = read_prompts(HERE / "tiny/prompts/test_concept.txt")
     pick, paths = spread(len(held_out), 8), {"base": HERE / "tiny/flux", **{label: train.checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
