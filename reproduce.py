@@ -11,14 +11,15 @@ The paper's tables and figures on the small world: Neighbor GRPO beside the meth
     figure4            which groups the quasi-norm turns up and down
     figure5            reward against iterations and against seconds
     figure8            a rollout group before and after
-    tune               learning rate and clip of each method, from the same eight pairs
+    tune               learning rate and clip of each method, from the same eight pairs (DiffusionNFT has no clip)
 
 Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8 steps, by the times of table3, so that nothing else that the
 machine does at the time counts; tables 4 to 6, as in the paper, at equal iterations. Learning rate and clip are those with the best reward in the sweep, on prompts
 and seeds that no table uses; variants of a method take its. All evaluations are DPM-Solver++ with 16 steps, whatever the rollout's. The reward is clip, the judge is
-never trained on. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own.
+never trained on. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own. What was run or timed is kept for as long as
+that call is the same: after a change of the code, name another --out_dir.
 """
-import argparse, contextlib, io, json, math, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, io, json, math, re, shutil, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import matplotlib
@@ -70,7 +71,7 @@ PAPER = {                                                       # FLUX.1-dev: HP
 # ---------------------------------------------------------------------------------------------------------------
 # runs
 
-def run(args, *groups):
+def run(args, *groups, may_diverge=False):
     """Bring every run of each group, {folder: (script, flags)}, to its end. -> {folder: the lines of its log}, no lines where it diverged."""
     jobs = {folder: what for group in groups for folder, what in group.items()}
     def one(folder):
@@ -84,14 +85,17 @@ def run(args, *groups):
                 for old in args.out.glob(f"eval/{folder.name}-checkpoint-*"):       # pictures of other weights
                     shutil.rmtree(old)
             print(command, flush=True)
+            keep(note, dict(command=command, ended=""))
             done = subprocess.run([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
                                   cwd=HERE, capture_output=True, text=True)
             last = int(flags[flags.index("--iterations") + 1])
             whole = any(line["iter"] == last and "eval_clip" in line for line in train.read_log(folder))
-            known = dict(command=command, ended="whole" if whole and not done.returncode else "diverged" if "no longer finite" in done.stderr else "")
+            known = dict(command=command, ended="whole" if whole and not done.returncode else "diverged" if re.search("no longer finite|no finite gradient|not finite", done.stderr) else "")
             keep(note, known)
             if not known["ended"]:
                 raise RuntimeError(f"{folder} ended with {done.returncode} before it was done; the same command goes on with it:\n{done.stderr[-2000:]}")
+        if known["ended"] == "diverged" and not may_diverge:
+            raise RuntimeError(f"{folder} diverged, so there is no table; {command}")
         return train.read_log(folder) if known["ended"] == "whole" else []
     with ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(jobs, pool.map(one, jobs)))
@@ -172,7 +176,7 @@ def table3(args):
     rows = [[label, f"{c['nfe_old']:.2f}".removesuffix(".00"), c["G"], c["B"], c["K"], f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}", f"{c['seconds'] / rival:.2f}",
              f"{paper[label]:.2f}" if label in paper else "", f"{paper[label] / paper[RIVAL]:.2f}" if label in paper else ""] for label, c in found.items()]
     draw_bars(args.results / "table3.png", {label: c["seconds"] for label, c in found.items()}, "seconds an iteration")
-    caption = (f"Medians of {args.repeats} iterations of each method in turn, in one process. The paper counts 14 trained steps for MixGRPO, whose code and paper have 4, and for BranchGRPO the nodes of its tree. "
+    caption = (f"Medians of {args.repeats} iterations of each method in turn, in one process. The paper counts 14 trained steps for MixGRPO, whose code and paper have 4, and for BranchGRPO NFE_old 20, K 4 and NFE_theta 13.68. "
                "DiffusionNFT's NFE_old has the old policy's velocity at the 9 trained points.")
     return ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s", "paper: s / iter.", f"of {RIVAL}'s"], rows, found, caption
 
@@ -195,7 +199,7 @@ def sweep(args):
     for part, share, seed in (("third", 1 / 3, 1000), ("whole", 1, 1001)):
         jobs = [(cell, job(args, labels[family], seed, *cell["setting"], lasting(args, labels[family], share), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt")))
                 for family, cells in tried.items() for cell in cells]
-        logs = run(args, dict(what for _, what in jobs))
+        logs = run(args, dict(what for _, what in jobs), may_diverge=True)
         for cell, (folder, _) in jobs:
             for scorer in ("clip", "judge"):
                 cell[scorer][part] = curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0
@@ -337,12 +341,12 @@ def figure5(args):
     for i, label in enumerate(TABLE1):
         seconds = cost_of(args, label)["seconds"]
         style = dict(label=label, color=f"C{i % 10}", linewidth=2.5 if "Neighbor" in label else 1.2, linestyle="-" if "Neighbor" in label else "--")
+        gains = {name: [curve(logs[folder], name)[1] for folder in jobs[label]] for name in ("clip", "judge")}
+        iterations = curve(logs[next(iter(jobs[label]))])[0]
         for panel, unit, name in zip(panels, (1, seconds, seconds), ("clip", "clip", "judge")):
-            curves = [curve(logs[folder], name) for folder in jobs[label]]
-            panel.plot(curves[0][0] * unit, np.mean([gains for _, gains in curves], 0), **style)
-        gains = [curve(logs[folder])[1] for folder in jobs[label]]
-        data[label] = dict(iterations=curves[0][0].tolist(), seconds=seconds, gains=[each.tolist() for each in gains])
-        rows.append([label, *(shown([each[k] for each in gains], sign="+") for k in (1, 2, 4, 6, 8, 10))])
+            panel.plot(iterations * unit, np.mean(gains[name], 0), **style)
+        data[label] = dict(iterations=iterations.tolist(), seconds_an_iteration=seconds, **{f"{name}_gains": [each.tolist() for each in gains[name]] for name in gains})
+        rows.append([label, *(shown([each[k] for each in gains["clip"]], sign="+") for k in (1, 2, 4, 6, 8, 10))])
     for panel, x, y in zip(panels, ("iterations", "seconds", "seconds"), ("reward gain", "reward gain", "judge gain")):
         panel.set(xlabel=x, ylabel=f"held-out {y}")
         panel.grid(alpha=0.3)

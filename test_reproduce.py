@@ -15,11 +15,10 @@ def log(*points):
     return [dict(iter=0, reward=1.0)] + [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain) for it, gain in points]
 
 
-def test_a_curve_has_the_tenths_of_its_run_and_an_evaluation_more_changes_nothing_else():
-    straight = curve(log((0, 0.0), (50, 0.5), (100, 1.0)))
-    assert_allclose(straight[0], np.arange(0, 101, 10))
-    assert_allclose(straight[1], np.arange(11) / 10)
-    assert_allclose(curve(log((0, 0.0), (33, 0.33), (50, 0.5), (100, 1.0)))[1], straight[1])
+def test_a_curve_is_straight_between_evaluations_and_given_at_the_tenths_of_its_run():
+    iterations, gains = curve(log((0, 0.0), (33, 0.33), (50, 0.5), (100, 0.0)))
+    assert_allclose(iterations, np.arange(0, 101, 10))
+    assert_allclose(gains, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
 
 
 def test_the_time_to_a_goal_lies_on_the_line_between_two_evaluations_and_is_infinite_if_it_is_never_reached():
@@ -57,8 +56,9 @@ def test_the_sweep_tries_each_methods_two_best_learning_rates_over_the_whole_sec
     """A made-up reward: 1e-4 is best after a third of the seconds, but 5e-5 over the whole of them; 2e-5 would be best of all then, but is not tried again. The wider clip is always better. 2e-4 diverges."""
     reward = {"20": {"2e-05": 0.1, "5e-05": 0.2, "0.0001": 0.3}, "60": {"2e-05": 9, "5e-05": 0.25, "0.0001": 0.2}}
     calls = []
-    def run(args, jobs):
+    def run(args, jobs, may_diverge):
         after = lambda flags, key: flags[flags.index(key) + 1]
+        assert all(after(flags, "--eval_prompts") == "tiny/prompts/test_pair.txt" for _, flags in jobs.values())               # no table's
         calls.append({(flags[flags.index("--method") + 1] if "--method" in flags else "neighbor", after(flags, "--lr"), after(flags, "--clip_eps"), after(flags, "--seed")) for _, flags in jobs.values()})
         return {folder: [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain, eval_judge_gain=0.0) for it, gain in ((0, 0.0), (9, reward[after(flags, "--iterations")][after(flags, "--lr")] + (after(flags, "--clip_eps") == "0.001")))]
                 if after(flags, "--lr") != "0.0002" else [] for folder, (_, flags) in jobs.items()}
@@ -67,7 +67,7 @@ def test_the_sweep_tries_each_methods_two_best_learning_rates_over_the_whole_sec
     found = reproduce.tuned(settings(tmp_path))
     methods = ("dance", "flow", "mix", "flash", "branch", "neighbor")
     assert found == {**dict.fromkeys(methods, [5e-5, 1e-3]), "nft": [5e-5, 1e-4]}
-    assert len(calls[0]) == 6 * 8 + 4
+    assert len(calls[0]) == 6 * 8 + 4 and {seed for *_, seed in calls[0]} == {"1000"}                  # nor these seeds
     assert calls[1] == {(method, lr, "0.001", "1001") for method in methods for lr in ("5e-05", "0.0001")} | {("nft", lr, "0.0001", "1001") for lr in ("5e-05", "0.0001")}
 
 
@@ -94,34 +94,77 @@ def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(t
     assert len(asked) == 2 * len(rows)
 
 
-def test_a_run_that_is_whole_is_not_made_again_and_one_that_was_stopped_or_asked_for_otherwise_is(tmp_path, monkeypatch):
+def test_a_run_that_is_whole_is_not_made_again_one_that_was_stopped_goes_on_and_one_asked_for_otherwise_begins_anew(tmp_path):
     script = tmp_path / "stub.py"
     script.write_text("""
 import json, pathlib, sys
 out, last = pathlib.Path(sys.argv[sys.argv.index("--out_dir") + 1]), int(sys.argv[sys.argv.index("--iterations") + 1])
-out.mkdir(exist_ok=True)
+print(sys.argv, file=open(out.parent / "calls", "a"))
+if (out.parent / "diverge").exists():
+    sys.exit("train.py: the model's latents are no longer finite")
+(out / "checkpoint-1/state").mkdir(parents=True, exist_ok=True)
+(out / "checkpoint-1/state/state.pt").touch()
 stop = (out.parent / "stop").exists()
 (out / "log.jsonl").write_text(json.dumps(dict(iter=1 if stop else last, eval_clip=0.5, eval_clip_gain=0.1)) + "\\n" + '{"iter": 2, "cut')
-print(sys.argv, file=open(out.parent / "calls", "a"))
 """)
     args, folder = settings(tmp_path), tmp_path / "run-1e-05"
-    calls = lambda: len((tmp_path / "calls").read_text().splitlines())
-    first = {folder: (str(script), ["--iterations", "3"])}
+    calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    three, four = ({folder: (str(script), ["--iterations", number])} for number in "34")
     (tmp_path / "stop").touch()
     with pytest.raises(RuntimeError, match="before it was done"):               # its exit status was 0
-        reproduce.run(args, first)
+        reproduce.run(args, three)
     (tmp_path / "stop").unlink()
-    assert reproduce.run(args, first) == reproduce.run(args, first) == {folder: [dict(iter=3, eval_clip=0.5, eval_clip_gain=0.1)]}
-    assert calls() == 2
-    reproduce.run(args, {folder: (str(script), ["--iterations", "4"])})
-    assert calls() == 3
+    assert reproduce.run(args, three) == reproduce.run(args, three) == {folder: [dict(iter=3, eval_clip=0.5, eval_clip_gain=0.1)]}
+    assert len(calls()) == 2 and "--overwrite" in calls()[0] and "--resume" in calls()[1]
+    pictures, others = tmp_path / f"eval/{folder.name}-checkpoint-3", tmp_path / "eval/run-2e-05-checkpoint-3"
+    pictures.mkdir(parents=True)
+    others.mkdir()
+    (tmp_path / "stop").touch()
+    with pytest.raises(RuntimeError, match="before it was done"):
+        reproduce.run(args, four)
+    (tmp_path / "stop").unlink()
+    assert "--overwrite" in calls()[2] and not pictures.exists() and others.exists()
+    reproduce.run(args, three)                                  # the folder holds what is left of `four`
+    assert "--overwrite" in calls()[3]
+    (tmp_path / "diverge").touch()
+    with pytest.raises(RuntimeError, match="diverged"):
+        reproduce.run(args, four)
+    assert reproduce.run(args, four, may_diverge=True) == {folder: []} and len(calls()) == 5
+
+
+def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(tmp_path, monkeypatch):
+    """DanceGRPO: 8 s an iteration, ten of them, evenly to +0.1 and +0.3. Neighbor GRPO: 2 s, forty, evenly to +0.4, so it has +0.2 after half the seconds."""
+    costs = {label: dict(seconds=2.0 if label == reproduce.OURS else 8.0, solver="", nfe_old=1, nfe_theta=1) for label in reproduce.METHODS}
+    monkeypatch.setattr(reproduce, "costs", lambda args: costs)
+    monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(("dance", "neighbor"), (1e-5, 1e-4)))
+    ends = {("baselines.py", "0"): 0.1, ("baselines.py", "1"): 0.3, ("train.py", "0"): 0.4, ("train.py", "1"): 0.4}
+    def run(args, *groups):
+        found = {}
+        for folder, (script, flags) in [what for group in groups for what in group.items()]:
+            last, end = int(flags[flags.index("--iterations") + 1]), ends[script, flags[flags.index("--seed") + 1]]
+            found[folder] = [dict(iter=it, eval_clip=0.5, eval_clip_gain=end * it / last) for it in (0, last)]
+        return found
+    monkeypatch.setattr(reproduce, "run", run)
+    row = dict(clip=0.5, judge=0.5, clip_gain=0.1, judge_gain=0.1, diversity=0.2)
+    monkeypatch.setattr(reproduce, "finals", lambda args, logs: {"base": row, **{folder: row for folder in logs}})
+    monkeypatch.setattr(reproduce.train, "checkpoints", lambda folder: [folder])
+    monkeypatch.setattr(reproduce, "pictures", lambda *_: None)
+    monkeypatch.setattr(reproduce, "picture_grid", lambda *_: None)
+    head, rows, data, _ = reproduce.compare(settings(tmp_path, seeds=2, iterations=40), "table1", ["DanceGRPO", reproduce.OURS], "")
+    times = {line[0]: line[[name.startswith("time to") for name in head].index(True)] for line in rows}
+    assert data["goal"] == pytest.approx(0.2) and times == {"base": "", "DanceGRPO": "1", reproduce.OURS: "0.50 ± 0.00"}
+    assert [line[head.index("iterations")] for line in rows[1:]] == [10, 40]
 
 
 def test_a_rollout_group_of_the_figures_is_one_of_training():
-    images, r = group_of(HERE / "tiny/flux", ["a red apple", "a dog"], seed=0, G=3)
-    assert images.shape == (2, 3, 3, 64, 64) and r.shape == (2, 3)
-    within, between = (images[0, 0] - images[0, 1]).pow(2).mean(), (images[0, 0] - images[1, 0]).pow(2).mean()
-    assert 0 < within < between                                                 # neighbours of one noise
+    def within_and_between(sigma):
+        images, r = group_of(HERE / "tiny/flux", ["a dog", "a dog"], seed=0, sigma=sigma, G=3)
+        assert images.shape == (2, 3, 3, 64, 64) and r.shape == (2, 3)
+        return (images[0, 0] - images[0, 1]).pow(2).mean(), (images[0, 0] - images[1, 0]).pow(2).mean()
+    within, between = within_and_between(0.3)                   # neighbours of one noise, of two
+    assert 0 < within < between / 2
+    within, between = within_and_between(1.0)                   # no neighbours any more
+    assert within > between / 2
 
 
 def test_every_row_of_the_papers_tables_has_a_row_here():
