@@ -195,16 +195,17 @@ def sweep(args):
         labels.setdefault(family, label)                        # of variants, the first
     labels["neighbor"] = OURS
     found = {family: [dict(setting=(lr, clip), clip={}, judge={}) for clip in (CLIPS[:1] if family == "nft" else CLIPS) for lr in LEARNING_RATES] for family in labels}           # nft has no ratio to clip
-    tried = found
-    for part, share, seed in (("third", 1 / 3, 1000), ("whole", 1, 1001)):
+    def rounds():
+        yield "third", 1 / 3, 1000, found
+        with_better_clip = {family: [max((cell for cell in cells if cell["setting"][0] == lr), key=lambda cell: cell["clip"]["third"]) for lr in LEARNING_RATES] for family, cells in found.items()}
+        yield "whole", 1, 1001, {family: sorted(cells, key=lambda cell: -cell["clip"]["third"])[:2] for family, cells in with_better_clip.items()}
+    for part, share, seed, tried in rounds():
         jobs = [(cell, job(args, labels[family], seed, *cell["setting"], lasting(args, labels[family], share), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt")))
                 for family, cells in tried.items() for cell in cells]
         logs = run(args, dict(what for _, what in jobs), may_diverge=True)
         for cell, (folder, _) in jobs:
             for scorer in ("clip", "judge"):
                 cell[scorer][part] = curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0
-        tried = {family: [max((cell for cell in cells if cell["setting"][0] == lr), key=lambda cell: cell["clip"]["third"]) for lr in LEARNING_RATES] for family, cells in found.items()}
-        tried = {family: sorted(cells, key=lambda cell: -cell["clip"]["third"])[:2] for family, cells in tried.items()}
     return found
 
 def tune(args):
@@ -311,7 +312,7 @@ def ablation(args, name):
     (rate, clip), jobs = tuned(args)["neighbor"], {}
     for value in values:
         settings = {**START, flag: value}
-        if settings == {**START, "p": settings["p"]} and settings["p"] in IN_TABLE2:
+        if {**settings, "p": 2.0} == START and settings["p"] in IN_TABLE2:
             jobs[value] = jobs_of(args, IN_TABLE2[settings["p"]])
         else:
             more = [word for key, setting in settings.items() for word in (f"--{key}", f"{setting:g}")]

@@ -83,10 +83,13 @@ def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(t
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
     monkeypatch.setattr(reproduce, "run", lambda args, *groups: [asked.update(group) for group in groups])
     def finals(args, logs):
-        configs = [reproduce.train.parse_config([*flags, "--out_dir", str(folder)]) for folder, (script, flags) in asked.items() if script == "train.py"]
-        return {folder: {key: {"sigma": cfg.sigma, "num_anchors": cfg.num_anchors, "p": cfg.p}[reproduce.SWEEPS[table][0]] for key in ("clip_gain", "judge_gain", "diversity")} for folder, cfg in zip(asked, configs, strict=True)
-                if cfg.iterations == 60 and (cfg.lr, cfg.clip_eps) == (3e-5, 1e-3)
-                and {"sigma": cfg.sigma, "num_anchors": cfg.num_anchors, "p": cfg.p} == {**reproduce.START, reproduce.SWEEPS[table][0]: getattr(cfg, reproduce.SWEEPS[table][0])}}
+        found, flag = {}, reproduce.SWEEPS[table][0]
+        for folder, (_, flags) in asked.items():
+            cfg = reproduce.train.parse_config([*flags, "--out_dir", str(folder)])
+            moved = dict(sigma=cfg.sigma, num_anchors=cfg.num_anchors, p=cfg.p)
+            if (cfg.iterations, cfg.lr, cfg.clip_eps) == (60, 3e-5, 1e-3) and moved == {**reproduce.START, flag: moved[flag]}:
+                found[folder] = dict.fromkeys(("clip_gain", "judge_gain", "diversity"), moved[flag])
+        return found
     monkeypatch.setattr(reproduce, "finals", finals)
     _, rows, _, _ = reproduce.ablation(settings(tmp_path, seeds=2), table)
     for value, row in zip(reproduce.SWEEPS[table][1], rows, strict=True):
