@@ -9,13 +9,13 @@ Each method is its formulas, a row of METHODS and a loop that stands beside trai
 checkpoints, by the same functions. The formulas come first, on plain tensors, to be copied like those of neighbor_grpo.py. Equation numbers are those of
 arXiv 2511.16955; formulas and settings (METHODS) are those of the methods' published code, and where that differs from their papers, or ours from both, it is said there.
 """
-import math
+import math, re
 from dataclasses import dataclass, fields
 from typing import ClassVar
 import torch
 import train
 from eval import read_prompts
-from neighbor_grpo import clipped_objective, combine_rewards
+from neighbor_grpo import clipped_objective, combine_rewards, is_flat
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
 from train import WORLD, RANK, average_gradients, by_group, everyone, generator, option, pick, reward_weights, score, stopwatch
 
@@ -91,9 +91,10 @@ def sde_rollout(velocity, x, ts, levels, noise, solver="ddim"):
 
 def global_advantages(rewards, everywhere=None):
     """Flow-GRPO's and DiffusionNFT's: the mean is the group's, the standard deviation (of the population, + 1e-4) that of ALL rewards of the iteration.
-    rewards (P, G), everywhere: those of all processes -> (P, G), cut at 5."""
+    rewards (P, G), everywhere: those of all processes -> (P, G), cut at 5. Zeros for a group whose rewards are equal up to rounding, which their code would enlarge."""
     std = (rewards if everywhere is None else everywhere).std(correction=0)
-    return ((rewards - rewards.mean(1, keepdim=True)) / (std + 1e-4)).clamp(-5, 5)
+    A = ((rewards - rewards.mean(1, keepdim=True)) / (std + 1e-4)).clamp(-5, 5)
+    return torch.where(is_flat(rewards)[:, None], 0.0, A)
 
 # ---------------------------------------------------------------------------------------------------------------
 # MixGRPO (arXiv 2507.21802; Tencent-Hunyuan/MixGRPO): the SDE in a window of a few steps that slides towards the image, the ODE outside
@@ -162,9 +163,9 @@ def nft_decay(step):
 class Config(train.Config):
     method: str = option("", "which of the baselines", ("dance", "flow", "mix", "flash", "branch", "nft"))
     num_rollout_steps: int = option(25, "T, steps of a rollout", "[2, inf)")
-    num_train_steps: int = option(4, "K, steps trained, drawn for each candidate from those of the SDE", "[1, inf)")
+    num_train_steps: int = option(4, "K, steps trained, drawn for each candidate from those of the SDE, or of nft's rollout", "[1, inf)")
     updates_per_iteration: int = option(3, "optimizer steps among which the candidates, or branch's edges, are divided", "[1, inf)")
-    solver: str = option("ddim", "of the ODE's steps; of flash those behind the window", ("ddim", "dpmpp_2m"))
+    solver: str = option("ddim", "of the ODE's steps that follow the SDE's, and of nft's rollout", ("ddim", "dpmpp_2m"))
     noise: str = option("", "noise level: dance's, eta at all times, or flow's, eta sqrt(t / (1 - t))", ("", "dance", "flow"))
     eta: float = option(0.0, "its strength (Eq. 12)", "[0, 100]")
     window: int = option(0, "SDE steps; 0: all but the last", "[0, inf)")
@@ -191,11 +192,11 @@ class Config(train.Config):
         T, row, steps = self.num_rollout_steps, METHODS.get(self.method, {}), split_steps(self)
         own = [f for f in fields(self) if f.name not in {g.name for g in fields(train.Config)}]
         return [
-            *((getattr(self, f.name) == f.default or f.name in row or f.name == "global_std", f"{f.name} is not a setting of {self.method}") for f in own if f.name != "method"),
+            *((getattr(self, f.name) == f.default or f.name in row or f.name == "global_std" and self.method != "branch", f"{f.name} is not a setting of {self.method}") for f in own if f.name != "method"),
             (self.window < T, f"window is {self.window}, but must be at most T-1, {T - 1}: the last step is the ODE's"),
             (self.method == "branch" or self.num_train_steps <= (self.window or T - 1), f"num_train_steps (K) is {self.num_train_steps}, but must lie between 1 and {self.window or T - 1}, the steps to draw from"),
             (self.method != "branch" or self.num_train_steps == 4, "num_train_steps is not a setting of branch, which trains every edge; prune is"),
-            (self.method != "branch" or 2 ** len(set(steps)) == self.group_size and max(steps) < T - 1,
+            (self.method != "branch" or len(self.splits.split(",")) == len(set(steps)) and 2 ** len(steps) == self.group_size and max(steps) < T - 1,
              f"splits is {self.splits}, but must be as many different steps below {T - 1} as give G, {self.group_size}, leaves"),
             (self.method != "branch" or self.prune < T - max(steps, default=0), f"prune is {self.prune}, but must lie between 0 and {T - 1 - max(steps, default=0)}, the depths behind the last split"),
             (self.method != "nft" or self.updates_per_iteration == 1, f"updates_per_iteration is {self.updates_per_iteration}, but nft has one"),
@@ -204,7 +205,8 @@ class Config(train.Config):
             (self.method != "branch" or self.solver == "ddim", "solver is not a setting of branch, whose every step is the SDE's"),
             (not row.get("noise") or self.noise, "noise is empty, but must be dance or flow"),
             (not row.get("eta") or self.eta > 0, f"eta is {self.eta:g}, but must be above 0: without noise there is nothing to learn from"),
-            (self.method != "nft" or 0 < self.ema < 1 and self.beta > 0, f"ema is {self.ema:g} and beta {self.beta:g}, but both must be above 0"),
+            (self.method != "nft" or 0 < self.ema <= 0.5 and self.beta > 0, f"ema is {self.ema:g} and beta {self.beta:g}, but nft's ema, the most that stays of the old policy, must lie in (0, 0.5], and beta be above 0"),
+            (self.method != "nft" or self.clip_eps == type(self).clip_eps, "clip_eps is not a setting of nft, which has no ratio to clip"),
         ]
 
 METHODS = {                                                     # as published, for FLUX.1-dev where there is that; what is not:
@@ -213,13 +215,13 @@ METHODS = {                                                     # as published, 
     "mix": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4, updates_per_iteration=4, window=4, window_every=25, solver="ddim"),
     "flash": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4, updates_per_iteration=4, window=4, window_every=0, compress=0.2, solver="dpmpp_2m"),         # Flash*; Flash: 20, 0.4
     "branch": dict(noise="dance", eta=0.3, num_rollout_steps=20, num_train_steps=4, group_size=16, splits="0,3,6,9", split_noise=4.0, prune=0, window_every=30, clip_eps=1e-3,
-                   updates_per_iteration=18, solver="ddim"),    # an update every 12 edges of a tree; the pruned window ends at depth 10, where theirs goes on to 9
+                   updates_per_iteration=18, solver="ddim"),    # an update every 12 edges of a whole tree, every 7.7 of a pruned one; the pruned window ends at depth 10, where theirs goes on to 9
     "nft": dict(num_rollout_steps=10, num_train_steps=9, updates_per_iteration=1, beta=1.0, ema=0.5, global_std=True, solver="dpmpp_2m"),            # G = 12 for 24; adapters there
 }
 LEVELS = {"dance": dance_level, "flow": flow_level}
 
 def split_steps(cfg):
-    return [int(k) for k in cfg.splits.split(",") if k.strip().isdigit()]
+    return [int(k) for k in cfg.splits.split(",") if re.fullmatch("[0-9]+", k.strip())]
 
 def times(cfg, it):
     """The schedule of an iteration, its SDE steps [start, end), and the noise level of each step, 0 where it is the ODE's."""

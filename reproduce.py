@@ -2,7 +2,7 @@
 The paper's tables and figures on the small world: Neighbor GRPO beside the methods it is compared with.
 
     python reproduce.py table1                        # runs what is missing, goes on with what was interrupted, writes results/table1.md, .json and .png
-    python reproduce.py all --jobs 2                  # everything, two runs at a time with one thread each
+    python reproduce.py all --jobs 2                  # everything, two runs at a time, which share the threads
     python reproduce.py all --quick                   # a rough version in minutes, into results/quick/
 
     table1, table2     the methods: reward, judge, diversity; seconds to DanceGRPO's final reward
@@ -19,7 +19,7 @@ and seeds that no table uses; variants of a method take its. All evaluations are
 never trained on. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own. What was run or timed is kept for as long as
 that call is the same: after a change of the code, name another --out_dir.
 """
-import argparse, contextlib, io, json, math, re, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, io, json, math, re, shutil, signal, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import matplotlib
@@ -71,6 +71,14 @@ PAPER = {                                                       # FLUX.1-dev: HP
 # ---------------------------------------------------------------------------------------------------------------
 # runs
 
+RUNNING = []
+
+def stop(*_):
+    """What train.py and baselines.py understand as Ctrl-C: they end after the iteration in hand, with a checkpoint."""
+    for child in RUNNING:
+        child.terminate()
+    raise KeyboardInterrupt
+
 def run(args, *groups, may_diverge=False):
     """Bring every run of each group, {folder: (script, flags)}, to its end. -> {folder: the lines of its log}, no lines where it diverged."""
     jobs = {folder: what for group in groups for folder, what in group.items()}
@@ -79,21 +87,24 @@ def run(args, *groups, may_diverge=False):
         note = folder.parent / f"{folder.name}.json"                      # how the run ended that is in the folder
         command = command_line(script, flags, folder)
         known = json.loads(note.read_text()) if note.exists() else dict(command=command, ended="")
-        if known["command"] != command or not known["ended"]:
+        if known["command"] != command or not known["ended"] or known["ended"] == "whole" and not train.checkpoints(folder):
             goes_on = known["command"] == command and train.checkpoints(folder)
             if not goes_on:
                 for old in args.out.glob(f"eval/{folder.name}-checkpoint-*"):       # pictures of other weights
                     shutil.rmtree(old)
             print(command, flush=True)
             keep(note, dict(command=command, ended=""))
-            done = subprocess.run([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
-                                  cwd=HERE, capture_output=True, text=True)
+            child = subprocess.Popen([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
+                                     cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            RUNNING.append(child)
+            said = child.communicate()[1]
+            RUNNING.remove(child)
             last = int(flags[flags.index("--iterations") + 1])
             whole = any(line["iter"] == last and "eval_clip" in line for line in train.read_log(folder))
-            known = dict(command=command, ended="whole" if whole and not done.returncode else "diverged" if re.search("no longer finite|no finite gradient|not finite", done.stderr) else "")
+            known = dict(command=command, ended="whole" if whole and not child.returncode else "diverged" if re.search("no longer finite|no finite gradient|not finite", said) else "")
             keep(note, known)
             if not known["ended"]:
-                raise RuntimeError(f"{folder} ended with {done.returncode} before it was done; the same command goes on with it:\n{done.stderr[-2000:]}")
+                raise RuntimeError(f"{folder} ended with {child.returncode} before it was done; the same command goes on with it:\n{said[-2000:]}")
         if known["ended"] == "diverged" and not may_diverge:
             raise RuntimeError(f"{folder} diverged, so there is no table; {command}")
         return train.read_log(folder) if known["ended"] == "whole" else []
@@ -267,6 +278,8 @@ def first_time(times, gains, goal):
 
 def times_to(curves, goal, rival_time):
     """Of each run (times, gains), the time to the goal as a share of the rival's. -> text"""
+    if rival_time == 0:
+        return "the goal is no gain"
     shares = [first_time(times, gains, goal) / rival_time for times, gains in curves]
     return shown(shares, 2) if np.isfinite(shares).all() else f"not reached by {np.isinf(shares).sum()} of {len(shares)}"
 
@@ -424,18 +437,20 @@ WHAT = {"table3": table3, "tune": tune, "table1": table1, "table2": table2, **{n
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WHAT, "all"])
-    parser.add_argument("--seeds", type=int, default=0, help="runs of each (default 3; quick: 1)")
-    parser.add_argument("--iterations", type=int, default=0, help="of Neighbor GRPO with 8 steps, whose seconds all runs last (default 100; quick: 4)")
+    parser.add_argument("--seeds", type=int, help="runs of each (default 3; quick: 1)")
+    parser.add_argument("--iterations", type=int, help="of Neighbor GRPO with 8 steps, whose seconds all runs last (default 100; quick: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--quick", action="store_true", help="a rough version in minutes")
     parser.add_argument("--out_dir", default="out/reproduce", help="of the runs (default out/reproduce)")
     args = parser.parse_args(argv)
-    args.seeds, args.iterations, args.repeats = args.seeds or (1 if args.quick else 3), args.iterations or (4 if args.quick else 100), 1 if args.quick else 10
+    seeds, iterations, args.repeats = (1, 4, 1) if args.quick else (3, 100, 10)
+    args.seeds, args.iterations = seeds if args.seeds is None else args.seeds, iterations if args.iterations is None else args.iterations
     if min(args.seeds, args.iterations, args.jobs) < 1:
         parser.error("seeds, iterations and jobs must be at least 1")
     args.out, args.results = Path(args.out_dir, *["quick"] * args.quick).resolve(), HERE.joinpath("results", *["quick"] * args.quick)
     for folder in (args.out, args.results):
         folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, stop)
     for name in [name for name in WHAT if not (args.quick and name == "tune")] if args.what == "all" else [args.what]:
         began = time.time()
         head, rows, data, caption = WHAT[name](args)
@@ -447,4 +462,7 @@ def main(argv=None):
         print(f"\n{text}\nwrote {args.results}/{name}.md, .json, .png in {time.time() - began:.0f} s\n", flush=True)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("reproduce.py: stopped; the same command goes on")

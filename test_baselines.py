@@ -116,11 +116,40 @@ def test_section_3_2_the_sde_policy_gradient_is_advantage_weighted_contrastive_r
     drift = 1 + 0.8**2 * (1 - t) / (2 * t)                                      # what the residual adds: a longer step in the same direction
     assert_close(policy, drift * regression, atol=1e-14, rtol=1e-12)
 
-# ============================================================================================ MixGRPO
-
 
 def exact(x, t):
     return x.tanh() + t
+
+
+def test_an_sde_step_lands_at_its_mean_plus_std_times_the_noise_and_before_and_between_them_steps_are_eulers():
+    x, ts, levels, noise = torch.randn(3, 4), schedule(6, 3.0), torch.tensor([0, 0, 0.5, 0, 0.7, 0]), torch.randn(2, 3, 4)
+    traj, vels = sde_rollout(exact, x, ts, levels, noise, "dpmpp_2m")
+    for k in range(5):
+        landed = sde_mean(traj[k], vels[k], ts[k], ts[k + 1], levels[k]) + (sde_std(ts[k], ts[k + 1], levels[k]) * noise[k // 4] if k in (2, 4) else 0)
+        assert_close(traj[k + 1], landed if k in (2, 4) else ddim_step(traj[k], vels[k], ts[k], ts[k + 1]))
+
+
+def test_flow_grpos_advantages_have_their_groups_mean_and_the_spread_of_all_rewards_and_a_flat_group_has_none():
+    r = torch.tensor([[1.0, 2, 6], [5, 5, 5], [0, 40, 80]])
+    everywhere = torch.cat([r, r * 2])                                          # those of another process too
+    for known, std in ((None, r.numpy().std()), (everywhere, everywhere.numpy().std())):
+        assert_close(baselines.global_advantages(r, known), torch.tensor([[-2.0, -1, 3], [0, 0, 0], [-40, 0, 40]]) / (std + 1e-4))
+    assert baselines.global_advantages(torch.tensor([[0.0] * 59 + [1]])).max() == 5
+    assert not baselines.global_advantages(torch.full((2, 12), 3.7)).any()      # whose mean is not quite 3.7
+
+
+@pytest.mark.parametrize("global_std", [False, True])
+def test_several_rewards_are_standardised_each_or_with_global_std_summed_by_their_weights(global_std):
+    a, b, weights = torch.tensor([[1.0, 2, 6], [0, 3, 9]]), torch.tensor([[3.0, 1, 2], [7, 7, 1]]), torch.tensor([1.0, 3.0])
+    A = baselines.standardised(Config(method="flow" if global_std else "dance", global_std=global_std), dict(a=a, b=b), ["x", "y"], weights)
+    if global_std:
+        total = a + 3 * b
+        assert_close(A, (total - total.mean(1, keepdim=True)) / (total.std(correction=0) + 1e-4))
+    else:
+        z = lambda r: (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True)
+        assert_close(A, (z(a) + 3 * z(b)) / 4)
+
+# ============================================================================================ MixGRPO
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
@@ -172,6 +201,9 @@ def test_branchgrpos_tree_shares_its_first_steps_and_costs_what_is_published():
     assert round(sum(widths) / 16, 2) == 13.69                                  # published: 13.68, which counts nodes, the root and the leaves too
     pruned = Config(**{**METHODS["branch"], "method": "branch", "prune": 5})
     assert {baselines.nfe(pruned, it)[1] for it in (0, 30, 150, 300)} == {8.625}
+    for it, first in ((0, 15), (29, 15), (30, 14), (150, 10), (300, 10)):       # the depths that are not trained: the last five at first, then earlier ones, to the last split's
+        _, edges = baselines.tree(pruned, it)
+        assert {k + 1 for k, _ in edges} == set(range(1, 21)) - set(range(first, first + 5))
 
 
 def test_reward_fusion_gives_a_node_the_mean_of_its_leaves_standardised_over_its_depth():
@@ -247,6 +279,39 @@ def test_the_first_ratio_is_one_in_every_iteration(tmp_path, method):
         assert line["first_ratio"] < 1e-5 and line["clip_fraction"] > 0
 
 
+@pytest.mark.parametrize("method", ["dance", "branch"])
+def test_the_clip_holds_back_what_is_outside_it(tmp_path, method):
+    narrow, wide = Many(), Many()
+    for model, clip_eps in ((narrow, 1e-6), (wide, 1e9)):
+        train_stub(tmp_path, model, method, clip_eps=clip_eps)
+    start = Many().weights()
+    assert 0 < (narrow.weights() - start).norm() < 0.9 * (wide.weights() - start).norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_rewards_move_nothing(tmp_path, method):
+    model = Many()
+    train_stub(tmp_path, model, method, scorer=lambda images, prompts: torch.full((len(images),), 3.7), iterations=2, weight_decay=0.0)
+    assert (model.weights() - Many().weights()).abs().max() < (1e-6 if method == "nft" else 1e-9)
+
+
+@pytest.mark.parametrize("method, asked", [("mix", "times"), ("branch", "tree")])
+def test_the_window_and_the_pruned_depths_move_as_training_goes_on(tmp_path, monkeypatch, method, asked):
+    seen, plain = [], getattr(baselines, asked)
+    monkeypatch.setattr(baselines, asked, lambda cfg, it: (seen.append(it), plain(cfg, it))[1])
+    train_stub(tmp_path, Many(), method, iterations=3)
+    assert seen == [0, 1, 2]
+
+
+def test_every_candidate_trains_k_steps_of_its_own(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines, "sde_log_ratio", lambda x_next, x_t, v, v_old, t, *more: (seen.append(t.flatten()), baselines.log_prob(v, v_old, torch.ones(1)))[1])
+    train_stub(tmp_path, Many(), "dance", prompts_per_iteration=1)
+    drawn = [set(times.tolist()) for times in torch.stack(seen).view(3, 14, 4).permute(0, 2, 1).flatten(0, 1)]         # by candidate: 3 updates, 14 steps, 4 candidates each
+    assert all(len(times) == 14 for times in drawn) and len(set(map(frozenset, drawn))) == 12
+    assert len(set.union(*drawn)) == 24                                        # every step but the last, though each trains 14
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_raises_the_reward_of_one_and_the_same_noise(tmp_path, method):
     def rewards_of_twenty_groups(model):
@@ -264,6 +329,20 @@ def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path
     lines, still = (train_stub(tmp_path, m, "nft", iterations=6, ema=1 - 1e-7, **more) for m, more in ((model, {}), (untouched, dict(lr=1e-12))))
     assert_close([line["reward"] for line in lines], [line["reward"] for line in still], atol=1e-5, rtol=0)
     assert (model.weights() - untouched.weights()).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("ema, stays", [(0.5, 0.001), (0.0004, 0.0004)])
+def test_nfts_loss_compares_with_the_old_policys_velocity_which_then_follows_by_its_decay_and_at_most_ema(tmp_path, monkeypatch, ema, stays):
+    asked, run = [], []
+    monkeypatch.setattr(baselines, "nft_loss", lambda x_t, t, x0, v, v_old, *more: (asked.append((x_t, t, v_old)), nft_loss(x_t, t, x0, v, v_old, *more))[1])
+    monkeypatch.setattr(train.Run, "log", lambda self, *_, **__: run.append([w.clone() for w in self.ema]))
+    model = Many()
+    train_stub(tmp_path, model, "nft", ema=ema, lr=0.1)
+    for x_t, t, v_old in asked:
+        assert_close(v_old, Many().velocity(x_t, t.flatten(), None).detach())
+    for averaged, now, before in zip(run[0], model.trained(), Many().trained(), strict=True):
+        assert_close(averaged, stays * before + (1 - stays) * now, atol=1e-7, rtol=1e-6)
+        assert (now - before).abs().max() > 0.01
 
 
 def test_branchgrpos_edges_carry_the_advantage_of_the_node_they_lead_to(tmp_path, monkeypatch):
@@ -330,6 +409,18 @@ def test_each_loop_aligns_the_small_flux_and_an_interrupted_run_goes_on_as_if_no
         assert {k: v for k, v in ours.items() if "seconds" not in k} == {k: v for k, v in theirs.items() if "seconds" not in k}
 
 
+@pytest.mark.parametrize("before, now", [("", "--method mix"), ("--method mix", ""), ("--method dance", "--method mix")])
+def test_a_run_is_not_resumed_as_one_of_another_method(tmp_path, capsys, monkeypatch, before, now):
+    parse = lambda words: (baselines if "--method" in words else train).parse_config([*words.split(), "--out_dir", str(tmp_path)])
+    (tmp_path / "checkpoint-1/state").mkdir(parents=True)
+    (tmp_path / "checkpoint-1/state/state.pt").touch()
+    (tmp_path / "checkpoint-1/state/config.json").write_text(json.dumps(train.asdict(parse(before))))
+    with pytest.raises(SystemExit):
+        parse(f"{now} --resume")
+    name = lambda words: words.removeprefix("--method ") or "neighbor"
+    assert f"the run to resume is one of method {name(before)}, not {name(now)}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def eight_prompts(tmp_path):
     path = tmp_path / "eight.txt"
@@ -345,7 +436,8 @@ def eight_prompts(tmp_path):
     ("--method dance --noise", "expected one argument"), ("--method branch --solver dpmpp_2m", "solver is not a setting of branch"),
     ("--method branch --num_train_steps 9", "num_train_steps is not a setting of branch"), ("--method nft --updates_per_iteration 2", "but nft has one"),
     ("--method branch --prune 11", "prune is 11, but must lie between 0 and 10"), ("--method flow --updates_per_iteration 5", "updates_per_iteration is 5, but must divide group_size (G), 12"),
-    ("--method dance --eta 0", "eta is 0, but must be above 0"), ("--method nft --ema 0", "both must be above 0"), ("--method dance --sigma 0.3", "unrecognized arguments: --sigma"),
+    ("--method dance --eta 0", "eta is 0, but must be above 0"), ("--method nft --ema 0", "must lie in (0, 0.5]"), ("--method nft --ema 0.9", "must lie in (0, 0.5]"), ("--method nft --clip_eps 0.1", "clip_eps is not a setting of nft"),
+    ("--method branch --global_std", "global_std is not a setting of branch"), ("--method branch --splits 0,3,6,9,x", "as many different steps below 19"), ("--method branch --splits 0,3,6,²", "as many different steps below 19"), ("--method dance --sigma 0.3", "unrecognized arguments: --sigma"),
     ("--method dance --group_size 1", "group_size is 1, but must lie in [2, inf)")])
 def test_a_setting_that_cannot_work_is_refused_in_one_sentence_before_anything_is_loaded(settings, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Flux", None)

@@ -3,7 +3,7 @@ reproduce.py's sums, on curves that were drawn by hand. One test per sentence.
 
     python -m pytest -q test_reproduce.py
 """
-import argparse, math
+import argparse, json, math, os, shutil, signal, threading, time
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -12,13 +12,14 @@ from reproduce import HERE, curve, first_time, group_of, over_seeds, shown, time
 
 
 def log(*points):
-    return [dict(iter=0, reward=1.0)] + [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain) for it, gain in points]
+    return [dict(iter=0, reward=1.0)] + [dict(iter=it, eval_clip=0.5, eval_clip_gain=gain, eval_judge_gain=-gain) for it, gain in points]
 
 
 def test_a_curve_is_straight_between_evaluations_and_given_at_the_tenths_of_its_run():
     iterations, gains = curve(log((0, 0.0), (33, 0.33), (50, 0.5), (100, 0.0)))
     assert_allclose(iterations, np.arange(0, 101, 10))
     assert_allclose(gains, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
+    assert_allclose(curve(log((0, 0.0), (10, 0.5)), "judge")[1], -np.arange(11) / 20)
 
 
 def test_the_time_to_a_goal_lies_on_the_line_between_two_evaluations_and_is_infinite_if_it_is_never_reached():
@@ -30,6 +31,7 @@ def test_the_time_to_a_goal_lies_on_the_line_between_two_evaluations_and_is_infi
 def test_one_seed_that_misses_the_goal_is_said_and_not_averaged_away():
     fast, slow, never = ([0, 10], [0.0, 1.0]), ([0, 10], [0.0, 0.5]), ([0, 10], [0.0, 0.4])
     assert times_to([fast, slow], 0.5, 20) == "0.38 ± 0.12" and times_to([fast, slow, never], 0.5, 20) == "not reached by 1 of 3"
+    assert times_to([fast, slow], -0.1, first_time([0, 10], [0.0, -0.1], -0.1)) == "the goal is no gain"        # a rival that lost is reached at once
 
 
 def test_the_error_is_the_standard_error_over_seeds_and_one_seed_has_none():
@@ -50,6 +52,39 @@ def test_runs_last_equal_seconds_and_what_was_found_once_is_found_again_only_for
     assert len(asked) == 1
     reproduce.costs(settings(tmp_path, repeats=2))
     assert len(asked) == 2
+
+
+def test_every_row_runs_its_method_with_the_settings_it_is_named_for(tmp_path):
+    found = {}
+    for label, (script, _, family) in reproduce.METHODS.items():
+        folder, (its, flags) = reproduce.job(settings(tmp_path), label, 0, 2e-5, 1e-4, 100)
+        cfg = (reproduce.train if its == "train.py" else reproduce.baselines).parse_config([*flags, "--out_dir", str(folder)])
+        old, theta = (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / 12) if its == "train.py" else reproduce.baselines.nfe(cfg)
+        found[label] = old, round(theta, 3), getattr(cfg, "window_every", cfg.p)
+        assert getattr(cfg, "method", "neighbor") == family and (cfg.lr, cfg.iterations, cfg.eval_steps, cfg.seed) == (2e-5, 100, 16, 0)
+    assert found == {"DanceGRPO": (25, 14, 0), "Flow-GRPO": (6, 5, 0), "MixGRPO": (25, 4, 8), "MixGRPO-Flash*": (8, 4, 0), "BranchGRPO": (203 / 16, 13.625, 30), "BranchGRPO, pruned": (203 / 16, 8.625, 10),
+                     "DiffusionNFT": (19, 9, 0), "Neighbor GRPO, 25 steps": (25, 4, 0.8), "Neighbor GRPO, 16 steps": (16, 3, 0.8), "Neighbor GRPO, 8 steps": (8, 1.333, 0.8),
+                     "Neighbor GRPO, sigma 0.5, p = 2": (8, 1.333, 2), "Neighbor GRPO, sigma 0.5, p = 0.8": (8, 1.333, 0.8)}               # published: the window moves 12 times, the pruned depths 10 times
+
+
+def test_the_papers_columns_are_gains_over_its_base():
+    assert reproduce.paper_gains("table1", "Neighbor GRPO, 8 steps") == ["+0.056", "+0.002"] and reproduce.paper_gains("table4", 0.1) == ["+0.047", "-0.025"]
+    assert reproduce.paper_gains("table1", "DiffusionNFT") == ["", ""]
+
+
+def test_final_scores_are_read_by_their_checkpoints_names_and_the_base_is_the_first(tmp_path, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        for iteration in (3, 12):
+            (folder / f"checkpoint-{iteration}/state").mkdir(parents=True)
+            (folder / f"checkpoint-{iteration}/state/state.pt").touch()
+    rows = [dict(label="tiny-flux", clip=1), dict(label="b-checkpoint-12", clip=2), dict(label="a-checkpoint-12", clip=3)]
+    def evaluate(command, **_):
+        (tmp_path / "eval").mkdir()
+        assert all(str(folder / "checkpoint-12") in command for folder in folders) and command[command.index("--steps") + 1] == "16"
+        (tmp_path / "eval/results.json").write_text(json.dumps(dict(results=rows)))
+    monkeypatch.setattr(reproduce.subprocess, "run", evaluate)
+    assert reproduce.finals(settings(tmp_path), folders) == {"base": rows[0], folders[0]: rows[2], folders[1]: rows[1]}
 
 
 def test_the_sweep_tries_each_methods_two_best_learning_rates_over_the_whole_seconds_and_takes_what_is_better_then(tmp_path, monkeypatch):
@@ -103,12 +138,18 @@ def test_a_run_that_is_whole_is_not_made_again_one_that_was_stopped_goes_on_and_
 import json, pathlib, sys
 out, last = pathlib.Path(sys.argv[sys.argv.index("--out_dir") + 1]), int(sys.argv[sys.argv.index("--iterations") + 1])
 print(sys.argv, file=open(out.parent / "calls", "a"))
+if (out.parent / "wait").exists():
+    import signal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit((out.parent / "ended").touch()))
+    (out.parent / "waits").touch()
+    signal.pause()
 if (out.parent / "diverge").exists():
     sys.exit("train.py: the model's latents are no longer finite")
 (out / "checkpoint-1/state").mkdir(parents=True, exist_ok=True)
 (out / "checkpoint-1/state/state.pt").touch()
 stop = (out.parent / "stop").exists()
 (out / "log.jsonl").write_text(json.dumps(dict(iter=1 if stop else last, eval_clip=0.5, eval_clip_gain=0.1)) + "\\n" + '{"iter": 2, "cut')
+sys.exit((out.parent / "fail").exists())
 """)
     args, folder = settings(tmp_path), tmp_path / "run-1e-05"
     calls = lambda: (tmp_path / "calls").read_text().splitlines()
@@ -133,10 +174,31 @@ stop = (out.parent / "stop").exists()
     with pytest.raises(RuntimeError, match="diverged"):
         reproduce.run(args, four)
     assert reproduce.run(args, four, may_diverge=True) == {folder: []} and len(calls()) == 5
+    (tmp_path / "diverge").unlink()
+    (tmp_path / "fail").touch()
+    with pytest.raises(RuntimeError, match="ended with 1"):                     # after its last iteration
+        reproduce.run(args, three)
+    (tmp_path / "fail").unlink()
+    reproduce.run(args, three)
+    shutil.rmtree(folder)                                       # by hand; what is noted beside it says that it was whole
+    reproduce.run(args, three)
+    assert len(calls()) == 8 and "--overwrite" in calls()[7]
+    (tmp_path / "wait").touch()
+    before = signal.signal(signal.SIGTERM, reproduce.stop)
+    threading.Thread(target=lambda: (wait_for(tmp_path / "waits"), os.kill(os.getpid(), signal.SIGTERM))).start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run(args, four)
+    signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "ended").exists() and not reproduce.RUNNING
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.05)
 
 
 def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(tmp_path, monkeypatch):
-    """DanceGRPO: 8 s an iteration, ten of them, evenly to +0.1 and +0.3. Neighbor GRPO: 2 s, forty, evenly to +0.4, so it has +0.2 after half the seconds."""
+    """DanceGRPO: 8 s an iteration, ten of them, evenly to +0.3 and +0.5, and at the very end back to +0.1 and +0.3. Neighbor GRPO: 2 s, forty, evenly to +0.4: +0.2 after 40 s, where DanceGRPO's mean first has it after 36."""
     costs = {label: dict(seconds=2.0 if label == reproduce.OURS else 8.0, solver="", nfe_old=1, nfe_theta=1) for label in reproduce.METHODS}
     monkeypatch.setattr(reproduce, "costs", lambda args: costs)
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(("dance", "neighbor"), (1e-5, 1e-4)))
@@ -146,17 +208,20 @@ def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(tm
         for folder, (script, flags) in [what for group in groups for what in group.items()]:
             last, end = int(flags[flags.index("--iterations") + 1]), ends[script, flags[flags.index("--seed") + 1]]
             found[folder] = [dict(iter=it, eval_clip=0.5, eval_clip_gain=end * it / last) for it in (0, last)]
+            if script == "baselines.py":
+                found[folder].insert(1, dict(iter=last - 1, eval_clip=0.5, eval_clip_gain=end + 0.2))
         return found
     monkeypatch.setattr(reproduce, "run", run)
-    row = dict(clip=0.5, judge=0.5, clip_gain=0.1, judge_gain=0.1, diversity=0.2)
+    row = dict(clip=0.5, judge=0.6, clip_gain=0.1, judge_gain=-0.1, diversity=0.2)
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {"base": row, **{folder: row for folder in logs}})
     monkeypatch.setattr(reproduce.train, "checkpoints", lambda folder: [folder])
     monkeypatch.setattr(reproduce, "pictures", lambda *_: None)
     monkeypatch.setattr(reproduce, "picture_grid", lambda *_: None)
     head, rows, data, _ = reproduce.compare(settings(tmp_path, seeds=2, iterations=40), "table1", ["DanceGRPO", reproduce.OURS], "")
     times = {line[0]: line[[name.startswith("time to") for name in head].index(True)] for line in rows}
-    assert data["goal"] == pytest.approx(0.2) and times == {"base": "", "DanceGRPO": "1", reproduce.OURS: "0.50 ± 0.00"}
+    assert data["goal"] == pytest.approx(0.2) and times == {"base": "", "DanceGRPO": "1", reproduce.OURS: "1.11 ± 0.00"}
     assert [line[head.index("iterations")] for line in rows[1:]] == [10, 40]
+    assert all(line[head.index("reward")].startswith("0.5") and line[head.index("judge")].startswith("0.6") for line in rows) and [line[head.index("judge") + 1] for line in rows[1:]] == ["-0.1000 ± 0.0000"] * 2
 
 
 def test_a_rollout_group_of_the_figures_is_one_of_training():

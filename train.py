@@ -128,7 +128,7 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
         shown = [os.path.relpath(value, HERE) if str(value).startswith(str(HERE)) else value or (value if f.type is not str else "empty")
                  for value in (f.default, PRESETS["tiny"].get(f.name, f.default))]
         allowed = f.metadata["allowed"] if isinstance(f.metadata["allowed"], str) else " or ".join(filter(None, f.metadata["allowed"]))
-        notes = [allowed] * bool(allowed) + [f"default {shown[0]}"] + [f"tiny: {shown[1]}"] * (shown[0] != shown[1])
+        notes = [allowed] * bool(allowed) + [f"default {shown[0]}"] + [f"tiny: {shown[1]}"] * (shown[0] != shown[1]) + [f"{method}: {row[f.name]}" for method, row in methods.items() if f.name in row]
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({'; '.join(notes)})".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     preset, method = given.pop("preset"), given.get("method", "")
@@ -190,6 +190,9 @@ def check(c):
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{broken(checkpoints(out)[-1], error)}")
         free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
+        ours, theirs = (method or "neighbor" for method in (getattr(c, "method", ""), before.get("method", "")))
+        if ours != theirs:
+            raise ValueError(f"the run to resume is one of method {theirs}, not {ours}")
         for name, value in asdict(c).items():
             same = value == before.get(name, value) or name in ("model", "prompts", "eval_prompts") and Path(value).parts[-2:] == Path(before[name]).parts[-2:]     # moved along
             if name not in free and not same:
