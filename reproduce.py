@@ -3,7 +3,7 @@ The paper's tables and figures on the small world: Neighbor GRPO beside the meth
 
     python reproduce.py table1                        # runs what is missing, goes on with what was interrupted, writes results/table1.md, .json and .png
     python reproduce.py all --jobs 2                  # everything, two runs at a time, which share the threads
-    python reproduce.py all --quick                   # a rough version in minutes, into results/quick/
+    python reproduce.py all --quick                   # each in minutes, into results/quick/: a few iterations, 24 prompts, one timing, whose numbers say nothing yet
 
     table1, table2     the methods: reward, judge, diversity; seconds to DanceGRPO's final reward
     table3             what an iteration costs: network evaluations counted, seconds measured in turns within one process
@@ -16,7 +16,7 @@ The paper's tables and figures on the small world: Neighbor GRPO beside the meth
 Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8 steps, by the times of table3, so that nothing else that the
 machine does at the time counts; tables 4 to 6, as in the paper, at equal iterations. Learning rate and clip are those with the best reward in the sweep, on prompts
 and seeds that no table uses; variants of a method take its. All evaluations are DPM-Solver++ with 16 steps, whatever the rollout's. The reward is clip, the judge is
-never trained on. Each run is a call of train.py or baselines.py, which is printed, in a folder of --out_dir of its own. What was run or timed is kept for as long as
+never trained on. Each run is a call of train.py or baselines.py, which is printed, in the folder of --out_dir that it names. What was run or timed is kept for as long as
 that call is the same: after a change of the code, name another --out_dir.
 """
 import argparse, contextlib, io, json, math, re, shutil, signal, statistics, subprocess, sys, tempfile, time
@@ -97,7 +97,7 @@ def run(args, *groups, may_diverge=False):
             child = subprocess.Popen([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
                                      cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             RUNNING.append(child)
-            said = child.communicate()[1]
+            said = child.communicate()[1]               # after Ctrl-C it still writes its checkpoint
             RUNNING.remove(child)
             last = int(flags[flags.index("--iterations") + 1])
             whole = any(line["iter"] == last and "eval_clip" in line for line in train.read_log(folder))
@@ -440,7 +440,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, help="runs of each (default 3; quick: 1)")
     parser.add_argument("--iterations", type=int, help="of Neighbor GRPO with 8 steps, whose seconds all runs last (default 100; quick: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--quick", action="store_true", help="a rough version in minutes")
+    parser.add_argument("--quick", action="store_true", help="each in minutes, on a few iterations and prompts")
     parser.add_argument("--out_dir", default="out/reproduce", help="of the runs (default out/reproduce)")
     args = parser.parse_args(argv)
     seeds, iterations, args.repeats = (1, 4, 1) if args.quick else (3, 100, 10)
@@ -455,6 +455,7 @@ def main(argv=None):
         began = time.time()
         head, rows, data, caption = WHAT[name](args)
         command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick
+        caption += " Quick: 24 prompts and a few iterations, which say nothing yet." * args.quick
         text = "\n".join([f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, {threads(args)} a run). {caption}", "",
                           *("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])]) + "\n"
         (args.results / f"{name}.md").write_text(text)
@@ -465,4 +466,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("reproduce.py: stopped; the same command goes on")
+        sys.exit("reproduce.py: stopped; the same command goes on with the runs, and times anew if it was timing")

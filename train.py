@@ -50,7 +50,7 @@ class Config:
     rewards: str = option("hpsv2,pickscore,imagereward", f"what to align with (Sec. 4), by comma, of {', '.join(rewards.SCORERS)}; name=where for weights elsewhere")
     reward_weights: str = option("", "one number per reward, by comma; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "further scorers that only watch, by comma")
-    out_dir: str = option("", "where the run is written; unless told, out/<preset>")
+    out_dir: str = option("", "where the run is written; unless told, out/<preset>, or out/<method>")
     resolution: int = option(720, "side of the images in pixels, a multiple of 16", "[16, 8192]")
     guidance: float = option(3.5, "FLUX's guidance input", "(-inf, inf)")
     shift: float = option(3.0, "timestep shift of the schedule", "[0.01, 100]")
