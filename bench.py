@@ -1,64 +1,172 @@
 """
-What does an iteration cost beyond the networks it must call? Time t runs from 1 (noise) to 0 (image).
+What does an iteration cost, and what of it is not its networks? Time t runs from 1 (noise) to 0 (image).
 
-    python bench.py                                   # the tiny preset; train.py's settings may follow
-    python bench.py --memory                          # instead: GPU memory that FLUX.1-dev needs, computed without one
+    python bench.py                                   # Neighbor GRPO's presets and the baselines, on the small world
+    python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; train.py's settings may follow
+    python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
+    python bench.py --scaling                         # seconds against G, T, B, K and pixels
+    python bench.py --memory                          # GPU memory that FLUX.1-dev needs, computed without one
 
-Times train.py's own iterations and, between them, the same calls of the same networks in the same batches with nothing
-around them: the text encoders, T forwards of P x G latents, the VAE, the scorers, and U K forwards and backwards of P x B / U. Prints the
-median seconds of both, and the median of their ratios, which does not depend on how fast or busy the machine is.
+Times the loops' own iterations and, after each, the same calls of the same networks in the same batches with nothing around them, as they were recorded
+in the iteration; methods take turns. Columns are medians. `ratio` is the median of iteration over bare calls, pair by pair, which does not depend on
+how fast or busy the machine is. NFE_old and NFE_theta are counted at the network: latents it was asked about, over images, without and with gradients.
 """
-import contextlib, io, statistics, sys, tempfile, time, weakref
+import argparse, contextlib, io, json, statistics, sys, tempfile, time, weakref
+from pathlib import Path
 import torch
-import rewards
-from model import add_lora
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+import baselines, rewards, train
+from eval import SOLVERS, read_prompts
+from model import Flux, add_lora
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from solvers import schedule
-from train import Run, load, parse_config, train
 
-def bare_calls(cfg, model, scorers, prompts):
-    P, G, B = cfg.prompts_per_iteration, cfg.group_size, cfg.num_anchors
-    x, ts = torch.randn(P * G, *model.latent_shape, device=model.device), schedule(cfg.num_rollout_steps, cfg.shift)
-    cond = model.encode(prompts)
-    with torch.no_grad():
-        for t in ts[:-1]:
-            model.velocity(x, t, cond)
-        images = model.decode(x)
-    for scorer in scorers.values():
-        scorer(images, [prompt for prompt in prompts for _ in range(G)])
-    for chosen in x.unflatten(0, (P, G))[:, :B].chunk(cfg.updates_per_iteration, 1):
-        for t in ts[: cfg.num_train_steps]:
-            model.velocity(chosen.flatten(0, 1), t, cond).mean().backward()
-        model.transformer.zero_grad()
+METHODS = {                                                     # name: (label, script, its flags)
+    "dance": ("DanceGRPO", "baselines.py", "--method dance"),
+    "flow": ("Flow-GRPO", "baselines.py", "--method flow"),
+    "mix": ("MixGRPO", "baselines.py", "--method mix"),
+    "flash": ("MixGRPO-Flash*", "baselines.py", "--method flash"),
+    "branch": ("BranchGRPO", "baselines.py", "--method branch"),
+    "prune": ("BranchGRPO, pruned", "baselines.py", "--method branch --prune 5"),
+    "nft": ("DiffusionNFT", "baselines.py", "--method nft"),
+    "ddim25": ("Neighbor GRPO, 25 steps", "train.py", "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4"),
+    "dpm16": ("Neighbor GRPO, 16 steps", "train.py", "--num_rollout_steps 16 --num_train_steps 9"),
+    "dpm8": ("Neighbor GRPO, 8 steps", "train.py", ""),
+}
+PHASES = ("rollout", "decode", "reward", "update", "optimizer")
 
-def seconds_of(call, device):
+def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter()
 
-def main(repeats=15, warmup=3):
+@contextlib.contextmanager
+def recorded(model, scorers, opt):
+    """Inside, what a loop asks of its networks is written down, [(what, size, with gradients)], and the seconds of what has no line of its own in the log."""
+    calls, seconds, plain = [], dict(decode=0.0, optimizer=0.0), dict(scorers)
+    def watched(call, what, size, timed=""):
+        def watch(*args, **more):
+            calls.append((what, size(*args), torch.is_grad_enabled()))
+            began = now(model.device) if timed else 0
+            result = call(*args, **more)
+            if timed:
+                seconds[timed] += now(model.device) - began
+            return result
+        return watch
+    model.encode = watched(model.encode, "encode", len)
+    model.velocity = watched(model.velocity, "velocity", lambda x, t, cond: (len(x), len(cond["vec"])))
+    model.decode = watched(model.decode, "decode", len, "decode")
+    opt.step = watched(opt.step, "step", lambda: None, "optimizer")
+    scorers.update({name: watched(scorer, name, lambda images, prompts: len(images)) for name, scorer in plain.items()})
+    try:
+        yield calls, seconds
+    finally:
+        scorers.update(plain)
+        del model.encode, model.velocity, model.decode, opt.step
+
+def replay(model, scorers, calls, prompts):
+    """The same calls, of the same sizes and in the same order, with nothing around them."""
+    latents = torch.randn(max(size[0] for what, size, _ in calls if what == "velocity"), *model.latent_shape, device=model.device)
+    for what, size, trained in calls:
+        if what == "encode":
+            cond = model.encode(prompts)
+        elif what == "velocity":
+            some = {key: value[: size[1]] for key, value in cond.items()}
+            with torch.set_grad_enabled(trained):
+                v = model.velocity(latents[: size[0]], 0.5, some)
+            if trained:
+                v.mean().backward()
+        elif what == "decode":
+            images = model.decode(latents[:size])
+        elif what == "step":
+            model.transformer.zero_grad()
+        else:
+            scorers[what](images, [prompt for prompt in prompts for _ in range(size // len(prompts))])
+
+def measure(methods, repeats, flags=(), build=train.load):
+    """Iterations of each method, {name: (label, script, flags)}, and their bare calls, in turn. -> {name: dict(counts, settings, median seconds, ratio)}"""
+    books, models, tries, found = {}, {}, {name: [] for name in methods}, {}
     with tempfile.TemporaryDirectory() as folder:
-        cfg = parse_config([*sys.argv[1:], "--out_dir", folder, "--eval_every", "0", "--save_every", "0"])
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        model = load(cfg)
-        scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, ["a red apple, 3d style"])
-        run, prompts, pairs = Run(cfg, model, scorers), ["a red apple, 3d style"] * cfg.prompts_per_iteration, []
-        for i in range(warmup + repeats):
-            cfg.iterations = i + 1                              # one more than are done
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                iteration = seconds_of(lambda: train(cfg, model, scorers, run), model.device)
-            pairs.append((iteration, seconds_of(lambda: bare_calls(cfg, model, scorers, prompts), model.device)))
-    iteration, bare = (statistics.median(times) for times in zip(*pairs[warmup:]))
-    ratio = statistics.median(a / b for a, b in pairs[warmup:])
-    print(f"iteration {iteration:.3f} s, its bare network calls {bare:.3f} s: ratio {ratio:.3f} (medians of {repeats}; {cfg.device}, {torch.get_num_threads()} threads)")
+        for name, (label, script, own) in methods.items():
+            parse, loop = (train.parse_config, train.train) if script == "train.py" else (baselines.parse_config, baselines.loop)
+            cfg = parse([*own.split(), "--lr", "1e-12", *flags, "--out_dir", f"{folder}/{name}", "--eval_every", "0", "--save_every", "0"])
+            if cfg.threads:
+                torch.set_num_threads(cfg.threads)
+            model = models[cfg.resolution] = models.get(cfg.resolution) or build(cfg)
+            prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
+            scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
+            books[name] = cfg, model, scorers, train.Run(cfg, model, scorers), loop, prompts
+        for repeat in range(repeats + 2):                       # two to warm up
+            for name, (cfg, model, scorers, run, loop, prompts) in books.items():
+                cfg.iterations = repeat + 1                     # one more than are done
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), recorded(model, scorers, run.opt) as (calls, apart):
+                    began = now(model.device)
+                    loop(cfg, model, scorers, run)
+                    iteration = now(model.device) - began
+                began = now(model.device)
+                replay(model, scorers, calls, prompts)
+                bare, log = now(model.device) - began, run.lines()[-1]
+                tries[name].append(dict(iteration=iteration, bare=bare, rollout=log["seconds_rollout"] - apart["decode"], decode=apart["decode"], reward=log["seconds_reward"],
+                                        update=log["seconds_update"] - apart["optimizer"], optimizer=apart["optimizer"]))
+                print(f"{repeat}/{repeats + 1} {methods[name][0]}: {iteration:.2f} s, bare {bare:.2f} s", file=sys.stderr, flush=True)
+                if repeat == 0:
+                    found[name] = settings_of(cfg, calls) | work_of(lambda: replay(model, scorers, calls, prompts), model)
+    for name, each in tries.items():
+        found[name].update({key: statistics.median(one[key] for one in each[2:]) for key in each[0]}, ratio=statistics.median(one["iteration"] / one["bare"] for one in each[2:]), tries=each)
+    return found
 
+def settings_of(cfg, calls):
+    """Table 3's columns. NFE: latents the network was asked about, over images."""
+    branch, images = getattr(cfg, "method", "") == "branch", cfg.prompts_per_iteration * cfg.group_size
+    nfe_old, nfe_theta = (sum(size[0] for what, size, trained in calls if what == "velocity" and trained == wanted) / images for wanted in (False, True))
+    return dict(solver=SOLVERS[cfg.solver], nfe_old=nfe_old, G=cfg.group_size, B="adapt" if branch else cfg.num_anchors or cfg.group_size, K="all" if branch else cfg.num_train_steps, nfe_theta=nfe_theta)
+
+def work_of(call, model):
+    """Floating point operations of the bare calls, as torch counts them, and the peak of memory, beyond the weights on a CPU."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    if model.device.type == "cuda":
+        return dict(flops=counter.get_total_flops(), memory=torch.cuda.max_memory_allocated())
+    with Live(model.transformer) as live:
+        call()
+    return dict(flops=counter.get_total_flops(), memory=live.peak)
+
+def matmul_rate(device):
+    """Floating point operations a second in one large matrix product, of the type the network runs in."""
+    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b, seconds = torch.randn(n, n, device=device, dtype=kind), torch.randn(n, n, device=device, dtype=kind), []
+    for _ in range(10):
+        began = now(device)
+        a @ b
+        seconds.append(now(device) - began)
+    return 2 * n**3 / statistics.median(seconds)
+
+def table(found):
+    rival = found["dance"]["iteration"] if "dance" in found else None
+    head = ["Method", "Solver", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", *PHASES, "bare calls", "ratio", "TFLOP", "GB"] + ["of DanceGRPO's"] * bool(rival)
+    rows = [[METHODS[name][0], *(f"{f[key]:.4g}" if isinstance(f[key], float) else f[key] for key in ("solver", "nfe_old", "G", "B", "K", "nfe_theta")), *(f"{f[key]:.3f}" for key in ("iteration", *PHASES, "bare", "ratio")),
+             f"{f['flops'] / 1e12:.3g}", f"{f['memory'] / 1e9:.2f}"] + ([f"{f['iteration'] / rival:.3f}"] if rival else []) for name, f in found.items()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+# ---------------------------------------------------------------------------------------------------------------
+# other sizes than the small world's
+
+BLOCKS = {"flux": dict(num_layers=19, num_single_layers=38), "flux-small": dict(num_layers=2, num_single_layers=4)}
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+           use_quant_conv=False, use_post_quant_conv=False)
+
+def random_flux(cfg, geometry, text=512):
+    """FLUX.1-dev's transformer, all of it or 2 + 4 of its blocks, and its VAE, with random weights; what text encoders would say is random too."""
+    kind = torch.bfloat16 if "cuda" in cfg.device else torch.float32
+    torch.set_default_dtype(kind)
+    with torch.device(cfg.device):
+        net, vae = FluxTransformer2DModel(guidance_embeds=True, **BLOCKS[geometry]), AutoencoderKL(**VAE)
+    torch.set_default_dtype(torch.float32)
+    model = Flux(FluxPipeline.from_pretrained(PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae), cfg.resolution, cfg.device, checkpointing=cfg.checkpointing,
+                 lora_rank=cfg.lora_rank, batch=cfg.batch)
+    model.encode = lambda prompts: dict(txt=torch.randn(len(prompts), text, 4096, device=model.device), vec=torch.randn(len(prompts), 768, device=model.device))
+    return model
 # ---------------------------------------------------------------------------------------------------------------
 # memory: the networks are run with tensors that have shapes and no numbers
 
@@ -137,6 +245,19 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
     for gpus in (8, 32):                                        # two blocks gathered at a time in bf16, and their gradients in float32 on the way out
         row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus, rollout + 2 * block * 2, update["full", True] + 2 * block * (2 + 4))
         row("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus, rollout + 2 * n, update["full", True] + (2 + 4) * n)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--only", default=",".join(METHODS), help="by comma, of " + ", ".join(METHODS))
+    parser.add_argument("--repeats", type=int, default=5, help="after two to warm up (default 5)")
+    parser.add_argument("--geometry", choices=["tiny", *BLOCKS], default="tiny", help="tiny, the small world; flux, FLUX.1-dev's; flux-small, 2 + 4 of its blocks; random weights (default tiny)")
+    parser.add_argument("--json", default="", help="where the numbers go")
+    args, flags = parser.parse_known_args()
+    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, train.load if args.geometry == "tiny" else lambda cfg: random_flux(cfg, args.geometry))
+    print(table(found))
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
 
 if __name__ == "__main__":
     memory() if sys.argv[1:] == ["--memory"] else main()

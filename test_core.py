@@ -792,7 +792,8 @@ def test_each_prompt_owns_its_rows_of_a_batch_and_each_row_its_time(flux):
     assert (together - flux.velocity(x, t, flux.encode(PROMPTS[::-1]))).abs().max() > 0.01
 
 
-def test_checkpointing_changes_memory_and_not_gradients(flux):
+@pytest.mark.parametrize("blocks, recomputed", [(-1, 6), (2, 2), (100, 6)])
+def test_checkpointing_changes_memory_and_not_gradients_and_recomputes_as_many_blocks_as_are_asked_for(flux, blocks, recomputed):
     x, cond = torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
 
     def gradients(model):
@@ -800,10 +801,12 @@ def test_checkpointing_changes_memory_and_not_gradients(flux):
         model.velocity(x, 0.5, cond).pow(2).mean().backward()
         return [w.grad for w in model.transformer.parameters() if w.grad is not None]
 
-    checkpointed = Flux(TINY / "flux", 64, checkpointing=True)
-    assert checkpointed.transformer.is_gradient_checkpointing
+    checkpointed, calls = Flux(TINY / "flux", 64, checkpoint_blocks=blocks), []
+    for block in checkpointed.blocks():
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     for a, b in zip(gradients(flux), gradients(checkpointed), strict=True):
         assert_close(a, b, rtol=0, atol=1e-7)
+    assert len(calls) == len(checkpointed.blocks()) + recomputed
 
 
 def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):

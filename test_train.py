@@ -367,7 +367,7 @@ def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monke
     assert train.main([*SHORT, "--iterations", "1", "--out_dir", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
     assert "Tried to allocate 20 GiB" in said
-    for setting in ("text_encoder_device", "checkpointing", "batch", "gather", "fsdp", "lora_rank", "resolution"):
+    for setting in ("text_encoder_device", "checkpoint_blocks", "batch", "gather", "fsdp", "lora_rank", "resolution"):
         assert setting in said and setting in {field.name for field in train.fields(train.Config)}
 
 

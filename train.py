@@ -75,7 +75,7 @@ class Config:
     ema: float = option(0.0, "decay of an exponential average of the trained weights, which is then evaluated and saved; 0: none", "[0, 1)")
     fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
     gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the next, and all gradients till the end of one; faster, where there is room")
-    checkpointing: bool = option(True, "recompute activations in the backward pass, for memory")
+    checkpoint_blocks: int = option(-1, "of so many blocks the activations are recomputed in the backward pass, for memory; FLUX.1-dev has 57; -1: of all", "[-1, inf)")
     batch: int = option(0, "latents at most in one forward pass, for memory where a process holds several groups; 0: all of them at once", "[0, inf)")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
     seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
@@ -112,7 +112,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
-                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=150, prompts_per_iteration=8, lr=5e-5, checkpointing=False),
+                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=150, prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0),
     "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),           # the rows of Table 3
     "dpm16": dict(solver="dpmpp_2m", num_rollout_steps=16, num_anchors=4, num_train_steps=9),
     "dpm8": dict(solver="dpmpp_2m", num_rollout_steps=8, num_anchors=4, num_train_steps=4),
@@ -189,7 +189,7 @@ def check(c):
             before = dict(json.loads((checkpoints(out)[-1] / "state/config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{broken(checkpoints(out)[-1], error)}")
-        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpointing", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
+        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpoint_blocks", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         ours, theirs = (method or "neighbor" for method in (getattr(c, "method", ""), before.get("method", "")))
         if ours != theirs:
             raise ValueError(f"the run to resume is one of method {theirs}, not {ours}")
@@ -652,7 +652,7 @@ def meet():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience, **attempt)
 
 def load(cfg):
-    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpointing, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
+    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
 
 def start(cfg, algorithm=train):
     if cfg.threads:
@@ -697,7 +697,7 @@ def main(argv=None, parse_config=parse_config, algorithm=train):
     try:
         return start(cfg, algorithm)
     except torch.OutOfMemoryError as error:
-        said = (f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpointing, --batch 6 or less, "
+        said = (f"train.py: out of memory. What takes less of it, the cheapest first: --text_encoder_device offload, --checkpoint_blocks -1, --batch 6 or less, "
               f"--no-gather, --fsdp on more GPUs, --lora_rank 64, a smaller --resolution. {rewards.short(error)}")
     except (rewards.ScorerError, ArithmeticError) as error:
         said = f"train.py: {error}"
