@@ -32,6 +32,7 @@ class Flux:
     resolution   side of the square images in pixels, a multiple of twice the VAE's factor (16)
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
     checkpoint_blocks  of so many blocks the activations are recomputed in the backward pass, -1: of all; less memory for up to a third more time
+    compiled     compile the blocks, a graph for each kind of block and size of batch
     frozen       to be sampled from only
     lora_rank    train adapters of this rank on the attention's projections, and nothing else; 0 trains everything
     lora         a folder with pytorch_lora_weights.safetensors to sample with
@@ -43,7 +44,7 @@ class Flux:
     encoders and the VAE are frozen. Latents and velocities that cross this border are float32.
     """
 
-    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0, frozen=False, lora_rank=0, lora="", text_device="", sharded=False, batch=0):
+    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0, compiled=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False, batch=0):
         self.device, self.text_device, self.batch = torch.device(device), text_device, batch
         small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen or lora_rank else torch.float32, "default": small})
@@ -63,6 +64,8 @@ class Flux:
         if checkpoint_blocks:
             recomputed = self.blocks()[: checkpoint_blocks if checkpoint_blocks > 0 else None]
             self.transformer.enable_gradient_checkpointing(lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs))
+        for block in self.blocks() if compiled else ():         # those of a kind share what is compiled
+            block.compile(dynamic=False)
         step = 2 * self.pipe.vae_scale_factor                   # pixels of one image token: the VAE's 8, packed 2 x 2
         if resolution < step or resolution % step:
             raise ValueError(f"resolution is {resolution}, but must be a multiple of {step}")

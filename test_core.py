@@ -15,7 +15,7 @@ Where a shortcut looks harmless, the test also shows that it is wrong: those lin
 
     G = 12  candidates    D  numbers in one latent    x (G, D)  candidates    old, anchor (D,)    A (G,)  advantages
 """
-import ast, json, math, signal
+import ast, functools, json, math, signal
 from pathlib import Path
 import numpy as np
 import pytest
@@ -807,6 +807,24 @@ def test_checkpointing_changes_memory_and_not_gradients_and_recomputes_as_many_b
     for a, b in zip(gradients(flux), gradients(checkpointed), strict=True):
         assert_close(a, b, rtol=0, atol=1e-7)
     assert len(calls) == len(checkpointed.blocks()) + recomputed
+
+
+def test_compiled_blocks_give_the_same_velocity_and_gradients_and_blocks_of_a_kind_share_a_graph(flux, monkeypatch):
+    graphs = []
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counted))
+    compiled, x, cond = Flux(TINY / "flux", 64, compiled=True), torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
+    found = []
+    for model in (flux, compiled):
+        model.transformer.zero_grad()
+        v = model.velocity(x, 0.5, cond)
+        v.pow(2).mean().backward()
+        found.append([v.detach(), *(w.grad for w in model.transformer.parameters() if w.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-6)
+    assert len(graphs) < len(compiled.blocks())
 
 
 def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):

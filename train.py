@@ -76,6 +76,7 @@ class Config:
     fsdp: bool = option(False, "divide weights, gradients and AdamW's moments among the processes, where one GPU cannot hold them")
     gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the next, and all gradients till the end of one; faster, where there is room")
     checkpoint_blocks: int = option(-1, "of so many blocks the activations are recomputed in the backward pass, for memory; FLUX.1-dev has 57; -1: of all", "[-1, inf)")
+    compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes at the start, faster from then on")
     batch: int = option(0, "latents at most in one forward pass, for memory where a process holds several groups; 0: all of them at once", "[0, inf)")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
     seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
@@ -189,7 +190,7 @@ def check(c):
             before = dict(json.loads((checkpoints(out)[-1] / "state/config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{broken(checkpoints(out)[-1], error)}")
-        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpoint_blocks", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
+        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpoint_blocks", "compile", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         ours, theirs = (method or "neighbor" for method in (getattr(c, "method", ""), before.get("method", "")))
         if ours != theirs:
             raise ValueError(f"the run to resume is one of method {theirs}, not {ours}")
@@ -652,7 +653,7 @@ def meet():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience, **attempt)
 
 def load(cfg):
-    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
+    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks, cfg.compile, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
 
 def start(cfg, algorithm=train):
     if cfg.threads:
