@@ -183,6 +183,7 @@ class Config(train.Config):
     p: ClassVar = 0                                             # and there is no quasi-norm
     tau: ClassVar = ""                                          # and no distance
     old_anchor: ClassVar = ""
+    float8: ClassVar = False                                    # their ratios compare the rollout's own velocities
 
     def plan(self):
         old, theta = nfe(self)

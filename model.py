@@ -5,6 +5,7 @@ x_t = (1-t) x_0 + t eps, v ~ eps - x_0. FLUX has the same convention, so nothing
 Whatever `diffusers.FluxPipeline` can load is loaded by the same lines: the small one in tiny/flux and FLUX.1-dev alike.
 Letters: P prompts, M latents (a multiple of P), N image tokens, C channels of a token, L text tokens.
 """
+import contextlib
 import cpu_torchvision                                          # noqa: F401  (must come before diffusers)
 import diffusers
 import torch
@@ -28,11 +29,13 @@ def add_lora(transformer, rank):
 
 class Flux:
     """
-    path         a FluxPipeline directory, or a hub id such as "black-forest-labs/FLUX.1-dev"
+    path         a FluxPipeline directory, a hub id such as "black-forest-labs/FLUX.1-dev", or a FluxPipeline
     resolution   side of the square images in pixels, a multiple of twice the VAE's factor (16)
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
     checkpoint_blocks  of so many blocks the activations are recomputed in the backward pass, -1: of all; less memory for up to a third more time
     compiled     compile the blocks, a graph for each kind of block and size of batch
+    attention    diffusers' attention backend, such as "_native_cudnn"; "": what torch chooses
+    float8       inside `with model.float8():` the blocks' linear layers multiply in float8, by torchao; weights stay what they are
     frozen       to be sampled from only
     lora_rank    train adapters of this rank on the attention's projections, and nothing else; 0 trains everything
     lora         a folder with pytorch_lora_weights.safetensors to sample with
@@ -44,12 +47,16 @@ class Flux:
     encoders and the VAE are frozen. Latents and velocities that cross this border are float32.
     """
 
-    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0, compiled=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False, batch=0):
-        self.device, self.text_device, self.batch = torch.device(device), text_device, batch
+    def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0, compiled=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False, batch=0, attention="", float8=False):
+        self.device, self.text_device, self.batch, self.in_float8 = torch.device(device), text_device, batch, False
         small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipe = FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen or lora_rank else torch.float32, "default": small})
+        self.pipe = path if isinstance(path, FluxPipeline) else FluxPipeline.from_pretrained(path, dtype={"transformer": small if frozen or lora_rank else torch.float32, "default": small})
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.net = self.pipe.transformer.requires_grad_(not (frozen or lora_rank))        # net: what is called; train.py may wrap it
+        if attention:
+            self.transformer.set_attention_backend(attention)
+        if float8:
+            self.prepare_float8()
         if lora:
             self.pipe.load_lora_weights(lora)
         if lora_rank:
@@ -64,8 +71,10 @@ class Flux:
         if checkpoint_blocks:
             recomputed = self.blocks()[: checkpoint_blocks if checkpoint_blocks > 0 else None]
             self.transformer.enable_gradient_checkpointing(lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs))
-        for block in self.blocks() if compiled else ():         # those of a kind share what is compiled
-            block.compile(dynamic=False)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64           # a graph for each size of batch, with gradients and without: more than torch's 8
+            for block in self.blocks():                         # those of a kind share theirs
+                block.compile(dynamic=False)
         step = 2 * self.pipe.vae_scale_factor                   # pixels of one image token: the VAE's 8, packed 2 x 2
         if resolution < step or resolution % step:
             raise ValueError(f"resolution is {resolution}, but must be a multiple of {step}")
@@ -80,6 +89,30 @@ class Flux:
     def blocks(self):
         """What is gathered, recomputed and compiled one at a time."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    def prepare_float8(self):
+        """Weights and inputs are rounded to float8 as they are multiplied, a scale for each row, so that an update of the weights needs no second copy of them. The norms' small layers stay."""
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8.float8_linear import Float8Linear
+        model = self
+        class Switched(Float8Linear):
+            def forward(self, x):
+                return super().forward(x) if model.in_float8 else torch.nn.Linear.forward(self, x)
+        wanted = lambda layer, name: "norm" not in name and layer.in_features % 16 == layer.out_features % 16 == 0
+        for block in self.blocks():
+            convert_to_float8_training(block, module_filter_fn=wanted, config=Float8LinearConfig.from_recipe_name("rowwise"))
+            for layer in block.modules():
+                if type(layer) is Float8Linear:
+                    layer.__class__ = Switched                  # one class for all, so that blocks of a kind still share what is compiled
+
+    @contextlib.contextmanager
+    def float8(self):
+        """Inside, the layers that were prepared for it multiply in float8; where none were, nothing changes."""
+        self.in_float8 = True
+        try:
+            yield
+        finally:
+            self.in_float8 = False
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -96,7 +129,7 @@ class Flux:
     def velocity(self, x, t, cond):
         """v_theta(x, t): x (M, N, C), t a time or (M,) of them, cond of P prompts, of which each owns M/P rows in turn -> (M, N, C)."""
         each = len(x) // len(cond["vec"])
-        t = torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(len(x))                # in [0, 1]; FLUX multiplies by 1000, in bf16 where the network runs in it
+        t = torch.full((len(x),), float(t), device=self.device) if not torch.is_tensor(t) or not t.ndim else t.to(self.device)       # in [0, 1]; FLUX multiplies by 1000, in bf16 where the network runs in it
         txt, vec = (cond[key].repeat_interleave(each, 0) for key in ("txt", "vec"))                   # (M, L, .), (M, .)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             v = [self.net(hidden_states=x[some], timestep=t[some], guidance=None if self.guidance is None else torch.full_like(t[some], self.guidance),

@@ -77,6 +77,8 @@ class Config:
     gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the next, and all gradients till the end of one; faster, where there is room")
     checkpoint_blocks: int = option(-1, "of so many blocks the activations are recomputed in the backward pass, for memory; FLUX.1-dev has 57; -1: of all", "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes at the start, faster from then on")
+    attention: str = option("", "diffusers' attention backend, such as _native_cudnn or _native_flash; empty: torch chooses")
+    float8: bool = option(False, "roll out with the blocks' linear layers in float8 (pip install torchao); what is trained keeps its precision, and the ratio its 1 (old_anchor)")
     batch: int = option(0, "latents at most in one forward pass, for memory where a process holds several groups; 0: all of them at once", "[0, inf)")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
     seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
@@ -166,6 +168,8 @@ def check(c):
         (c.fsdp or not c.gather, "gather is for fsdp"),
         (c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
+        (not c.float8 or importlib.util.find_spec("torchao"), "torchao is not installed; pip install torchao, or leave --float8 out"),
+        (not c.float8 or c.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9), "float8 needs a GPU of compute capability 8.9 (Ada, Hopper) or more"),
         (not c.wandb or importlib.util.find_spec("wandb"), "wandb is not installed; pip install wandb, or leave --wandb out"),
         (names, f"rewards is empty; name what to align with, of {', '.join(rewards.SCORERS)}"),
         (not c.reward_weights or (len(weights) == len(names) and all(0 <= w < 1e30 for w in weights) and sum(weights) > 0),
@@ -190,7 +194,7 @@ def check(c):
             before = dict(json.loads((checkpoints(out)[-1] / "state/config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{broken(checkpoints(out)[-1], error)}")
-        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpoint_blocks", "compile", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
+        free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpoint_blocks", "compile", "attention", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
         ours, theirs = (method or "neighbor" for method in (getattr(c, "method", ""), before.get("method", "")))
         if ours != theirs:
             raise ValueError(f"the run to resume is one of method {theirs}, not {ours}")
@@ -254,7 +258,7 @@ def train(cfg, model, scorers, run):
     prompts, weights = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                                                   # (T+1,)
     tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
-    row = torch.arange(P)[:, None]                                                                    # (P, 1)  with anchors (P, b), picks from (P, G, ...)
+    row = torch.arange(P, device=model.device)[:, None]                                               # (P, 1)  with anchors (P, b), picks from (P, G, ...)
 
     for it in run.iterations():
         # Draw prompts, noise, anchors and steps
@@ -262,7 +266,7 @@ def train(cfg, model, scorers, run):
         prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, model.latent_shape)
 
         # Roll out G neighbours of one noise for each prompt
-        with torch.no_grad():
+        with torch.no_grad(), model.float8():
             cond = model.encode(prompt)
             x1 = torch.cat([perturb_noise(e, d, cfg.sigma) for e, d in zip(eps_star, delta)])         # (P G, N, C)         Eq. 7
             traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
@@ -277,7 +281,7 @@ def train(cfg, model, scorers, run):
 
         # Update: from each anchor, one DDIM step of the model being trained
         log_rhos, trained = [], 0
-        for chosen in anchors.chunk(U, dim=1):                                                        # (P, b), b = B / U anchors of each group
+        for chosen in anchors.to(model.device).chunk(U, dim=1):                                       # (P, b), b = B / U anchors of each group
             for k in steps:                                                                           # K of the first T-1
                 average_gradients(cfg, model, last=k == steps[-1])         # over the processes: once an update, not once a step
                 x_t = traj[k][row, chosen]                                                            # (P, b, N, C)
@@ -409,7 +413,8 @@ class Run:
 
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
-        self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
+        self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999),
+                                     fused=model.device.type == "cuda")                  # one kernel, no temporaries of the weights' size
         self.sampler = dict(ts=schedule(cfg.eval_steps or cfg.num_rollout_steps, cfg.shift), solver="dpmpp_2m" if cfg.eval_steps else cfg.solver)
         train_prompts = read_prompts(cfg.prompts)
         self.prompts = read_prompts(cfg.eval_prompts) if cfg.eval_prompts else [train_prompts[i] for i in spread(len(train_prompts), 8)]
@@ -653,7 +658,8 @@ def meet():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience, **attempt)
 
 def load(cfg):
-    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks, cfg.compile, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
+    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks, cfg.compile, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch,
+                attention=cfg.attention, float8=cfg.float8)
 
 def start(cfg, algorithm=train):
     if cfg.threads:
