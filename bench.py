@@ -4,15 +4,21 @@ What does an iteration cost, and what of it is not its networks? Time t runs fro
     python bench.py                                   # Neighbor GRPO's presets and the baselines, on the small world
     python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; train.py's settings may follow
     python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
+    python bench.py --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
     python bench.py --scaling                         # seconds against G, T, B, K and pixels
+    python bench.py --floor                           # operations of an iteration at FLUX.1-dev's size, counted without a GPU
     python bench.py --memory                          # GPU memory that FLUX.1-dev needs, computed without one
 
 Times the loops' own iterations and, after each, the same calls of the same networks in the same batches with nothing around them, as they were recorded
 in the iteration; methods take turns. Columns are medians. `ratio` is the median of iteration over bare calls, pair by pair, which does not depend on
 how fast or busy the machine is. NFE_old and NFE_theta are counted at the network: latents it was asked about, over images, without and with gradients.
 """
-import argparse, contextlib, io, json, statistics, sys, tempfile, time, weakref
+import argparse, contextlib, gc, io, json, statistics, sys, tempfile, time, weakref
 from pathlib import Path
+import matplotlib
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+import numpy as np
 import torch
 import baselines, rewards, train
 from eval import SOLVERS, read_prompts
@@ -69,22 +75,21 @@ def replay(model, scorers, calls, prompts):
     """The same calls, of the same sizes and in the same order, with nothing around them."""
     latents = torch.randn(max(size[0] for what, size, _ in calls if what == "velocity"), *model.latent_shape, device=model.device)
     for what, size, trained in calls:
-        if what == "encode":
-            cond = model.encode(prompts)
-        elif what == "velocity":
-            some = {key: value[: size[1]] for key, value in cond.items()}
-            with torch.set_grad_enabled(trained):
-                v = model.velocity(latents[: size[0]], 0.5, some)
-            if trained:
-                v.mean().backward()
-        elif what == "decode":
-            images = model.decode(latents[:size])
-        elif what == "step":
-            model.transformer.zero_grad()
-        else:
-            scorers[what](images, [prompt for prompt in prompts for _ in range(size // len(prompts))])
+        with torch.set_grad_enabled(trained):
+            if what == "encode":
+                cond = model.encode(prompts)
+            elif what == "velocity":
+                v = model.velocity(latents[: size[0]], 0.5, {key: value[: size[1]] for key, value in cond.items()})
+                if trained:
+                    v.mean().backward()
+            elif what == "decode":
+                images = model.decode(latents[:size])
+            elif what == "step":
+                model.transformer.zero_grad()
+            else:
+                scorers[what](images, [prompt for prompt in prompts for _ in range(size // len(prompts))])
 
-def measure(methods, repeats, flags=(), build=train.load):
+def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
     """Iterations of each method, {name: (label, script, flags)}, and their bare calls, in turn. -> {name: dict(counts, settings, median seconds, ratio)}"""
     books, models, tries, found = {}, {}, {name: [] for name in methods}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,23 +102,29 @@ def measure(methods, repeats, flags=(), build=train.load):
             prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
             scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
             books[name] = cfg, model, scorers, train.Run(cfg, model, scorers), loop, prompts
-        for repeat in range(repeats + 2):                       # two to warm up
+        for repeat in range(warm + repeats):
             for name, (cfg, model, scorers, run, loop, prompts) in books.items():
                 cfg.iterations = repeat + 1                     # one more than are done
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), recorded(model, scorers, run.opt) as (calls, apart):
                     began = now(model.device)
                     loop(cfg, model, scorers, run)
                     iteration = now(model.device) - began
-                began = now(model.device)
-                replay(model, scorers, calls, prompts)
-                bare, log = now(model.device) - began, run.lines()[-1]
-                tries[name].append(dict(iteration=iteration, bare=bare, rollout=log["seconds_rollout"] - apart["decode"], decode=apart["decode"], reward=log["seconds_reward"],
-                                        update=log["seconds_update"] - apart["optimizer"], optimizer=apart["optimizer"]))
-                print(f"{repeat}/{repeats + 1} {methods[name][0]}: {iteration:.2f} s, bare {bare:.2f} s", file=sys.stderr, flush=True)
+                log = run.lines()[-1]
+                seconds = dict(iteration=iteration, rollout=log["seconds_rollout"] - apart["decode"], decode=apart["decode"], reward=log["seconds_reward"],
+                               update=log["seconds_update"] - apart["optimizer"], optimizer=apart["optimizer"])
                 if repeat == 0:
-                    found[name] = settings_of(cfg, calls) | work_of(lambda: replay(model, scorers, calls, prompts), model)
+                    found[name] = settings_of(cfg, calls) | dict(flops=flops_of(model, cfg, calls))
+                if bare:
+                    began = now(model.device)
+                    replay(model, scorers, calls, prompts)
+                    seconds["bare"] = now(model.device) - began
+                    seconds["ratio"] = iteration / seconds["bare"]
+                    if repeat == 0:
+                        found[name]["memory"] = memory_of(lambda: replay(model, scorers, calls, prompts), model)
+                tries[name].append(seconds)
+                print(f"{repeat + 1}/{warm + repeats} {methods[name][0]}: {iteration:.2f} s", file=sys.stderr, flush=True)
     for name, each in tries.items():
-        found[name].update({key: statistics.median(one[key] for one in each[2:]) for key in each[0]}, ratio=statistics.median(one["iteration"] / one["bare"] for one in each[2:]), tries=each)
+        found[name].update({key: statistics.median(one[key] for one in each[warm:]) for key in each[0]}, tries=each)
     return found
 
 def settings_of(cfg, calls):
@@ -122,15 +133,37 @@ def settings_of(cfg, calls):
     nfe_old, nfe_theta = (sum(size[0] for what, size, trained in calls if what == "velocity" and trained == wanted) / images for wanted in (False, True))
     return dict(solver=SOLVERS[cfg.solver], nfe_old=nfe_old, G=cfg.group_size, B="adapt" if branch else cfg.num_anchors or cfg.group_size, K="all" if branch else cfg.num_train_steps, nfe_theta=nfe_theta)
 
-def work_of(call, model):
-    """Floating point operations of the bare calls, as torch counts them, and the peak of memory, beyond the weights on a CPU."""
-    with FlopCounterMode(display=False) as counter:
-        call()
+def memory_of(call, model):
+    """Peak bytes; on a CPU those beyond the weights."""
     if model.device.type == "cuda":
-        return dict(flops=counter.get_total_flops(), memory=torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated()
     with Live(model.transformer) as live:
         call()
-    return dict(flops=counter.get_total_flops(), memory=live.peak)
+    return live.peak
+
+def operations(config, tokens, text, rank=0, recomputed=False):
+    """Floating point operations of a transformer for one latent -> (forward, forward and backward), as torch counts them on tensors without numbers; of matrix products only (on a CPU it does not count attention's otherwise)."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel.from_config(config).requires_grad_(not rank)
+    if rank:
+        add_lora(net, rank)                                     # a backward pass then costs as much as a forward pass, without them twice as much
+    found = []
+    for trained in (False, True):
+        if trained and recomputed:                              # all blocks are, which is counted
+            net.enable_gradient_checkpointing()
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
+            v = net(**inputs_of(net.config, 1, tokens, text, torch.float32))[0]
+            if trained:
+                v.mean().backward()
+        found.append(counter.get_total_flops())
+    return found
+
+def flops_of(model, cfg, calls):
+    """Operations of the transformer in recorded calls."""
+    each = operations(model.transformer.config, model.latent_shape[0], model.encode([""])["txt"].shape[1], cfg.lora_rank, cfg.checkpoint_blocks)
+    return sum(size[0] * each[trained] for what, size, trained in calls if what == "velocity")
 
 def matmul_rate(device):
     """Floating point operations a second in one large matrix product, of the type the network runs in."""
@@ -143,11 +176,14 @@ def matmul_rate(device):
     return 2 * n**3 / statistics.median(seconds)
 
 def table(found):
-    rival = found["dance"]["iteration"] if "dance" in found else None
-    head = ["Method", "Solver", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", *PHASES, "bare calls", "ratio", "TFLOP", "GB"] + ["of DanceGRPO's"] * bool(rival)
+    head = ["Method", "Solver", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", *PHASES, "bare calls", "ratio", "TFLOP", "GB"]
     rows = [[METHODS[name][0], *(f"{f[key]:.4g}" if isinstance(f[key], float) else f[key] for key in ("solver", "nfe_old", "G", "B", "K", "nfe_theta")), *(f"{f[key]:.3f}" for key in ("iteration", *PHASES, "bare", "ratio")),
-             f"{f['flops'] / 1e12:.3g}", f"{f['memory'] / 1e9:.2f}"] + ([f"{f['iteration'] / rival:.3f}"] if rival else []) for name, f in found.items()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+             f"{f['flops'] / 1e12:.3g}", f"{f['memory'] / 1e9:.2f}"] for name, f in found.items()]
+    if "dance" in found:
+        head += ["of DanceGRPO's s / iter.", "of its rollout and update", "of its TFLOP"]
+        for row, f in zip(rows, found.values()):
+            row += [f"{sum(f[key] for key in keys) / sum(found['dance'][key] for key in keys):.3f}" for keys in (("iteration",), ("rollout", "update"), ("flops",))]
+    return markdown(head, rows)
 
 # ---------------------------------------------------------------------------------------------------------------
 # other sizes than the small world's
@@ -163,10 +199,125 @@ def random_flux(cfg, geometry, text=512):
     with torch.device(cfg.device):
         net, vae = FluxTransformer2DModel(guidance_embeds=True, **BLOCKS[geometry]), AutoencoderKL(**VAE)
     torch.set_default_dtype(torch.float32)
-    model = Flux(FluxPipeline.from_pretrained(PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae), cfg.resolution, cfg.device, checkpointing=cfg.checkpointing,
+    model = Flux(FluxPipeline.from_pretrained(train.PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae), cfg.resolution, cfg.device, checkpoint_blocks=cfg.checkpoint_blocks, compiled=cfg.compile, attention=cfg.attention, float8=cfg.float8,
                  lora_rank=cfg.lora_rank, batch=cfg.batch)
     model.encode = lambda prompts: dict(txt=torch.randn(len(prompts), text, 4096, device=model.device), vec=torch.randn(len(prompts), 768, device=model.device))
     return model
+
+LADDER = {                                                      # step: its flags
+    "blocks as they are, all recomputed": "--no-compile",
+    "compiled": "--compile",
+    "compiled, cuDNN's attention": "--compile --attention _native_cudnn",
+    "compiled, rollouts in float8": "--compile --float8",
+    "compiled, nothing recomputed": "--compile --checkpoint_blocks 0",
+}
+SIZES = {"flux": "--resolution 720 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1", "flux-small": "--resolution 256 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1", "tiny": "--checkpoint_blocks -1"}
+
+def ladder(repeats, geometry, flags):
+    """An iteration of Neighbor GRPO with 8 steps, one step of the ladder after the other; the operations that it carries out a second, and their share of the rate of one large matrix product."""
+    rows = []
+    for name, own in LADDER.items():
+        flags_of = [*SIZES[geometry].split(), *own.split(), *flags]
+        try:
+            found = measure({"dpm8": (name, "train.py", "")}, repeats, flags_of, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
+        except (ValueError, RuntimeError, SystemExit) as error:                   # no torchao, too little memory
+            rows.append([name, f"not here: {rewards.short(error)}"])
+            continue
+        cfg = train.parse_config([*flags_of, "--out_dir", tempfile.mkdtemp()])
+        flops, rate = found["flops"], matmul_rate(torch.device(cfg.device))
+        rows.append([name, f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), f"{flops / 1e15:.3g}", f"{flops / found['iteration'] / 1e12:.3g}", f"{rate / 1e12:.3g}", f"{flops / found['iteration'] / rate:.2f}",
+                     f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if "cuda" in cfg.device else ""])
+        if "cuda" in cfg.device:
+            gc.collect()                                        # the model; the next one needs the room
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    print(markdown(["step", "s / iter.", *PHASES, "PFLOP", "TFLOP/s", "a matrix product's TFLOP/s", "share", "GB"], rows))
+
+def decoding(vae, side):
+    """Operations of making one picture from a latent of side x side."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(vae.config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
+    return counter.get_total_flops()
+
+def floor(tokens=45 * 45, text=512, rank=64):
+    """The operations of one group's iteration by each method, FLUX.1-dev at 720x720: the networks' alone, which no implementation is spared."""
+    with torch.device("meta"):
+        config, vae = FluxTransformer2DModel(guidance_embeds=True).config, AutoencoderKL(**VAE)
+    kinds = {f"LoRA {rank}, nothing recomputed": (rank, False), f"LoRA {rank}, all recomputed": (rank, True), "all weights, all recomputed": (0, True)}
+    costs = {kind: operations(config, tokens, text, *how) for kind, how in kinds.items()}
+    print("one latent of FLUX.1-dev, in TFLOP: " + "; ".join(f"{kind}: forward {forward / 1e12:.2f}, with backward {both / 1e12:.2f}" for kind, (forward, both) in costs.items()) + f"; decoding it {decoding(vae, 90) / 1e12:.2f}")
+    small = train.load(train.parse_config(["--out_dir", tempfile.mkdtemp()]))
+    forward, both = operations(small.transformer.config, small.latent_shape[0], small.encode([""])["txt"].shape[1])
+    print(f"one of the small world's, in GFLOP: forward {forward / 1e9:.3f}, with backward {both / 1e9:.3f}; decoding it {decoding(small.pipe.vae, 2 * small.side) / 1e9:.3f}\n")
+    head, rows, rival = ["Method", "G", "NFE_old", "NFE_theta", *(text for kind in kinds for text in (f"PFLOP, {kind}", "of DanceGRPO's"))], [], None
+    for name, (label, script, own) in METHODS.items():
+        cfg = (train if script == "train.py" else baselines).parse_config([*own.split(), "--out_dir", tempfile.mkdtemp()])
+        old, theta = baselines.nfe(cfg) if script == "baselines.py" else (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size)
+        sums = [cfg.group_size * (old * forward + theta * both) for forward, both in costs.values()]
+        rival = rival or sums                                   # the first is DanceGRPO
+        rows.append([label, cfg.group_size, f"{old:.4g}", f"{theta:.4g}", *(text for one, its in zip(sums, rival) for text in (f"{one / 1e15:.2f}", f"{one / its:.3f}"))])
+    print(markdown(head, rows))
+
+def build(cfg, geometry):
+    return train.load(cfg) if geometry == "tiny" else random_flux(cfg, geometry)
+
+def inputs_of(config, n, tokens, text, kind):
+    """What the network is called with, without numbers."""
+    x = lambda *shape: torch.empty(*shape, dtype=kind, device="meta")
+    return dict(hidden_states=x(n, tokens, config.in_channels), timestep=x(n), guidance=x(n) if config.guidance_embeds else None, encoder_hidden_states=x(n, text, config.joint_attention_dim),
+                pooled_projections=x(n, config.pooled_projection_dim), img_ids=x(tokens, 3), txt_ids=x(text, 3), return_dict=False)
+
+def batching(cfg, geometry, repeats):
+    """An update's forwards and backwards: all B anchors of a step in one, or one by one, in turn; medians."""
+    model = build(cfg, geometry)
+    cond, x, tries = model.encode(read_prompts(cfg.prompts)[:1]), torch.randn(cfg.num_anchors, *model.latent_shape, device=model.device), []
+    for repeat in range(repeats + 1):                           # one to warm up
+        seconds = []
+        for parts in (1, cfg.num_anchors):
+            began = now(model.device)
+            for some in x.chunk(parts):
+                model.velocity(some, 0.5, cond).mean().backward()
+            seconds.append(now(model.device) - began)
+            model.transformer.zero_grad()
+        tries.append(seconds)
+        print(f"{repeat}/{repeats}: {cfg.num_anchors} at once {seconds[0]:.2f} s, one by one {seconds[1]:.2f} s", file=sys.stderr, flush=True)
+    together, alone = (statistics.median(each) for each in zip(*tries[1:]))
+    ratio = statistics.median(one / all_of_them for all_of_them, one in tries[1:])
+    print(f"{geometry}, {cfg.resolution}x{cfg.resolution}: forward and backward of {cfg.num_anchors} anchors at once {together:.3f} s, one by one {alone:.3f} s: {ratio:.2f} times (medians of {repeats}; {cfg.device}, {torch.get_num_threads()} threads)")
+
+GROWTH = {                                                      # setting: its values; the others are dpm8's
+    "group_size": (4, 8, 12, 18, 24),
+    "num_rollout_steps": (5, 8, 12, 16, 25),
+    "num_anchors": (2, 4, 8, 12),
+    "num_train_steps": (1, 2, 4, 7),
+    "resolution": (32, 64, 96, 128),
+}
+
+def scaling(repeats, flags, folder):
+    """Seconds of an iteration against G, T, B, K and pixels: a line through each, and how far from it they are."""
+    methods = {f"{key} {value}": (f"{key} {value}", "train.py", f"--{key} {value}") for key, values in GROWTH.items() for value in values}
+    found = measure(methods, repeats, flags, bare=False)
+    figure, panels = plt.subplots(1, len(GROWTH), figsize=(3.2 * len(GROWTH), 3), layout="constrained", sharey=True)
+    rows = []
+    for panel, (key, values) in zip(panels, GROWTH.items()):
+        x, y = np.array(values, float) ** (2 if key == "resolution" else 1), np.array([found[f"{key} {value}"]["iteration"] for value in values])
+        slope, start = np.polyfit(x, y, 1)
+        shown = x / 1000 if key == "resolution" else x
+        panel.plot(shown, y, "o")
+        panel.plot(shown, start + slope * x)
+        panel.set(xlabel="1,000 pixels" if key == "resolution" else key)
+        rows.append([key, ", ".join(map(str, values)), ", ".join(f"{one:.2f}" for one in y), f"{start:.2f} + {slope:.3g} x", f"{abs(y / (start + slope * x) - 1).max():.0%}"])
+    panels[0].set(ylabel="seconds an iteration", ylim=(0, None))
+    figure.savefig(folder / "scaling.png", dpi=120)
+    text = markdown(["setting", "values", "s / iter.", "line", "furthest from it"], rows)
+    (folder / "scaling.md").write_text(f"`python bench.py --scaling --repeats {repeats}` ({torch.get_num_threads()} CPU threads; medians; what is not named is dpm8's).\n\n{text}\n")
+    print(text)
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
 # ---------------------------------------------------------------------------------------------------------------
 # memory: the networks are run with tensors that have shapes and no numbers
 
@@ -208,19 +359,15 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
         with torch.device("meta"):
             return FluxTransformer2DModel(guidance_embeds=True).bfloat16().requires_grad_(bool(how))
     def call(net, M, batch=None):
-        def x(*shape):
-            return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
         n = batch or M
-        inputs = dict(hidden_states=x(n, tokens, 64), timestep=x(n), guidance=x(n), encoder_hidden_states=x(n, text, 4096), pooled_projections=x(n, 768),
-                      img_ids=x(tokens, 3), txt_ids=x(text, 3), return_dict=False)
+        inputs = inputs_of(net.config, n, tokens, text, torch.bfloat16)
         return lambda: torch.cat([net(**inputs)[0] for _ in range(M // n)])
     frozen, whole, adapted = net(), net(train=True), net()
     add_lora(adapted, rank)
     adapters = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
     n, block = (sum(w.numel() for w in part.parameters()) for part in (frozen, frozen.transformer_blocks[0]))
     with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4,
-                            up_block_types=("UpDecoderBlock2D",) * 4, use_quant_conv=False, use_post_quant_conv=False).bfloat16()
+        vae = AutoencoderKL(**VAE).bfloat16()
     z = torch.empty(G, 16, 90, 90, dtype=torch.bfloat16, device="meta")
     rollout, decode = working_set(frozen, call(frozen, G), False), working_set(vae, lambda: vae.decode(z, return_dict=False)[0], False)
     update = {}
@@ -246,6 +393,7 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
         row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus, rollout + 2 * block * 2, update["full", True] + 2 * block * (2 + 4))
         row("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus, rollout + 2 * n, update["full", True] + (2 + 4) * n)
 
+# ---------------------------------------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -253,11 +401,26 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="after two to warm up (default 5)")
     parser.add_argument("--geometry", choices=["tiny", *BLOCKS], default="tiny", help="tiny, the small world; flux, FLUX.1-dev's; flux-small, 2 + 4 of its blocks; random weights (default tiny)")
     parser.add_argument("--json", default="", help="where the numbers go")
+    parser.add_argument("--ladder", action="store_true", help="instead: what each step of the fast path brings, Neighbor GRPO with 8 steps")
+    parser.add_argument("--batching", action="store_true", help="instead: B anchors in one forward against B forwards")
+    parser.add_argument("--scaling", action="store_true", help="instead: seconds against G, T, B, K and pixels, into results/scaling.md and .png")
+    parser.add_argument("--floor", action="store_true", help="instead: the operations of an iteration at FLUX.1-dev's size, counted without a GPU")
+    parser.add_argument("--memory", action="store_true", help="instead: the GPU memory FLUX.1-dev takes")
     args, flags = parser.parse_known_args()
-    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, train.load if args.geometry == "tiny" else lambda cfg: random_flux(cfg, args.geometry))
+    if args.memory:
+        return memory()
+    if args.floor:
+        return floor()
+    if args.ladder:
+        return ladder(args.repeats, args.geometry, flags)
+    if args.scaling:
+        return scaling(args.repeats, flags, train.HERE / "results")
+    if args.batching:
+        return batching(train.parse_config([*flags, "--out_dir", tempfile.mkdtemp()]), args.geometry, args.repeats)
+    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, lambda cfg: build(cfg, args.geometry))
     print(table(found))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 
 if __name__ == "__main__":
-    memory() if sys.argv[1:] == ["--memory"] else main()
+    main()

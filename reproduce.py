@@ -19,7 +19,7 @@ and seeds that no table uses; variants of a method take its. All evaluations are
 never trained on. Each run is a call of train.py or baselines.py, which is printed, in the folder of --out_dir that it names. What was run or timed is kept for as long as
 that call is the same: after a change of the code, name another --out_dir.
 """
-import argparse, contextlib, io, json, math, re, shutil, signal, statistics, subprocess, sys, tempfile, time
+import argparse, json, math, re, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import matplotlib
@@ -27,24 +27,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 import numpy as np
 import torch
-import baselines, rewards, train
-from eval import SOLVERS, diversity, label_of, picture_grid, read_prompts, sample, seconds_in, spread, write
+import bench, rewards, train
+from eval import diversity, label_of, picture_grid, read_prompts, sample, spread, write
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
 METHODS = {                                                     # label: (script, its flags, whose learning rate and clip)
-    "DanceGRPO": ("baselines.py", "--method dance", "dance"),
-    "Flow-GRPO": ("baselines.py", "--method flow", "flow"),
-    "MixGRPO": ("baselines.py", "--method mix", "mix"),
-    "MixGRPO-Flash*": ("baselines.py", "--method flash", "flash"),
-    "BranchGRPO": ("baselines.py", "--method branch", "branch"),
-    "BranchGRPO, pruned": ("baselines.py", "--method branch --prune 5", "branch"),
-    "DiffusionNFT": ("baselines.py", "--method nft", "nft"),
-    "Neighbor GRPO, 25 steps": ("train.py", "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4", "neighbor"),
-    "Neighbor GRPO, 16 steps": ("train.py", "--num_rollout_steps 16 --num_train_steps 9", "neighbor"),
-    "Neighbor GRPO, 8 steps": ("train.py", "", "neighbor"),
+    **{label: (script, flags, flags.split()[1] if script == "baselines.py" else "neighbor") for label, script, flags in bench.METHODS.values()},
     "Neighbor GRPO, sigma 0.5, p = 2": ("train.py", "--sigma 0.5 --p 2", "neighbor"),         # Table 2, which is Table 6's rows: sigma 0.5
     "Neighbor GRPO, sigma 0.5, p = 0.8": ("train.py", "--sigma 0.5", "neighbor"),
 }
@@ -161,25 +152,11 @@ def cached(inputs):
 @cached(lambda args: [METHODS, threads(args), args.repeats])
 def costs(args):
     """One iteration of each method in turn, again and again, in one process, with what --jobs leaves of the threads; the median of the seconds."""
-    all_threads, model, timers = torch.get_num_threads(), None, {}
+    all_threads = torch.get_num_threads()
     torch.set_num_threads(threads(args))
-    with tempfile.TemporaryDirectory() as folder:
-        for i, (label, (script, flags, _)) in enumerate((label, method) for label, method in METHODS.items() if "sigma" not in label):
-            parse, loop = (train.parse_config, train.train) if script == "train.py" else (baselines.parse_config, baselines.loop)
-            cfg = parse([*flags.split(), "--out_dir", f"{folder}/{i}", "--eval_every", "0", "--save_every", "0", "--lr", "1e-12", "--iterations", str(args.repeats + 1)])
-            model = model or train.load(cfg)
-            scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, read_prompts(cfg.prompts)[:1])
-            timers[label] = cfg, loop, scorers, train.Run(cfg, model, scorers)
-        for repeat in range(args.repeats + 1):                  # the first warms up
-            for label, (cfg, loop, scorers, books) in timers.items():
-                cfg.iterations = repeat + 1
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    loop(cfg, model, scorers, books)
-                print(f"timing {repeat}/{args.repeats}: {label}: {seconds_in(books.lines()[-1]):.2f} s", flush=True)
-        torch.set_num_threads(all_threads)
-        return {label: dict(seconds=statistics.median(seconds_in(line) for line in books.lines()[1:]), nfe_old=books.lines()[-1]["nfe_old"], nfe_theta=books.lines()[-1]["nfe_theta"], G=cfg.group_size,
-                            B="adapt" if "Branch" in label else cfg.num_anchors or cfg.group_size, K="all" if "Branch" in label else cfg.num_train_steps,
-                            solver=SOLVERS[cfg.solver]) for label, (cfg, _, _, books) in timers.items()}
+    found = bench.measure({label: (label, script, flags) for label, (script, flags, _) in METHODS.items() if "sigma" not in label}, args.repeats, bare=False, warm=1)
+    torch.set_num_threads(all_threads)
+    return {label: dict(seconds=each["iteration"], **{key: each[key] for key in ("nfe_old", "nfe_theta", "G", "B", "K", "solver")}) for label, each in found.items()}
 
 def table3(args):
     found = costs(args)

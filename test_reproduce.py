@@ -7,7 +7,7 @@ import argparse, json, math, os, shutil, signal, threading, time
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-import reproduce
+import baselines, reproduce
 from reproduce import HERE, curve, first_time, group_of, over_seeds, shown, times_to
 
 
@@ -58,8 +58,8 @@ def test_every_row_runs_its_method_with_the_settings_it_is_named_for(tmp_path):
     found = {}
     for label, (script, _, family) in reproduce.METHODS.items():
         folder, (its, flags) = reproduce.job(settings(tmp_path), label, 0, 2e-5, 1e-4, 100)
-        cfg = (reproduce.train if its == "train.py" else reproduce.baselines).parse_config([*flags, "--out_dir", str(folder)])
-        old, theta = (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / 12) if its == "train.py" else reproduce.baselines.nfe(cfg)
+        cfg = (reproduce.train if its == "train.py" else baselines).parse_config([*flags, "--out_dir", str(folder)])
+        old, theta = (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / 12) if its == "train.py" else baselines.nfe(cfg)
         found[label] = old, round(theta, 3), getattr(cfg, "window_every", cfg.p)
         assert getattr(cfg, "method", "neighbor") == family and (cfg.lr, cfg.iterations, cfg.eval_steps, cfg.seed) == (2e-5, 100, 16, 0)
     assert found == {"DanceGRPO": (25, 14, 0), "Flow-GRPO": (6, 5, 0), "MixGRPO": (25, 4, 8), "MixGRPO-Flash*": (8, 4, 0), "BranchGRPO": (203 / 16, 13.625, 30), "BranchGRPO, pruned": (203 / 16, 8.625, 10),

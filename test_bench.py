@@ -1,0 +1,56 @@
+"""
+bench.py counts what it says it counts. One test per sentence.
+
+    python -m pytest -q test_bench.py
+"""
+import types
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+import bench, train
+from model import Flux
+
+SMALL = ["--prompts_per_iteration", "2", "--threads", "1"]
+
+
+@pytest.mark.parametrize("method", ["dpm8", "mix", "nft"])
+def test_the_bare_calls_are_those_of_an_iteration_in_the_same_sizes_and_order(monkeypatch, method):
+    replay, seen = bench.replay, []
+    def watched(model, scorers, calls, prompts):
+        with bench.recorded(model, scorers, types.SimpleNamespace(step=None)) as (again, _):
+            replay(model, scorers, calls, prompts)
+        seen.append(([call for call in calls if call[0] != "step"], again))
+    monkeypatch.setattr(bench, "replay", watched)
+    found = bench.measure({method: bench.METHODS[method]}, 1, SMALL, warm=0)[method]
+    assert len(seen) == 2 and all(calls and calls == again for calls, again in seen)                  # once for seconds, once for memory
+    assert found["ratio"] == found["iteration"] / found["bare"]
+    assert sum(found[phase] for phase in bench.PHASES) == pytest.approx(found["iteration"], rel=0.1)
+
+
+@pytest.mark.parametrize("method, old, theta", [("dpm8", 8, 4 / 3), ("dpm16", 16, 3), ("ddim25", 25, 4), ("dance", 25, 14), ("flash", 8, 4)])
+def test_evaluations_are_counted_at_the_network_and_are_the_papers(method, old, theta):
+    found = bench.measure({method: bench.METHODS[method]}, 1, ["--prompts_per_iteration", "1", "--threads", "1"], bare=False, warm=0)[method]
+    assert (found["nfe_old"], found["nfe_theta"]) == (pytest.approx(old), pytest.approx(theta))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_operations_counted_without_numbers_are_those_of_the_network_with_them(rank):
+    model = Flux(train.PRESETS["tiny"]["model"], 64, lora_rank=rank)
+    cond = model.encode(["a dog", "a cat"])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):                     # whose matrix products are counted
+        with torch.no_grad():
+            model.velocity(torch.randn(6, *model.latent_shape), 0.5, cond)
+        model.velocity(torch.randn(4, *model.latent_shape), 0.5, cond).mean().backward()
+    calls = [("encode", 2, False), ("velocity", (6, 2), False), ("velocity", (4, 2), True)]
+    assert bench.flops_of(model, types.SimpleNamespace(lora_rank=rank, checkpoint_blocks=0), calls) == counter.get_total_flops()
+
+
+def test_the_peak_of_memory_is_what_is_alive_at_once_and_neither_weights_nor_views_nor_what_was_freed():
+    net = torch.nn.Linear(1000, 1000, bias=False)
+    with torch.no_grad(), bench.Live(net) as live:
+        x = torch.ones(1000, 1000)
+        for _ in range(5):
+            x = x @ net.weight.t()                              # the old and the new one, 4 MB each
+        x.view(-1)[0] = 0
+    assert live.peak == 8_000_000
