@@ -207,9 +207,9 @@ def random_flux(cfg, geometry, text=512):
 LADDER = {                                                      # step: its flags
     "blocks as they are, all recomputed": "--no-compile",
     "compiled": "--compile",
-    "compiled, cuDNN's attention": "--compile --attention _native_cudnn",
     "compiled, rollouts in float8": "--compile --float8",
     "compiled, nothing recomputed": "--compile --checkpoint_blocks 0",
+    "compiled, cuDNN's attention": "--compile --attention _native_cudnn",       # last: diffusers keeps it for whatever is loaded afterwards
 }
 SIZES = {"flux": "--resolution 720 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1", "flux-small": "--resolution 256 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1", "tiny": "--checkpoint_blocks -1"}
 
@@ -217,6 +217,7 @@ def ladder(repeats, geometry, flags):
     """An iteration of Neighbor GRPO with 8 steps, one step of the ladder after the other; the operations that it carries out a second, and their share of the rate of one large matrix product."""
     rows = []
     for name, own in LADDER.items():
+        torch.compiler.reset()
         flags_of = [*SIZES[geometry].split(), *own.split(), *flags]
         try:
             found = measure({"dpm8": (name, "train.py", "")}, repeats, flags_of, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]

@@ -11,11 +11,13 @@ import diffusers
 import torch
 import transformers
 from diffusers import FluxPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.utils.checkpoint import checkpoint
 
 diffusers.utils.logging.disable_progress_bar()                 # of loading and saving; what is worth a bar has one in train.py and eval.py
 transformers.utils.logging.disable_progress_bar()
 
+BACKENDS = [backend.value for backend in AttentionBackendName]                                        # of attention, that diffusers knows
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]      # where LoRA goes
 
 

@@ -938,7 +938,7 @@ def test_a_scorer_refuses_what_is_not_a_batch_of_pictures_with_a_prompt_each(nam
     ("--out_dir {used} --resume", "there is no checkpoint"),
     ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
     ("--prompts hpdv2_train", "get it by: hf download"),
-    ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
+    ("--attention fast", "attention is fast, but must be empty or one of diffusers' backends: flash,"), ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
     ("--sigma nan", "sigma is nan, but must lie in (0, 1]"),
     ("--lr inf", "lr is inf, but must lie in (0, 1]"),
     ("--guidance nan", "guidance is nan, but must lie in (-inf, inf)"),

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import rewards
 from eval import check_model, draw_curve, evaluate, mean_and_stderr, picture_grid, read_prompts, split, spread
-from model import Flux
+from model import BACKENDS, Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
 
@@ -168,6 +168,7 @@ def check(c):
         (c.fsdp or not c.gather, "gather is for fsdp"),
         (c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
+        (not c.attention or c.attention in BACKENDS, f"attention is {c.attention}, but must be empty or one of diffusers' backends: {', '.join(BACKENDS)}"),
         (not c.float8 or importlib.util.find_spec("torchao"), "torchao is not installed; pip install torchao, or leave --float8 out"),
         (not c.float8 or c.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9), "float8 needs a GPU of compute capability 8.9 (Ada, Hopper) or more"),
         (not c.wandb or importlib.util.find_spec("wandb"), "wandb is not installed; pip install wandb, or leave --wandb out"),
