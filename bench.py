@@ -222,7 +222,7 @@ def ladder(repeats, geometry, flags):
         try:
             found = measure({"dpm8": (name, "train.py", "")}, repeats, flags_of, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
         except (ValueError, RuntimeError, SystemExit) as error:                   # no torchao, too little memory
-            rows.append([name, f"not here: {rewards.short(error)}"])
+            rows.append([name, f"not here: {rewards.short(error)[:80]}"])
             continue
         cfg = train.parse_config([*flags_of, "--out_dir", tempfile.mkdtemp()])
         flops, rate = found["flops"], matmul_rate(torch.device(cfg.device))
