@@ -115,7 +115,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"), eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"),
-                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=150, prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0),
+                 rewards="clip", eval_scorers="judge", resolution=64, shift=1.0, iterations=150, prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0, compile=False),
     "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),           # the rows of Table 3
     "dpm16": dict(solver="dpmpp_2m", num_rollout_steps=16, num_anchors=4, num_train_steps=9),
     "dpm8": dict(solver="dpmpp_2m", num_rollout_steps=8, num_anchors=4, num_train_steps=4),
