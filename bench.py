@@ -13,7 +13,7 @@ Times the loops' own iterations and, after each, the same calls of the same netw
 in the iteration; methods take turns. Columns are medians. `ratio` is the median of iteration over bare calls, pair by pair, which does not depend on
 how fast or busy the machine is. NFE_old and NFE_theta are counted at the network: latents it was asked about, over images, without and with gradients.
 """
-import argparse, contextlib, gc, io, json, statistics, sys, tempfile, time, weakref
+import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time, weakref
 from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import baselines, rewards, train
 from eval import SOLVERS, read_prompts
-from model import Flux, add_lora
+from model import add_lora
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +40,7 @@ METHODS = {                                                     # name: (label, 
     "dpm16": ("Neighbor GRPO, 16 steps", "train.py", "--num_rollout_steps 16 --num_train_steps 9"),
     "dpm8": ("Neighbor GRPO, 8 steps", "train.py", ""),
 }
+SCRIPTS = {"train.py": (train.parse_config, train.train), "baselines.py": (baselines.parse_config, baselines.loop)}
 PHASES = ("rollout", "decode", "reward", "update", "optimizer")
 
 def now(device):
@@ -94,7 +95,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
     books, models, tries, found = {}, {}, {name: [] for name in methods}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (label, script, own) in methods.items():
-            parse, loop = (train.parse_config, train.train) if script == "train.py" else (baselines.parse_config, baselines.loop)
+            parse, loop = SCRIPTS[script]
             cfg = parse([*own.split(), "--lr", "1e-12", *flags, "--out_dir", f"{folder}/{name}", "--eval_every", "0", "--save_every", "0"])
             if cfg.threads:
                 torch.set_num_threads(cfg.threads)
@@ -127,9 +128,14 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
         found[name].update({key: statistics.median(one[key] for one in each[warm:]) for key in each[0]}, tries=each)
     return found
 
+def parsed(script, words):
+    """Settings of a run that is not begun."""
+    with tempfile.TemporaryDirectory() as folder:
+        return SCRIPTS[script][0]([*words, "--out_dir", folder])
+
 def settings_of(cfg, calls):
     """Table 3's columns. NFE: latents the network was asked about, over images."""
-    branch, images = getattr(cfg, "method", "") == "branch", cfg.prompts_per_iteration * cfg.group_size
+    branch, images = cfg.method == "branch", cfg.prompts_per_iteration * cfg.group_size
     nfe_old, nfe_theta = (sum(size[0] for what, size, trained in calls if what == "velocity" and trained == wanted) / images for wanted in (False, True))
     return dict(solver=SOLVERS[cfg.solver], nfe_old=nfe_old, G=cfg.group_size, B="adapt" if branch else cfg.num_anchors or cfg.group_size, K="all" if branch else cfg.num_train_steps, nfe_theta=nfe_theta)
 
@@ -199,8 +205,7 @@ def random_flux(cfg, geometry, text=512):
     with torch.device(cfg.device):
         net, vae = FluxTransformer2DModel(guidance_embeds=True, **BLOCKS[geometry]), AutoencoderKL(**VAE)
     torch.set_default_dtype(torch.float32)
-    model = Flux(FluxPipeline.from_pretrained(train.PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae), cfg.resolution, cfg.device, checkpoint_blocks=cfg.checkpoint_blocks, compiled=cfg.compile, attention=cfg.attention, float8=cfg.float8,
-                 lora_rank=cfg.lora_rank, batch=cfg.batch)
+    model = train.load(dataclasses.replace(cfg, model=FluxPipeline.from_pretrained(train.PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae)))
     model.encode = lambda prompts: dict(txt=torch.randn(len(prompts), text, 4096, device=model.device), vec=torch.randn(len(prompts), 768, device=model.device))
     return model
 
@@ -215,23 +220,22 @@ SIZES = {"flux": "--resolution 720 --lora_rank 64 --checkpoint_blocks -1 --promp
 
 def ladder(repeats, geometry, flags):
     """An iteration of Neighbor GRPO with 8 steps, one step of the ladder after the other; the operations that it carries out a second, and their share of the rate of one large matrix product."""
-    rows = []
+    rows, device = [], torch.device(parsed("train.py", flags).device)
     for name, own in LADDER.items():
         torch.compiler.reset()
+        if device.type == "cuda":
+            gc.collect()                                        # the last step's model; the next one needs the room
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         flags_of = [*SIZES[geometry].split(), *own.split(), *flags]
         try:
             found = measure({"dpm8": (name, "train.py", "")}, repeats, flags_of, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
         except (ValueError, RuntimeError, SystemExit) as error:                   # no torchao, too little memory
             rows.append([name, f"not here: {rewards.short(error)[:80]}"])
             continue
-        cfg = train.parse_config([*flags_of, "--out_dir", tempfile.mkdtemp()])
-        flops, rate = found["flops"], matmul_rate(torch.device(cfg.device))
+        flops, rate = found["flops"], matmul_rate(device)
         rows.append([name, f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), f"{flops / 1e15:.3g}", f"{flops / found['iteration'] / 1e12:.3g}", f"{rate / 1e12:.3g}", f"{flops / found['iteration'] / rate:.2f}",
-                     f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if "cuda" in cfg.device else ""])
-        if "cuda" in cfg.device:
-            gc.collect()                                        # the model; the next one needs the room
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+                     f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""])
     print(markdown(["step", "s / iter.", *PHASES, "PFLOP", "TFLOP/s", "a matrix product's TFLOP/s", "share", "GB"], rows))
 
 def decoding(vae, side):
@@ -249,12 +253,12 @@ def floor(tokens=45 * 45, text=512, rank=64):
     kinds = {f"LoRA {rank}, nothing recomputed": (rank, False), f"LoRA {rank}, all recomputed": (rank, True), "all weights, all recomputed": (0, True)}
     costs = {kind: operations(config, tokens, text, *how) for kind, how in kinds.items()}
     print("one latent of FLUX.1-dev, in TFLOP: " + "; ".join(f"{kind}: forward {forward / 1e12:.2f}, with backward {both / 1e12:.2f}" for kind, (forward, both) in costs.items()) + f"; decoding it {decoding(vae, 90) / 1e12:.2f}")
-    small = train.load(train.parse_config(["--out_dir", tempfile.mkdtemp()]))
+    small = train.load(parsed("train.py", []))
     forward, both = operations(small.transformer.config, small.latent_shape[0], small.encode([""])["txt"].shape[1])
     print(f"one of the small world's, in GFLOP: forward {forward / 1e9:.3f}, with backward {both / 1e9:.3f}; decoding it {decoding(small.pipe.vae, 2 * small.side) / 1e9:.3f}\n")
     head, rows, rival = ["Method", "G", "NFE_old", "NFE_theta", *(text for kind in kinds for text in (f"PFLOP, {kind}", "of DanceGRPO's"))], [], None
     for name, (label, script, own) in METHODS.items():
-        cfg = (train if script == "train.py" else baselines).parse_config([*own.split(), "--out_dir", tempfile.mkdtemp()])
+        cfg = parsed(script, own.split())
         old, theta = baselines.nfe(cfg) if script == "baselines.py" else (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size)
         sums = [cfg.group_size * (old * forward + theta * both) for forward, both in costs.values()]
         rival = rival or sums                                   # the first is DanceGRPO
@@ -417,7 +421,7 @@ def main():
     if args.scaling:
         return scaling(args.repeats, flags, train.HERE / "results")
     if args.batching:
-        return batching(train.parse_config([*flags, "--out_dir", tempfile.mkdtemp()]), args.geometry, args.repeats)
+        return batching(parsed("train.py", flags), args.geometry, args.repeats)
     found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, lambda cfg: build(cfg, args.geometry))
     print(table(found))
     if args.json:

@@ -131,7 +131,7 @@ class Flux:
     def velocity(self, x, t, cond):
         """v_theta(x, t): x (M, N, C), t a time or (M,) of them, cond of P prompts, of which each owns M/P rows in turn -> (M, N, C)."""
         each = len(x) // len(cond["vec"])
-        t = torch.full((len(x),), float(t), device=self.device) if not torch.is_tensor(t) or not t.ndim else t.to(self.device)       # in [0, 1]; FLUX multiplies by 1000, in bf16 where the network runs in it
+        t = t.to(self.device, torch.float32) if torch.is_tensor(t) and t.ndim else torch.full((len(x),), float(t), device=self.device)       # in [0, 1]; FLUX multiplies by 1000, in bf16 where the network runs in it
         txt, vec = (cond[key].repeat_interleave(each, 0) for key in ("txt", "vec"))                   # (M, L, .), (M, .)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             v = [self.net(hidden_states=x[some], timestep=t[some], guidance=None if self.guidance is None else torch.full_like(t[some], self.guidance),

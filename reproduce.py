@@ -183,17 +183,16 @@ def sweep(args):
         labels.setdefault(family, label)                        # of variants, the first
     labels["neighbor"] = OURS
     found = {family: [dict(setting=(lr, clip), clip={}, judge={}) for clip in (CLIPS[:1] if family == "nft" else CLIPS) for lr in LEARNING_RATES] for family in labels}           # nft has no ratio to clip
-    def rounds():
-        yield "third", 1 / 3, 1000, found
-        with_better_clip = {family: [max((cell for cell in cells if cell["setting"][0] == lr), key=lambda cell: cell["clip"]["third"]) for lr in LEARNING_RATES] for family, cells in found.items()}
-        yield "whole", 1, 1001, {family: sorted(cells, key=lambda cell: -cell["clip"]["third"])[:2] for family, cells in with_better_clip.items()}
-    for part, share, seed, tried in rounds():
+    def attempt(part, share, seed, tried):
         jobs = [(cell, job(args, labels[family], seed, *cell["setting"], lasting(args, labels[family], share), evaluations=1, extra=("--eval_prompts", "tiny/prompts/test_pair.txt")))
                 for family, cells in tried.items() for cell in cells]
         logs = run(args, dict(what for _, what in jobs), may_diverge=True)
         for cell, (folder, _) in jobs:
             for scorer in ("clip", "judge"):
                 cell[scorer][part] = curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0
+    attempt("third", 1 / 3, 1000, found)
+    with_better_clip = {family: [max((cell for cell in cells if cell["setting"][0] == lr), key=lambda cell: cell["clip"]["third"]) for lr in LEARNING_RATES] for family, cells in found.items()}
+    attempt("whole", 1, 1001, {family: sorted(cells, key=lambda cell: -cell["clip"]["third"])[:2] for family, cells in with_better_clip.items()})
     return found
 
 def tune(args):
@@ -433,8 +432,7 @@ def main(argv=None):
         head, rows, data, caption = WHAT[name](args)
         command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick
         caption += " Quick: 24 prompts and a few iterations, which say nothing yet." * args.quick
-        text = "\n".join([f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, {threads(args)} a run). {caption}", "",
-                          *("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])]) + "\n"
+        text = f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, {threads(args)} a run). {caption}\n\n{bench.markdown(head, rows)}\n"
         (args.results / f"{name}.md").write_text(text)
         (args.results / f"{name}.json").write_text(json.dumps(dict(command=command, head=head, rows=rows, data=data), indent=1))
         print(f"\n{text}\nwrote {args.results}/{name}.md, .json, .png in {time.time() - began:.0f} s\n", flush=True)

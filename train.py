@@ -91,6 +91,7 @@ class Config:
     wandb: str = option("", "Weights & Biases project that is sent every line of the log; empty: none")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     threads: int = option(0, "CPU threads; 0: torch's own choice", "[0, 1024]")
+    method: ClassVar = "neighbor"                               # baselines.py has others
     code: ClassVar = ("neighbor_grpo.py",)
 
     def __post_init__(self):
@@ -196,9 +197,9 @@ def check(c):
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{broken(checkpoints(out)[-1], error)}")
         free = ("iterations", "eval_every", "save_every", "keep", "max_skips", "checkpoint_blocks", "compile", "attention", "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads", "out_dir", "resume", "overwrite")
-        ours, theirs = (method or "neighbor" for method in (getattr(c, "method", ""), before.get("method", "")))
-        if ours != theirs:
-            raise ValueError(f"the run to resume is one of method {theirs}, not {ours}")
+        theirs = before.get("method", "neighbor")
+        if c.method != theirs:
+            raise ValueError(f"the run to resume is one of method {theirs}, not {c.method}")
         for name, value in asdict(c).items():
             same = value == before.get(name, value) or name in ("model", "prompts", "eval_prompts") and Path(value).parts[-2:] == Path(before[name]).parts[-2:]     # moved along
             if name not in free and not same:
