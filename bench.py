@@ -181,10 +181,19 @@ def matmul_rate(device):
         seconds.append(now(device) - began)
     return 2 * n**3 / statistics.median(seconds)
 
-def table(found):
-    head = ["Method", "Solver", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", *PHASES, "bare calls", "ratio", "TFLOP", "GB"]
-    rows = [[METHODS[name][0], *(f"{f[key]:.4g}" if isinstance(f[key], float) else f[key] for key in ("solver", "nfe_old", "G", "B", "K", "nfe_theta")), *(f"{f[key]:.3f}" for key in ("iteration", *PHASES, "bare", "ratio")),
-             f"{f['flops'] / 1e12:.3g}", f"{f['memory'] / 1e9:.2f}"] for name, f in found.items()]
+RATES = ("TFLOP", "TFLOP/s", "a matrix product's", "share")
+
+def rates(found, rate):
+    """What the transformer had to do in an iteration, that over the iteration's seconds, and its share of a matrix product's rate."""
+    flops, seconds = found["flops"], found["iteration"]
+    return f"{flops / 1e12:.3g}", f"{flops / seconds / 1e12:.3g}", f"{rate / 1e12:.3g}", f"{flops / seconds / rate:.2f}"
+
+def table(found, rate):
+    head = ["Method", "Solver", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", *PHASES, "bare calls", "ratio", *RATES, "GB"]
+    def told(value, form):
+        return format(value, form) if isinstance(value, float) else value
+    rows = [[METHODS[name][0], *(told(f[key], ".4g") for key in ("solver", "nfe_old", "G", "B", "K", "nfe_theta")), *(told(f.get(key, ""), ".3f") for key in ("iteration", *PHASES, "bare", "ratio")),
+             *rates(f, rate), f"{f['memory'] / 1e9:.2f}" if "memory" in f else ""] for name, f in found.items()]
     if "dance" in found:
         head += ["of DanceGRPO's s / iter.", "of its rollout and update", "of its TFLOP"]
         for row, f in zip(rows, found.values()):
@@ -196,7 +205,7 @@ def table(found):
 
 BLOCKS = {"flux": dict(num_layers=19, num_single_layers=38), "flux-small": dict(num_layers=2, num_single_layers=4)}
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-           use_quant_conv=False, use_post_quant_conv=False)
+           use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
 
 def random_flux(cfg, geometry, text=512):
     """FLUX.1-dev's transformer, all of it or 2 + 4 of its blocks, and its VAE, with random weights; what text encoders would say is random too."""
@@ -206,17 +215,18 @@ def random_flux(cfg, geometry, text=512):
         net, vae = FluxTransformer2DModel(guidance_embeds=True, **BLOCKS[geometry]), AutoencoderKL(**VAE)
     torch.set_default_dtype(torch.float32)
     model = train.load(dataclasses.replace(cfg, model=FluxPipeline.from_pretrained(train.PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae)))
-    model.encode = lambda prompts: dict(txt=torch.randn(len(prompts), text, 4096, device=model.device), vec=torch.randn(len(prompts), 768, device=model.device))
+    model.pipe.encode_prompt = lambda prompts, *_, **how: (torch.randn(len(prompts), text, 4096, dtype=kind), torch.randn(len(prompts), 768, dtype=kind), None)
     return model
 
+SIZES = {"tiny": "", "flux": "--resolution 720 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1"}
+SIZES["flux-small"] = SIZES["flux"].replace("720", "256")
 LADDER = {                                                      # step: its flags
-    "blocks as they are, all recomputed": "--no-compile",
-    "compiled": "--compile",
-    "compiled, rollouts in float8": "--compile --float8",
+    "blocks as they are, all recomputed": "--no-compile --checkpoint_blocks -1",
+    "compiled": "--compile --checkpoint_blocks -1",
+    "compiled, rollouts in float8": "--compile --checkpoint_blocks -1 --float8",
     "compiled, nothing recomputed": "--compile --checkpoint_blocks 0",
-    "compiled, cuDNN's attention": "--compile --attention _native_cudnn",       # last: diffusers keeps it for whatever is loaded afterwards
+    "compiled, cuDNN's attention": "--compile --checkpoint_blocks -1 --attention _native_cudnn",        # last: diffusers keeps it for whatever is loaded afterwards
 }
-SIZES = {"flux": "--resolution 720 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1", "flux-small": "--resolution 256 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1", "tiny": "--checkpoint_blocks -1"}
 
 def ladder(repeats, geometry, flags):
     """An iteration of Neighbor GRPO with 8 steps, one step of the ladder after the other; the operations that it carries out a second, and their share of the rate of one large matrix product."""
@@ -230,13 +240,14 @@ def ladder(repeats, geometry, flags):
         flags_of = [*SIZES[geometry].split(), *own.split(), *flags]
         try:
             found = measure({"dpm8": (name, "train.py", "")}, repeats, flags_of, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
-        except (ValueError, RuntimeError, SystemExit) as error:                   # no torchao, too little memory
+        except SystemExit:                                      # no torchao; train.py has said so
+            rows.append([name, "not here, as said above"])
+            continue
+        except (ValueError, RuntimeError) as error:             # too little memory
             rows.append([name, f"not here: {rewards.short(error)[:80]}"])
             continue
-        flops, rate = found["flops"], matmul_rate(device)
-        rows.append([name, f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), f"{flops / 1e15:.3g}", f"{flops / found['iteration'] / 1e12:.3g}", f"{rate / 1e12:.3g}", f"{flops / found['iteration'] / rate:.2f}",
-                     f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""])
-    print(markdown(["step", "s / iter.", *PHASES, "PFLOP", "TFLOP/s", "a matrix product's TFLOP/s", "share", "GB"], rows))
+        rows.append([name, f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), *rates(found, matmul_rate(device)), f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""])
+    print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], rows))
 
 def decoding(vae, side):
     """Operations of making one picture from a latent of side x side."""
@@ -403,7 +414,9 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", default=",".join(METHODS), help="by comma, of " + ", ".join(METHODS))
-    parser.add_argument("--repeats", type=int, default=5, help="after two to warm up (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="iterations that count (default 5)")
+    parser.add_argument("--warm", type=int, default=2, help="iterations before them (default 2)")
+    parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="after each iteration its network calls alone, for the ratio and the memory (default yes)")
     parser.add_argument("--geometry", choices=["tiny", *BLOCKS], default="tiny", help="tiny, the small world; flux, FLUX.1-dev's; flux-small, 2 + 4 of its blocks; random weights (default tiny)")
     parser.add_argument("--json", default="", help="where the numbers go")
     parser.add_argument("--ladder", action="store_true", help="instead: what each step of the fast path brings, Neighbor GRPO with 8 steps")
@@ -412,6 +425,7 @@ def main():
     parser.add_argument("--floor", action="store_true", help="instead: the operations of an iteration at FLUX.1-dev's size, counted without a GPU")
     parser.add_argument("--memory", action="store_true", help="instead: the GPU memory FLUX.1-dev takes")
     args, flags = parser.parse_known_args()
+    sized = [*SIZES[args.geometry].split(), *flags]
     if args.memory:
         return memory()
     if args.floor:
@@ -421,9 +435,9 @@ def main():
     if args.scaling:
         return scaling(args.repeats, flags, train.HERE / "results")
     if args.batching:
-        return batching(parsed("train.py", flags), args.geometry, args.repeats)
-    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, lambda cfg: build(cfg, args.geometry))
-    print(table(found))
+        return batching(parsed("train.py", sized), args.geometry, args.repeats)
+    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, sized, lambda cfg: build(cfg, args.geometry), args.bare, args.warm)
+    print(table(found, matmul_rate(torch.device(parsed("train.py", sized).device))))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 

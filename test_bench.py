@@ -54,3 +54,18 @@ def test_the_peak_of_memory_is_what_is_alive_at_once_and_neither_weights_nor_vie
             x = x @ net.weight.t()                              # the old and the new one, 4 MB each
         x.view(-1)[0] = 0
     assert live.peak == 8_000_000
+
+
+def test_an_iteration_and_the_ladder_go_through_at_another_geometry_twice_in_a_row(monkeypatch, capsys):
+    monkeypatch.setitem(bench.BLOCKS, "flux-small", dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
+    monkeypatch.setattr(bench, "LADDER", {"a step": "--no-compile"})
+    for argv in (["--only", "dpm8", "--warm", "1", "--no-bare"], ["--ladder"]):
+        monkeypatch.setattr(bench.sys, "argv", ["bench.py", "--geometry", "flux-small", "--repeats", "1", "--resolution", "32", "--group_size", "4", "--threads", "1", *argv])
+        bench.main()
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        seconds = dict(zip(rows[0], rows[2]))
+        assert float(seconds["s / iter."]) >= float(seconds["rollout"]) > 0 and float(seconds["update"]) > 0
+
+
+def test_the_share_is_the_transformers_operations_over_the_iterations_seconds_and_a_matrix_products_rate():
+    assert bench.rates(dict(flops=3e12, iteration=2.0), 6e12) == ("3", "1.5", "6", "0.25")
