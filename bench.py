@@ -5,6 +5,7 @@ What does an iteration cost, and what of it is not its networks? Time t runs fro
     python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; train.py's settings may follow
     python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
     python bench.py --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
+    python bench.py --geometry flux --only dance,dpm8 --no-bare       # methods beside each other at that size
     python bench.py --scaling                         # seconds against G, T, B, K and pixels
     python bench.py --floor                           # operations of an iteration at FLUX.1-dev's size, counted without a GPU
     python bench.py --memory                          # GPU memory that FLUX.1-dev needs, computed without one
