@@ -2,7 +2,7 @@
 What does an iteration cost, and what of it is not its networks? Time t runs from 1 (noise) to 0 (image).
 
     python bench.py                                   # Neighbor GRPO's presets and the baselines, on the small world
-    python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; train.py's settings may follow
+    python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; settings that their scripts share may follow
     python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
     python bench.py --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
     python bench.py --geometry flux --only dance,dpm8 --no-bare       # methods beside each other at that size
@@ -11,8 +11,10 @@ What does an iteration cost, and what of it is not its networks? Time t runs fro
     python bench.py --memory                          # GPU memory that FLUX.1-dev needs, computed without one
 
 Times the loops' own iterations and, after each, the same calls of the same networks in the same batches with nothing around them, as they were recorded
-in the iteration; methods take turns. Columns are medians. `ratio` is the median of iteration over bare calls, pair by pair, which does not depend on
-how fast or busy the machine is. NFE_old and NFE_theta are counted at the network: latents it was asked about, over images, without and with gradients.
+in the iteration; methods take turns. Columns are medians. `ratio` is the median of iteration over bare calls, pair by pair: how fast the machine is does not
+matter, but where other work comes and goes a single pair says little (more --repeats; --threads 1). NFE_old and NFE_theta are counted at the network: latents
+it was asked about, over images, without and with gradients. `TFLOP` are the transformer's matrix products in an iteration, `TFLOP/s` those over the whole
+iteration's seconds, decoding and all, `share` that of one large matrix product, timed in the same run. `GB` is the most memory the bare calls (with --ladder the iterations) take; on a CPU beyond the weights.
 """
 import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time, weakref
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 import baselines, rewards, train
 from eval import SOLVERS, read_prompts
-from model import add_lora
+from model import add_lora, checkpointed
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,9 +99,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
     with tempfile.TemporaryDirectory() as folder:
         for name, (label, script, own) in methods.items():
             parse, loop = SCRIPTS[script]
-            cfg = parse([*own.split(), "--lr", "1e-12", *flags, "--out_dir", f"{folder}/{name}", "--eval_every", "0", "--save_every", "0"])
-            if cfg.threads:
-                torch.set_num_threads(cfg.threads)
+            cfg = parse(["--lr", "1e-12", *flags, *own.split(), "--out_dir", f"{folder}/{name}", "--eval_every", "0", "--save_every", "0"])
             model = models[cfg.resolution] = models.get(cfg.resolution) or build(cfg)
             prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
             scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
@@ -150,7 +150,7 @@ def memory_of(call, model):
         call()
     return live.peak
 
-def operations(config, tokens, text, rank=0, recomputed=False):
+def operations(config, tokens, text, rank=0, recomputed=0):
     """Floating point operations of a transformer for one latent -> (forward, forward and backward), as torch counts them on tensors without numbers; of matrix products only (on a CPU it does not count attention's otherwise)."""
     with torch.device("meta"):
         net = FluxTransformer2DModel.from_config(config).requires_grad_(not rank)
@@ -158,8 +158,8 @@ def operations(config, tokens, text, rank=0, recomputed=False):
         add_lora(net, rank)                                     # a backward pass then costs as much as a forward pass, without them twice as much
     found = []
     for trained in (False, True):
-        if trained and recomputed:                              # all blocks are, which is counted
-            net.enable_gradient_checkpointing()
+        if trained:
+            checkpointed(net, recomputed)                           # which is counted
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
             v = net(**inputs_of(net.config, 1, tokens, text, torch.float32))[0]
             if trained:
@@ -225,6 +225,7 @@ LADDER = {                                                      # step: its flag
     "blocks as they are, all recomputed": "--no-compile --checkpoint_blocks -1",
     "compiled": "--compile --checkpoint_blocks -1",
     "compiled, rollouts in float8": "--compile --checkpoint_blocks -1 --float8",
+    "blocks as they are, nothing recomputed": "--no-compile --checkpoint_blocks 0",
     "compiled, nothing recomputed": "--compile --checkpoint_blocks 0",
     "compiled, cuDNN's attention": "--compile --checkpoint_blocks -1 --attention _native_cudnn",        # last: diffusers keeps it for whatever is loaded afterwards
 }
@@ -238,14 +239,11 @@ def ladder(repeats, geometry, flags):
             gc.collect()                                        # the last step's model; the next one needs the room
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        flags_of = [*SIZES[geometry].split(), *own.split(), *flags]
         try:
-            found = measure({"dpm8": (name, "train.py", "")}, repeats, flags_of, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
-        except SystemExit:                                      # no torchao; train.py has said so
+            found = measure({"dpm8": (name, "train.py", own)}, repeats, flags, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
+        except (SystemExit, ValueError, RuntimeError) as error:                   # no torchao, which train.py has said; too little memory; no such attention here
+            print(f"{name}: {error}", file=sys.stderr)
             rows.append([name, "not here, as said above"])
-            continue
-        except (ValueError, RuntimeError) as error:             # too little memory
-            rows.append([name, f"not here: {rewards.short(error)[:80]}"])
             continue
         rows.append([name, f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), *rates(found, matmul_rate(device)), f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""])
     print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], rows))
@@ -259,10 +257,10 @@ def decoding(vae, side):
     return counter.get_total_flops()
 
 def floor(tokens=45 * 45, text=512, rank=64):
-    """The operations of one group's iteration by each method, FLUX.1-dev at 720x720: the networks' alone, which no implementation is spared."""
+    """The operations of one group's iteration by each method, FLUX.1-dev at 720x720: the transformer's matrix products, which no implementation is spared."""
     with torch.device("meta"):
         config, vae = FluxTransformer2DModel(guidance_embeds=True).config, AutoencoderKL(**VAE)
-    kinds = {f"LoRA {rank}, nothing recomputed": (rank, False), f"LoRA {rank}, all recomputed": (rank, True), "all weights, all recomputed": (0, True)}
+    kinds = {f"{what}, {how}": (of, blocks) for what, of in ((f"LoRA {rank}", rank), ("all weights", 0)) for how, blocks in (("nothing recomputed", 0), ("all recomputed", -1))}
     costs = {kind: operations(config, tokens, text, *how) for kind, how in kinds.items()}
     print("one latent of FLUX.1-dev, in TFLOP: " + "; ".join(f"{kind}: forward {forward / 1e12:.2f}, with backward {both / 1e12:.2f}" for kind, (forward, both) in costs.items()) + f"; decoding it {decoding(vae, 90) / 1e12:.2f}")
     small = train.load(parsed("train.py", []))
@@ -287,8 +285,9 @@ def inputs_of(config, n, tokens, text, kind):
                 pooled_projections=x(n, config.pooled_projection_dim), img_ids=x(tokens, 3), txt_ids=x(text, 3), return_dict=False)
 
 def batching(cfg, geometry, repeats):
-    """An update's forwards and backwards: all B anchors of a step in one, or one by one, in turn; medians."""
+    """Forwards and backwards of one prompt's B anchors: all in one, or one by one, in turn; medians. (A loop's forward has B / updates_per_iteration anchors of each of its prompts.)"""
     model = build(cfg, geometry)
+    model.batch = 0                                             # at once is at once
     cond, x, tries = model.encode(read_prompts(cfg.prompts)[:1]), torch.randn(cfg.num_anchors, *model.latent_shape, device=model.device), []
     for repeat in range(repeats + 1):                           # one to warm up
         seconds = []
@@ -329,7 +328,7 @@ def scaling(repeats, flags, folder):
     panels[0].set(ylabel="seconds an iteration", ylim=(0, None))
     figure.savefig(folder / "scaling.png", dpi=120)
     text = markdown(["setting", "values", "s / iter.", "line", "furthest from it"], rows)
-    (folder / "scaling.md").write_text(f"`python bench.py --scaling --repeats {repeats}` ({torch.get_num_threads()} CPU threads; medians; what is not named is dpm8's).\n\n{text}\n")
+    (folder / "scaling.md").write_text(f"`{' '.join(['python bench.py --scaling --repeats', str(repeats), *flags])}` ({torch.get_num_threads()} CPU threads; medians; what is not named is dpm8's).\n\n{text}\n")
     print(text)
 
 def markdown(head, rows):
@@ -412,33 +411,53 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
 
 # ---------------------------------------------------------------------------------------------------------------
 
+MODES = {                                                       # what else it does: (how --help says it, which options it takes)
+    "ladder": ("what each step of the fast path brings, Neighbor GRPO with 8 steps", ("repeats", "geometry", "settings")),
+    "batching": ("B anchors in one forward against B forwards", ("repeats", "geometry", "settings")),
+    "scaling": ("seconds against G, T, B, K and pixels, into results/scaling.md and .png", ("repeats", "settings")),
+    "floor": ("the operations of an iteration at FLUX.1-dev's size, counted without a GPU", ()),
+    "memory": ("the GPU memory FLUX.1-dev takes", ()),
+}
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", default=",".join(METHODS), help="by comma, of " + ", ".join(METHODS))
     parser.add_argument("--repeats", type=int, default=5, help="iterations that count (default 5)")
     parser.add_argument("--warm", type=int, default=2, help="iterations before them (default 2)")
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="after each iteration its network calls alone, for the ratio and the memory (default yes)")
-    parser.add_argument("--geometry", choices=["tiny", *BLOCKS], default="tiny", help="tiny, the small world; flux, FLUX.1-dev's; flux-small, 2 + 4 of its blocks; random weights (default tiny)")
+    parser.add_argument("--geometry", choices=[*SIZES], default="tiny", help="tiny, the small world; flux, FLUX.1-dev's, 720x720; flux-small, 2 + 4 of its blocks, 256x256; both with random weights, "
+                        "LoRA 64, all blocks recomputed, one prompt, unless settings say otherwise (default tiny)")
     parser.add_argument("--json", default="", help="where the numbers go")
-    parser.add_argument("--ladder", action="store_true", help="instead: what each step of the fast path brings, Neighbor GRPO with 8 steps")
-    parser.add_argument("--batching", action="store_true", help="instead: B anchors in one forward against B forwards")
-    parser.add_argument("--scaling", action="store_true", help="instead: seconds against G, T, B, K and pixels, into results/scaling.md and .png")
-    parser.add_argument("--floor", action="store_true", help="instead: the operations of an iteration at FLUX.1-dev's size, counted without a GPU")
-    parser.add_argument("--memory", action="store_true", help="instead: the GPU memory FLUX.1-dev takes")
+    modes = parser.add_mutually_exclusive_group()
+    for mode, text in MODES.items():
+        modes.add_argument(f"--{mode}", action="store_true", help=f"instead: {text[0]}")
     args, flags = parser.parse_known_args()
-    sized = [*SIZES[args.geometry].split(), *flags]
-    if args.memory:
-        return memory()
-    if args.floor:
-        return floor()
-    if args.ladder:
-        return ladder(args.repeats, args.geometry, flags)
-    if args.scaling:
+    mode = next((mode for mode in MODES if getattr(args, mode)), "")
+    allowed = MODES[mode][1] if mode else ("only", "repeats", "warm", "bare", "geometry", "json", "settings")
+    given = [key for key in ("only", "repeats", "warm", "bare", "geometry", "json") if getattr(args, key) != parser.get_default(key)] + ["settings"] * bool(flags)
+    for key in given:
+        if key not in allowed:
+            parser.error(f"--{mode} has no use for {' '.join(flags) if key == 'settings' else f'--{key}'}")
+    if args.repeats < 1 or args.warm < 0:
+        parser.error("--repeats must be at least 1, --warm at least 0")
+    if unknown := [name for name in args.only.split(",") if name not in METHODS]:
+        parser.error(f"--only has {unknown[0]!r}, but must be of {', '.join(METHODS)}")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"--json: there is no folder {Path(args.json).parent}")
+    if mode in ("floor", "memory"):
+        return globals()[mode]()
+    flags = [*SIZES[args.geometry].split(), *flags]
+    cfg = parsed("train.py" if mode else METHODS[args.only.split(",")[0]][1], flags)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if mode == "scaling":
         return scaling(args.repeats, flags, train.HERE / "results")
-    if args.batching:
-        return batching(parsed("train.py", sized), args.geometry, args.repeats)
-    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, sized, lambda cfg: build(cfg, args.geometry), args.bare, args.warm)
-    print(table(found, matmul_rate(torch.device(parsed("train.py", sized).device))))
+    if mode == "ladder":
+        return ladder(args.repeats, args.geometry, flags)
+    if mode == "batching":
+        return batching(cfg, args.geometry, args.repeats)
+    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, lambda cfg: build(cfg, args.geometry), args.bare, args.warm)
+    print(table(found, matmul_rate(torch.device(cfg.device))))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 

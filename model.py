@@ -29,12 +29,23 @@ def add_lora(transformer, rank):
         w.data = w.data.float() if w.requires_grad else w.data
 
 
+def blocks(transformer):
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def checkpointed(transformer, count):
+    """Recompute the activations of its first `count` blocks, -1: of all, in the backward pass."""
+    if count:
+        recomputed = blocks(transformer)[: count if count > 0 else None]
+        transformer.enable_gradient_checkpointing(lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs))
+
+
 class Flux:
     """
     path         a FluxPipeline directory, a hub id such as "black-forest-labs/FLUX.1-dev", or a FluxPipeline
     resolution   side of the square images in pixels, a multiple of twice the VAE's factor (16)
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
-    checkpoint_blocks  of so many blocks the activations are recomputed in the backward pass, -1: of all; less memory for up to a third more time
+    checkpoint_blocks  of so many blocks the activations are recomputed in the backward pass, -1: of all; less memory, for up to half more time in an update
     compiled     compile the blocks, a graph for each kind of block and size of batch
     attention    diffusers' attention backend, such as "_native_cudnn"; "": what torch chooses
     float8       inside `with model.float8():` the blocks' linear layers multiply in float8, by torchao; weights stay what they are
@@ -70,9 +81,7 @@ class Flux:
             part.to("cpu" if text_device else self.device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
             part.requires_grad_(False).eval()
-        if checkpoint_blocks:
-            recomputed = self.blocks()[: checkpoint_blocks if checkpoint_blocks > 0 else None]
-            self.transformer.enable_gradient_checkpointing(lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs))
+        checkpointed(self.transformer, checkpoint_blocks)
         if compiled:
             torch._dynamo.config.recompile_limit = 64           # a graph for each size of batch, with gradients and without: more than torch's 8
             for block in self.blocks():                         # those of a kind share theirs
@@ -90,7 +99,7 @@ class Flux:
 
     def blocks(self):
         """What is gathered, recomputed and compiled one at a time."""
-        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+        return blocks(self.transformer)
 
     def prepare_float8(self):
         """Weights and inputs are rounded to float8 as they are multiplied, a scale for each row, so that an update of the weights needs no second copy of them. The norms' small layers stay."""
