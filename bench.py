@@ -5,7 +5,7 @@ What does an iteration cost, and what of it is not its networks? Time t runs fro
     python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; settings that their scripts share may follow
     python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
     python bench.py --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
-    python bench.py --geometry flux --only dance,dpm8 --no-bare       # methods beside each other at that size
+    python bench.py --geometry flux --only dance,dpm8 --compile --no-bare --warm 1 --repeats 1        # methods beside each other at that size
     python bench.py --scaling                         # seconds against G, T, B, K and pixels
     python bench.py --floor                           # operations of an iteration at FLUX.1-dev's size, counted without a GPU
     python bench.py --memory                          # GPU memory that FLUX.1-dev needs, computed without one
@@ -65,7 +65,7 @@ def recorded(model, scorers, opt):
             return result
         return watch
     model.encode = watched(model.encode, "encode", len)
-    model.velocity = watched(model.velocity, "velocity", lambda x, t, cond: (len(x), len(cond["vec"])))
+    model.velocity = watched(model.velocity, "velocity", lambda x, t, cond: (len(x), len(cond["vec"]), model.in_float8))
     model.decode = watched(model.decode, "decode", len, "decode")
     opt.step = watched(opt.step, "step", lambda: None, "optimizer")
     scorers.update({name: watched(scorer, name, lambda images, prompts: len(images)) for name, scorer in plain.items()})
@@ -83,7 +83,9 @@ def replay(model, scorers, calls, prompts):
             if what == "encode":
                 cond = model.encode(prompts)
             elif what == "velocity":
-                v = model.velocity(latents[: size[0]], 0.5, {key: value[: size[1]] for key, value in cond.items()})
+                latents_of, prompts_of, in_float8 = size
+                with model.float8() if in_float8 else contextlib.nullcontext():
+                    v = model.velocity(latents[:latents_of], 0.5, {key: value[:prompts_of] for key, value in cond.items()})
                 if trained:
                     v.mean().backward()
             elif what == "decode":
@@ -112,6 +114,10 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
                     loop(cfg, model, scorers, run)
                     iteration = now(model.device) - began
                 log = run.lines()[-1]
+                if log["skipped"]:
+                    raise ArithmeticError(f"{methods[name][0]}: the gradient is not finite, so nothing was updated")
+                if log["flat_groups"]:
+                    print(f"{methods[name][0]}: {log['flat_groups']} groups had equal rewards", file=sys.stderr)
                 seconds = dict(iteration=iteration, rollout=log["seconds_rollout"] - apart["decode"], decode=apart["decode"], reward=log["seconds_reward"],
                                update=log["seconds_update"] - apart["optimizer"], optimizer=apart["optimizer"])
                 if repeat == 0:
@@ -232,7 +238,8 @@ LADDER = {                                                      # step: its flag
 
 def ladder(repeats, geometry, flags):
     """An iteration of Neighbor GRPO with 8 steps, one step of the ladder after the other; the operations that it carries out a second, and their share of the rate of one large matrix product."""
-    rows, device = [], torch.device(parsed("train.py", flags).device)
+    device, head = torch.device(parsed("train.py", flags).device), ["step", "s / iter.", *PHASES, *RATES, "GB"]
+    print(markdown(head, []), flush=True)
     for name, own in LADDER.items():
         torch.compiler.reset()
         if device.type == "cuda":
@@ -241,12 +248,11 @@ def ladder(repeats, geometry, flags):
             torch.cuda.reset_peak_memory_stats()
         try:
             found = measure({"dpm8": (name, "train.py", own)}, repeats, flags, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
-        except (SystemExit, ValueError, RuntimeError) as error:                   # no torchao, which train.py has said; too little memory; no such attention here
-            print(f"{name}: {error}", file=sys.stderr)
-            rows.append([name, "not here, as said above"])
-            continue
-        rows.append([name, f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), *rates(found, matmul_rate(device)), f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""])
-    print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], rows))
+            row = [f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), *rates(found, matmul_rate(device)), f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""]
+        except (Exception, SystemExit) as error:                # no torchao, which train.py has said; too little memory; no such attention here: the other steps still count
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            row = ["not here, as said above"]
+        print(line([name, *row]), flush=True)
 
 def decoding(vae, side):
     """Operations of making one picture from a latent of side x side."""
@@ -331,8 +337,11 @@ def scaling(repeats, flags, folder):
     (folder / "scaling.md").write_text(f"`{' '.join(['python bench.py --scaling --repeats', str(repeats), *flags])}` ({torch.get_num_threads()} CPU threads; medians; what is not named is dpm8's).\n\n{text}\n")
     print(text)
 
+def line(row):
+    return "| " + " | ".join(map(str, row)) + " |"
+
 def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join(map(line, [head, ["---"] * len(head), *rows]))
 
 # ---------------------------------------------------------------------------------------------------------------
 # memory: the networks are run with tensors that have shapes and no numbers
@@ -440,14 +449,18 @@ def main():
             parser.error(f"--{mode} has no use for {' '.join(flags) if key == 'settings' else f'--{key}'}")
     if args.repeats < 1 or args.warm < 0:
         parser.error("--repeats must be at least 1, --warm at least 0")
-    if unknown := [name for name in args.only.split(",") if name not in METHODS]:
+    names = [name.strip() for name in args.only.split(",")]
+    if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"--only has {unknown[0]!r}, but must be of {', '.join(METHODS)}")
+    if args.geometry == "flux" and not torch.cuda.is_available():
+        parser.error("--geometry flux needs a GPU")
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"--json: there is no folder {Path(args.json).parent}")
     if mode in ("floor", "memory"):
         return globals()[mode]()
     flags = [*SIZES[args.geometry].split(), *flags]
-    cfg = parsed("train.py" if mode else METHODS[args.only.split(",")[0]][1], flags)
+    for _, script, own in [METHODS[name] for name in (["dpm8"] if mode else names)]:
+        cfg = parsed(script, [*flags, *own.split()])            # refused before anything is built
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if mode == "scaling":
@@ -456,7 +469,7 @@ def main():
         return ladder(args.repeats, args.geometry, flags)
     if mode == "batching":
         return batching(cfg, args.geometry, args.repeats)
-    found = measure({name: METHODS[name] for name in args.only.split(",")}, args.repeats, flags, lambda cfg: build(cfg, args.geometry), args.bare, args.warm)
+    found = measure({name: METHODS[name] for name in names}, args.repeats, flags, lambda cfg: build(cfg, args.geometry), args.bare, args.warm)
     print(table(found, matmul_rate(torch.device(cfg.device))))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))

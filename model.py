@@ -67,7 +67,10 @@ class Flux:
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.net = self.pipe.transformer.requires_grad_(not (frozen or lora_rank))        # net: what is called; train.py may wrap it
         if attention:
-            self.transformer.set_attention_backend(attention)
+            try:
+                self.transformer.set_attention_backend(attention)
+            except RuntimeError as error:                       # a package that is not installed
+                raise ValueError(f"attention is {attention}, but that cannot be had here: {error}") from error
         if float8:
             self.prepare_float8()
         if lora:

@@ -837,7 +837,8 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients_and_blocks_of_a_ki
 def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_where_it_is_asked_for(flux):
     pytest.importorskip("torchao")
     cheap, x, cond = Flux(TINY / "flux", 64, float8=True), torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
-    layer = cheap.blocks()[0].attn.to_q
+    layer, block = cheap.blocks()[0].attn.to_q, cheap.blocks()[0]
+    assert type(block.norm1.linear) is torch.nn.Linear is not type(layer)                             # the norms' layers stay
     def rounded(w):                                             # each row by its own scale, a power of two that brings its largest number near e4m3's, 448
         scale = (448 / w.abs().amax(1, keepdim=True).double()).log2().floor().exp2()
         return (w.double() * scale).to(torch.float8_e4m3fn).double() / scale
@@ -851,6 +852,33 @@ def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_where
         assert torch.equal(cheap.velocity(x, 0.5, cond), plain)
         with flux.float8():                                     # not prepared
             assert torch.equal(flux.velocity(x, 0.5, cond), plain)
+    assert torch.equal(cheap.velocity(x, 0.5, cond), flux.velocity(x, 0.5, cond))                     # with gradients
+
+
+def test_a_run_rolls_out_in_float8_and_trains_without_it(tmp_path, monkeypatch):
+    seen, velocity = set(), Flux.velocity
+    def watched(model, *inputs):
+        seen.add((model.in_float8, torch.is_grad_enabled()))
+        return velocity(model, *inputs)
+    monkeypatch.setattr(Flux, "velocity", watched)
+    cfg = train.parse_config(["--prompts_per_iteration", "1", "--iterations", "1", "--eval_every", "0", "--out_dir", str(tmp_path / "run")])
+    model = train.load(cfg)
+    scorers = rewards.load_all(rewards.parse(cfg.rewards), "cpu", ["a dog"])
+    run = train.Run(cfg, model, scorers)
+    monkeypatch.setattr(run, "evaluate", lambda: None)
+    monkeypatch.setattr(run, "save", lambda *_: None)
+    train.train(cfg, model, scorers, run)
+    assert seen == {(True, False), (False, True)}
+
+
+def test_an_attention_backend_reaches_every_block_and_one_that_is_not_installed_is_refused():
+    model = train.load(train.parse_config(["--attention", "_native_math", "--out_dir", "never"]))
+    assert {block.attn.processor._attention_backend.value for block in model.blocks()} == {"_native_math"}
+    model.transformer.set_attention_backend("native")           # diffusers keeps it for whatever is loaded afterwards
+    with pytest.raises(ValueError, match="attention is flash, but that cannot be had here"):
+        Flux(TINY / "flux", 64, attention="flash")
+    with pytest.raises(SystemExit):
+        train.parse_config(["--attention", "_native_cudnn", "--device", "cpu"])
 
 
 def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):

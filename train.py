@@ -77,7 +77,7 @@ class Config:
     gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the next, and all gradients till the end of one; faster, where there is room")
     checkpoint_blocks: int = option(-1, "of so many blocks the activations are recomputed in the backward pass, for memory; FLUX.1-dev has 57; -1: of all", "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes at the start, faster from then on")
-    attention: str = option("", "diffusers' attention backend, such as _native_cudnn or _native_flash; empty: torch chooses")
+    attention: str = option("", "diffusers' attention backend, one of torch's such as _native_cudnn or _native_flash (others may not train); empty: torch chooses")
     float8: bool = option(False, "roll out with the blocks' linear layers in float8 (pip install torchao); what is trained keeps its precision, and the ratio its 1 (old_anchor)")
     batch: int = option(0, "latents at most in one forward pass, for memory where a process holds several groups; 0: all of them at once", "[0, inf)")
     text_encoder_device: str = option("", "where T5 and CLIP live: empty, beside the transformer; cpu; or offload, on the CPU between uses", ("", "cpu", "offload"))
@@ -170,6 +170,7 @@ def check(c):
         (c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
         (c.device == "cpu" or (c.device.startswith("cuda") and torch.cuda.is_available()), f"device is {c.device}, but must be cpu, or cuda where there is one"),
         (not c.attention or c.attention in BACKENDS, f"attention is {c.attention}, but must be empty or one of diffusers' backends: {', '.join(BACKENDS)}"),
+        (c.attention != "_native_cudnn" or c.device != "cpu", "attention is _native_cudnn, but that needs a GPU"),
         (not c.float8 or importlib.util.find_spec("torchao"), "torchao is not installed; pip install torchao, or leave --float8 out"),
         (not c.float8 or c.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9), "float8 needs a GPU of compute capability 8.9 (Ada, Hopper) or more"),
         (not c.wandb or importlib.util.find_spec("wandb"), "wandb is not installed; pip install wandb, or leave --wandb out"),
