@@ -95,6 +95,8 @@ def replay(model, scorers, calls, prompts):
             else:
                 scorers[what](images, [prompt for prompt in prompts for _ in range(size // len(prompts))])
 
+BUILT = ("resolution", "lora_rank", "checkpoint_blocks", "compile", "attention", "float8")
+
 def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
     """Iterations of each method, {name: (label, script, flags)}, and their bare calls, in turn. -> {name: dict(counts, settings, median seconds, ratio)}"""
     books, models, tries, found = {}, {}, {name: [] for name in methods}, {}
@@ -102,7 +104,8 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
         for name, (label, script, own) in methods.items():
             parse, loop = SCRIPTS[script]
             cfg = parse(["--lr", "1e-12", *flags, *own.split(), "--out_dir", f"{folder}/{name}", "--eval_every", "0", "--save_every", "0"])
-            model = models[cfg.resolution] = models.get(cfg.resolution) or build(cfg)
+            key = tuple(getattr(cfg, setting) for setting in BUILT)                  # methods share what is built alike
+            model = models[key] = models.get(key) or build(cfg)
             prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
             scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
             books[name] = cfg, model, scorers, train.Run(cfg, model, scorers), loop, prompts
@@ -237,22 +240,28 @@ LADDER = {                                                      # step: its flag
 }
 
 def ladder(repeats, geometry, flags):
-    """An iteration of Neighbor GRPO with 8 steps, one step of the ladder after the other; the operations that it carries out a second, and their share of the rate of one large matrix product."""
-    device, head = torch.device(parsed("train.py", flags).device), ["step", "s / iter.", *PHASES, *RATES, "GB"]
-    print(markdown(head, []), flush=True)
-    for name, own in LADDER.items():
+    """An iteration of Neighbor GRPO with 8 steps by each step of the ladder: in turn on the small world, elsewhere one after the other, for only one of the models may fit."""
+    device = torch.device(parsed("train.py", flags).device)
+    print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], []), flush=True)
+    for names in [[*LADDER]] if geometry == "tiny" else [[name] for name in LADDER]:
         torch.compiler.reset()
         if device.type == "cuda":
             gc.collect()                                        # the last step's model; the next one needs the room
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        steps, found = {}, {}
+        for name in names:
+            with contextlib.suppress(SystemExit):               # no torchao, no GPU: train.py has said so
+                parsed("train.py", [*flags, *LADDER[name].split()])
+                steps[name] = name, "train.py", LADDER[name]
         try:
-            found = measure({"dpm8": (name, "train.py", own)}, repeats, flags, lambda cfg: build(cfg, geometry), bare=False, warm=1)["dpm8"]
-            row = [f"{found['iteration']:.2f}", *(f"{found[phase]:.2f}" for phase in PHASES), *rates(found, matmul_rate(device)), f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""]
-        except (Exception, SystemExit) as error:                # no torchao, which train.py has said; too little memory; no such attention here: the other steps still count
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-            row = ["not here, as said above"]
-        print(line([name, *row]), flush=True)
+            found = measure(steps, repeats, flags, lambda cfg: build(cfg, geometry), bare=False, warm=1)
+        except Exception as error:                              # too little memory; no such attention here: the other steps still count
+            print(f"{', '.join(names)}: {type(error).__name__}: {error}", file=sys.stderr)
+        rate, memory = matmul_rate(device), f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else ""
+        for name in names:
+            row = [f"{found[name][key]:.2f}" for key in ("iteration", *PHASES)] + [*rates(found[name], rate), memory] if name in found else ["not here, as said above"]
+            print(line([name, *row]), flush=True)
 
 def decoding(vae, side):
     """Operations of making one picture from a latent of side x side."""

@@ -3,7 +3,7 @@ bench.py counts what it says it counts. One test per sentence.
 
     python -m pytest -q test_bench.py
 """
-import time, types
+import dataclasses, time, types
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -152,6 +152,7 @@ def test_what_would_have_no_effect_or_fail_at_the_end_is_refused_at_once(monkeyp
 
 
 def test_a_step_of_the_ladder_that_fails_is_told_and_the_others_count(monkeypatch, capsys):
+    monkeypatch.setitem(bench.BLOCKS, "flux-small", dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
     monkeypatch.setattr(bench, "LADDER", {"one": "--no-compile", "two": "--checkpoint_blocks -7", "three": "--max_grad_norm 1"})
     velocity, broken = Flux.velocity, []
     def watched(model, x, *more):
@@ -159,7 +160,17 @@ def test_a_step_of_the_ladder_that_fails_is_told_and_the_others_count(monkeypatc
         return v * torch.nan if broken and torch.is_grad_enabled() else v
     monkeypatch.setattr(Flux, "velocity", watched)
     monkeypatch.setattr(bench, "matmul_rate", lambda device: broken.append(1) or 1e12)              # from the second step on gradients are nan
-    bench.ladder(1, "tiny", SMALL)
+    bench.ladder(1, "flux-small", ["--prompts_per_iteration", "1", "--resolution", "32", "--group_size", "4", "--lora_rank", "4"])
     out = capsys.readouterr()
     assert [line.split(" | ")[1] == "not here, as said above |" for line in out.out.splitlines()[2:]] == [False, True, True]
     assert "the gradient is not finite, so nothing was updated" in out.err and "checkpoint_blocks is -7" in out.err
+
+
+def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model(monkeypatch, capsys):
+    built, load = [], train.load
+    monkeypatch.setattr(bench, "LADDER", {"compiled": "--compile", "one": "--checkpoint_blocks -1", "other": "--checkpoint_blocks 0", "again": "--checkpoint_blocks 0"})
+    monkeypatch.setattr(train, "load", lambda cfg: built.append(cfg.checkpoint_blocks) or load(dataclasses.replace(cfg, compile=False)))
+    bench.ladder(1, "tiny", SMALL)
+    out = capsys.readouterr()
+    assert built == [0, -1, 0] and len(out.out.splitlines()) == 6
+    assert [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))] == ["1/2 compiled", "1/2 one", "1/2 other", "1/2 again", "2/2 compiled", "2/2 one", "2/2 other", "2/2 again"]
