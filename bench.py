@@ -236,14 +236,14 @@ LADDER = {                                                      # step: its flag
     "compiled, rollouts in float8": "--compile --checkpoint_blocks -1 --float8",
     "blocks as they are, nothing recomputed": "--no-compile --checkpoint_blocks 0",
     "compiled, nothing recomputed": "--compile --checkpoint_blocks 0",
-    "compiled, cuDNN's attention": "--compile --checkpoint_blocks -1 --attention _native_cudnn",        # last: diffusers keeps it for whatever is loaded afterwards
+    "compiled, cuDNN's attention": "--compile --checkpoint_blocks -1 --attention _native_cudnn",        # last and alone: diffusers makes it everyone's
 }
 
 def ladder(repeats, geometry, flags):
     """An iteration of Neighbor GRPO with 8 steps by each step of the ladder: in turn on the small world, elsewhere one after the other, for only one of the models may fit."""
     device = torch.device(parsed("train.py", flags).device)
     print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], []), flush=True)
-    for names in [[*LADDER]] if geometry == "tiny" else [[name] for name in LADDER]:
+    for names in [[*LADDER][:-1], [*LADDER][-1:]] if geometry == "tiny" else [[name] for name in LADDER]:
         torch.compiler.reset()
         if device.type == "cuda":
             gc.collect()                                        # the last step's model; the next one needs the room

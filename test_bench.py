@@ -168,9 +168,9 @@ def test_a_step_of_the_ladder_that_fails_is_told_and_the_others_count(monkeypatc
 
 def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model(monkeypatch, capsys):
     built, load = [], train.load
-    monkeypatch.setattr(bench, "LADDER", {"compiled": "--compile", "one": "--checkpoint_blocks -1", "other": "--checkpoint_blocks 0", "again": "--checkpoint_blocks 0"})
+    monkeypatch.setattr(bench, "LADDER", {"compiled": "--compile", "one": "--checkpoint_blocks -1", "other": "--checkpoint_blocks 0", "again": "--checkpoint_blocks 0", "last": "--checkpoint_blocks 0"})
     monkeypatch.setattr(train, "load", lambda cfg: built.append(cfg.checkpoint_blocks) or load(dataclasses.replace(cfg, compile=False)))
     bench.ladder(1, "tiny", SMALL)
     out = capsys.readouterr()
-    assert built == [0, -1, 0] and len(out.out.splitlines()) == 6
-    assert [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))] == ["1/2 compiled", "1/2 one", "1/2 other", "1/2 again", "2/2 compiled", "2/2 one", "2/2 other", "2/2 again"]
+    assert built == [0, -1, 0, 0] and len(out.out.splitlines()) == 7                                  # "again" is "other"; the last is alone
+    assert [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))] == ["1/2 compiled", "1/2 one", "1/2 other", "1/2 again", "2/2 compiled", "2/2 one", "2/2 other", "2/2 again", "1/2 last", "2/2 last"]
