@@ -5,6 +5,7 @@ What does an iteration cost, and what of it is not its networks? Time t runs fro
     python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; settings that their scripts share may follow
     python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
     python bench.py --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
+    python bench.py --geometry flux-narrow --only dance,dpm8          # a narrow FLUX, whose decoding weighs as little as FLUX's does
     python bench.py --geometry flux --only dance,dpm8 --compile --no-bare --warm 1 --repeats 1        # methods beside each other at that size
     python bench.py --scaling                         # seconds against G, T, B, K and pixels
     python bench.py --floor                           # operations of an iteration at FLUX.1-dev's size, counted without a GPU
@@ -213,23 +214,24 @@ def table(found, rate):
 # ---------------------------------------------------------------------------------------------------------------
 # other sizes than the small world's
 
-BLOCKS = {"flux": dict(num_layers=19, num_single_layers=38), "flux-small": dict(num_layers=2, num_single_layers=4)}
+BLOCKS = {"flux": dict(num_layers=19, num_single_layers=38), "flux-small": dict(num_layers=2, num_single_layers=4), "flux-narrow": dict(num_layers=1, num_single_layers=2, num_attention_heads=2)}
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
            use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
 
 def random_flux(cfg, geometry, text=512):
-    """FLUX.1-dev's transformer, all of it or 2 + 4 of its blocks, and its VAE, with random weights; what text encoders would say is random too."""
+    """FLUX.1-dev's transformer, all of it or 2 + 4 of its blocks, and its VAE, with random weights; what text encoders would say is random too. flux-narrow: 1 + 2 blocks of 2 heads and the small
+    world's VAE, which takes a tenth of an evaluation then, as FLUX's takes an eighth."""
     kind = torch.bfloat16 if "cuda" in cfg.device else torch.float32
     torch.set_default_dtype(kind)
     with torch.device(cfg.device):
-        net, vae = FluxTransformer2DModel(guidance_embeds=True, **BLOCKS[geometry]), AutoencoderKL(**VAE)
+        net, vae = FluxTransformer2DModel(guidance_embeds=True, **BLOCKS[geometry]), {} if geometry == "flux-narrow" else dict(vae=AutoencoderKL(**VAE))
     torch.set_default_dtype(torch.float32)
-    model = train.load(dataclasses.replace(cfg, model=FluxPipeline.from_pretrained(train.PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), vae=vae)))
+    model = train.load(dataclasses.replace(cfg, model=FluxPipeline.from_pretrained(train.PRESETS["tiny"]["model"], transformer=net if cfg.lora_rank else net.float(), **vae)))
     model.pipe.encode_prompt = lambda prompts, *_, **how: (torch.randn(len(prompts), text, 4096, dtype=kind), torch.randn(len(prompts), 768, dtype=kind), None)
     return model
 
 SIZES = {"tiny": "", "flux": "--resolution 720 --lora_rank 64 --checkpoint_blocks -1 --prompts_per_iteration 1"}
-SIZES["flux-small"] = SIZES["flux"].replace("720", "256")
+SIZES |= {"flux-small": SIZES["flux"].replace("720", "256"), "flux-narrow": "--prompts_per_iteration 1"}
 LADDER = {                                                      # step: its flags
     "blocks as they are, all recomputed": "--no-compile --checkpoint_blocks -1",
     "compiled": "--compile --checkpoint_blocks -1",
@@ -444,7 +446,7 @@ def main():
     parser.add_argument("--warm", type=int, default=2, help="iterations before them (default 2)")
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="after each iteration its network calls alone, for the ratio and the memory (default yes)")
     parser.add_argument("--geometry", choices=[*SIZES], default="tiny", help="tiny, the small world; flux, FLUX.1-dev's, 720x720; flux-small, 2 + 4 of its blocks, 256x256; both with random weights, "
-                        "LoRA 64, all blocks recomputed, one prompt, unless settings say otherwise (default tiny)")
+                        "LoRA 64, all blocks recomputed, one prompt, unless settings say otherwise; flux-narrow, 1 + 2 blocks of 2 heads beside a VAE that weighs as little as FLUX's, 64x64 (default tiny)")
     parser.add_argument("--json", default="", help="where the numbers go")
     modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():

@@ -174,3 +174,14 @@ def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model
     out = capsys.readouterr()
     assert built == [0, -1, 0, 0] and len(out.out.splitlines()) == 7                                  # "again" is "other"; the last is alone
     assert [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))] == ["1/2 compiled", "1/2 one", "1/2 other", "1/2 again", "2/2 compiled", "2/2 one", "2/2 other", "2/2 again", "1/2 last", "2/2 last"]
+
+
+def test_a_picture_of_flux_narrow_takes_no_more_of_an_evaluation_to_decode_than_flux_1_dev_s():
+    shares = []
+    for geometry, vae, tokens in (("flux-narrow", Flux(train.PRESETS["tiny"]["model"], 64).pipe.vae, 16), ("flux", bench.AutoencoderKL(**bench.VAE), 45 * 45)):
+        with torch.device("meta"):
+            config = bench.FluxTransformer2DModel(guidance_embeds=True, **bench.BLOCKS[geometry]).config
+        shares.append(bench.decoding(vae, 2 * int(tokens**0.5)) / bench.operations(config, tokens, 512)[0])
+    assert 0.1 < shares[0] < shares[1] < 0.14
+    model = bench.build(bench.parsed("train.py", bench.SIZES["flux-narrow"].split()), "flux-narrow")
+    assert model.pipe.vae.config.block_out_channels == Flux(train.PRESETS["tiny"]["model"], 64).pipe.vae.config.block_out_channels and model.encode(["a dog"])["txt"].shape == (1, 512, 4096)

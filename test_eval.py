@@ -613,7 +613,7 @@ def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_w
         browser.press(key)
     browser.press("ArrowLeft", repeated=True)                                 # a key held down is no second vote
     assert browser.js(count) == "4 / 8"
-    for _ in range(5):                                                        # the page is left and opened again; Chromium 156 sometimes
+    for _ in range(40):                                                       # the page is left and opened again; Chromium 156 sometimes
         browser.open(url)                                                     # hands an empty localStorage to a page reopened at once,
         if browser.js(count) == "4 / 8":                                      # which must not overwrite what the next one finds
             break
