@@ -19,9 +19,6 @@ iteration's seconds, decoding and all, `share` that of one large matrix product,
 """
 import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time, weakref
 from pathlib import Path
-import matplotlib
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import baselines, rewards, train
@@ -106,12 +103,15 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
             parse, loop = SCRIPTS[script]
             cfg = parse(["--lr", "1e-12", *flags, *own.split(), "--out_dir", f"{folder}/{name}", "--eval_every", "0", "--save_every", "0"])
             key = tuple(getattr(cfg, setting) for setting in BUILT)                  # methods share what is built alike
-            model = models[key] = models.get(key) or build(cfg)
+            if key not in models:
+                model = build(cfg)
+                models[key] = model, operations_of(model, cfg)
+            model, each = models[key]
             prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
             scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
-            books[name] = cfg, model, scorers, train.Run(cfg, model, scorers), loop, prompts
+            books[name] = cfg, model, each, scorers, train.Run(cfg, model, scorers), loop, prompts
         for repeat in range(warm + repeats):
-            for name, (cfg, model, scorers, run, loop, prompts) in books.items():
+            for name, (cfg, model, each, scorers, run, loop, prompts) in books.items():
                 cfg.iterations = repeat + 1                     # one more than are done
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), recorded(model, scorers, run.opt) as (calls, apart):
                     began = now(model.device)
@@ -125,7 +125,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
                 seconds = dict(iteration=iteration, rollout=log["seconds_rollout"] - apart["decode"], decode=apart["decode"], reward=log["seconds_reward"],
                                update=log["seconds_update"] - apart["optimizer"], optimizer=apart["optimizer"])
                 if repeat == 0:
-                    found[name] = settings_of(cfg, calls) | dict(flops=flops_of(model, cfg, calls))
+                    found[name] = settings_of(cfg, calls) | dict(flops=flops_of(each, calls))
                 if bare:
                     began = now(model.device)
                     replay(model, scorers, calls, prompts)
@@ -177,9 +177,12 @@ def operations(config, tokens, text, rank=0, recomputed=0):
         found.append(counter.get_total_flops())
     return found
 
-def flops_of(model, cfg, calls):
-    """Operations of the transformer in recorded calls."""
-    each = operations(model.transformer.config, model.latent_shape[0], model.encode([""])["txt"].shape[1], cfg.lora_rank, cfg.checkpoint_blocks)
+def operations_of(model, cfg):
+    """`operations` of a model that is loaded."""
+    return operations(model.transformer.config, model.latent_shape[0], model.encode([""])["txt"].shape[1], cfg.lora_rank, cfg.checkpoint_blocks)
+
+def flops_of(each, calls):
+    """Operations of the transformer in recorded calls; `each`: of one latent, without gradients and with."""
     return sum(size[0] * each[trained] for what, size, trained in calls if what == "velocity")
 
 def matmul_rate(device):
@@ -280,8 +283,9 @@ def floor(tokens=45 * 45, text=512, rank=64):
     kinds = {f"{what}, {how}": (of, blocks) for what, of in ((f"LoRA {rank}", rank), ("all weights", 0)) for how, blocks in (("nothing recomputed", 0), ("all recomputed", -1))}
     costs = {kind: operations(config, tokens, text, *how) for kind, how in kinds.items()}
     print("one latent of FLUX.1-dev, in TFLOP: " + "; ".join(f"{kind}: forward {forward / 1e12:.2f}, with backward {both / 1e12:.2f}" for kind, (forward, both) in costs.items()) + f"; decoding it {decoding(vae, 90) / 1e12:.2f}")
-    small = train.load(parsed("train.py", []))
-    forward, both = operations(small.transformer.config, small.latent_shape[0], small.encode([""])["txt"].shape[1])
+    cfg = parsed("train.py", [])
+    small = train.load(cfg)
+    forward, both = operations_of(small, cfg)
     print(f"one of the small world's, in GFLOP: forward {forward / 1e9:.3f}, with backward {both / 1e9:.3f}; decoding it {decoding(small.pipe.vae, 2 * small.side) / 1e9:.3f}\n")
     head, rows, rival = ["Method", "G", "NFE_old", "NFE_theta", *(text for kind in kinds for text in (f"PFLOP, {kind}", "of DanceGRPO's"))], [], None
     for name, (label, script, own) in METHODS.items():
@@ -330,6 +334,9 @@ GROWTH = {                                                      # setting: its v
 
 def scaling(repeats, flags, folder):
     """Seconds of an iteration against G, T, B, K and pixels: a line through each, and how far from it they are."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
     methods = {f"{key} {value}": (f"{key} {value}", "train.py", f"--{key} {value}") for key, values in GROWTH.items() for value in values}
     found = measure(methods, repeats, flags, bare=False)
     figure, panels = plt.subplots(1, len(GROWTH), figsize=(3.2 * len(GROWTH), 3), layout="constrained", sharey=True)
@@ -419,7 +426,7 @@ def memory(G=12, at_once=2, tokens=45 * 45, text=512, rank=64):
     print("| what | GPUs | weights | gradients, moments | encoders, VAE | scorers | rollout | update | peak |\n|---|---|---|---|---|---|---|---|---|")
     def row(what, gpus, weights, trained, roll, step, text_encoders=encoders):
         parts = (weights, trained, text_encoders, scorers, roll, step)
-        print(f"| {what} | {gpus} | " + " | ".join(f"{part / 1e9:.1f}" for part in parts) + f" | {(sum(parts[:4]) + max(parts[4:])) / 1e9:.0f} |")
+        print(line([what, gpus, *(f"{part / 1e9:.1f}" for part in parts), f"{(sum(parts[:4]) + max(parts[4:])) / 1e9:.0f}"]))
     for gpus in (1, 8, 32):
         row(f"`--lora_rank {rank}`", gpus, 2 * n + 4 * adapters, (12 + 4 * (gpus > 1)) * adapters, max(rollout, decode), update["lora", True])       # DDP's buckets hold gradients once more
     row(f"`--lora_rank {rank} --text_encoder_device offload`", 1, 2 * n + 4 * adapters, 12 * adapters, rollout, update["lora", True], 2 * 0.084e9)
@@ -467,8 +474,10 @@ def main():
         parser.error("--geometry flux needs a GPU")
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"--json: there is no folder {Path(args.json).parent}")
-    if mode in ("floor", "memory"):
-        return globals()[mode]()
+    if mode == "floor":
+        return floor()
+    if mode == "memory":
+        return memory()
     flags = [*SIZES[args.geometry].split(), *flags]
     for _, script, own in [METHODS[name] for name in (["dpm8"] if mode else names)]:
         cfg = parsed(script, [*flags, *own.split()])            # refused before anything is built

@@ -861,13 +861,7 @@ def test_a_run_rolls_out_in_float8_and_trains_without_it(tmp_path, monkeypatch):
         seen.add((model.in_float8, torch.is_grad_enabled()))
         return velocity(model, *inputs)
     monkeypatch.setattr(Flux, "velocity", watched)
-    cfg = train.parse_config(["--prompts_per_iteration", "1", "--iterations", "1", "--eval_every", "0", "--out_dir", str(tmp_path / "run")])
-    model = train.load(cfg)
-    scorers = rewards.load_all(rewards.parse(cfg.rewards), "cpu", ["a dog"])
-    run = train.Run(cfg, model, scorers)
-    monkeypatch.setattr(run, "evaluate", lambda: None)
-    monkeypatch.setattr(run, "save", lambda *_: None)
-    train.train(cfg, model, scorers, run)
+    train_stub(tmp_path, Flux(TINY / "flux", 64), prompts_per_iteration=1)
     assert seen == {(True, False), (False, True)}
 
 
