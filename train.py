@@ -262,6 +262,7 @@ def train(cfg, model, scorers, run):
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                                                   # (T+1,)
     tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P, device=model.device)[:, None]                                               # (P, 1)  with anchors (P, b), picks from (P, G, ...)
+    ratios = torch.vmap(torch.vmap(log_ratio, (None, 0, 0, None)), (0, 0, 0, None))                   # of the b anchors of each of the P groups at once
 
     for it in run.iterations():
         # Draw prompts, noise, anchors and steps
@@ -294,12 +295,9 @@ def train(cfg, model, scorers, run):
                     anchor_old = ddim_step(x_t, vels[k][row, chosen], ts[k], ts[k + 1])
                 else:                                                      # Algorithm 1 to the letter; DPM++ landed elsewhere than a DDIM step would
                     anchor_old = traj[k + 1][row, chosen]
-                J = 0
-                for g in range(P):
-                    for x, x_old in zip(anchor[g], anchor_old[g]):
-                        log_rho = log_ratio(traj[k + 1, g], x, x_old, tau)                            # (G,)                Eq. 8, 10
-                        J = J + clipped_objective(log_rho, A[g], cfg.clip_eps)                        # ()                  Eq. 9
-                        log_rhos.append(log_rho.detach())
+                log_rho = ratios(traj[k + 1], anchor, anchor_old, tau)                                # (P, b, G)           Eq. 8, 10
+                J = clipped_objective(log_rho, A[:, None].expand_as(log_rho), cfg.clip_eps)           # ()                  Eq. 9, summed over the anchors
+                log_rhos.append(log_rho.detach())
                 loss = -J / (chosen.numel() * len(steps))
                 loss.backward()
                 trained += chosen.numel()
