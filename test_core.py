@@ -690,6 +690,40 @@ def test_the_first_ratio_is_one_in_every_iteration_but_for_the_literal_old_ancho
         assert (line["first_ratio"] < 1e-5) == (solver == "ddim")
 
 
+class Listening(Stub):
+    """Keeps what the rollout went through, {t: (P G, N, C)}, its pictures, and dloss/dv of the trained steps, [(t, (P b, N, C))]."""
+
+    def __init__(self):
+        super().__init__()
+        self.states, self.gradients = {}, []
+
+    def velocity(self, x, t, cond):
+        v = super().velocity(x, t, cond)
+        if v.requires_grad:
+            v.register_hook(lambda gradient: self.gradients.append((float(t), gradient)))
+        else:
+            self.states[float(t)] = x
+        return v
+
+    def decode(self, x):
+        self.pictures = x
+        return x
+
+
+def test_every_anchor_is_pulled_by_the_candidates_and_rewards_of_its_own_group_alone(tmp_path):
+    model, P, b, K = Listening(), 2, 2, 4
+    train_stub(tmp_path, model, prompts_per_iteration=P, updates_per_iteration=2, p=2.0)
+    r = model.pictures.flatten(1).mean(1).unflatten(0, (P, G))                                        # brightness
+    A = (r - r.mean(1, keepdim=True)) / (r - r.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
+    ts, trained = sorted(model.states, reverse=True), model.gradients[:K]                             # of the first update: theta is theta_old
+    assert len(model.gradients) == 2 * K and not torch.equal(A[0], A[1])
+    for t, gradient in trained:
+        t_next = ts[ts.index(t) + 1]
+        pull = 2 / 12 * torch.einsum("pg,pgnc->pnc", A, model.states[t_next].unflatten(0, (P, G)))    # (2 / tau) sum_i A_i x_i, tau = D = 12
+        expected = -(t_next - t) * pull / (P * b * K)                                                 # loss = -J, a mean over what an update trains
+        torch.testing.assert_close(gradient.unflatten(0, (P, b)), expected[:, None].expand(P, b, 4, 3), atol=1e-6, rtol=1e-4)
+
+
 def test_training_raises_the_reward_of_one_and_the_same_noise(tmp_path):
     def rewards_of_twenty_groups(model):
         return torch.tensor([line["reward"] for line in train_stub(tmp_path, model, iterations=20, lr=1e-12)])
