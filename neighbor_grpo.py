@@ -121,7 +121,8 @@ def log_ratio(x, anchor, anchor_old, tau=1.0):
 def clipped_objective(log_rho, A, clip_eps):
     """Eq. 9: J = sum_i min(A_i rho_i, A_i clip(rho_i, 1 - clip_eps, 1 + clip_eps)), to be MAXIMISED: loss = -J.
 
-    log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. A sum over the group, not a mean.
+    log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. A sum over the group, not a mean; of
+    several anchors, (..., G) both, the sum of theirs.
     At theta_old every rho is 1, so J = sum(A) = 0 there, while its gradient with respect to the anchor is
     (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing about progress.
     """
