@@ -128,7 +128,7 @@ def clipped_objective(log_rho, A, clip_eps):
     """
     if log_rho.shape != A.shape:
         raise ValueError(f"log_rho is {tuple(log_rho.shape)} and A {tuple(A.shape)}, but each must hold one number per candidate")
-    rho = log_rho.clamp(max=80).exp()                                                                 # (G,)
+    rho = log_rho.clamp(max=80).exp()                                                                 # (..., G)
     return torch.minimum(A * rho, A * rho.clamp(1 - clip_eps, 1 + clip_eps)).sum()                    # ()       Eq. 9
 
 
