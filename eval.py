@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 import rewards
-from model import Flux
+from model import Flux, check_model
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +44,8 @@ HPDV2 = {                                                       # where it is lo
 def read_prompts(source):
     """A text file with one prompt a line; a JSON list of prompts, or of objects that each have a "prompt", as HPDv2 publishes them (its train.json names
     each several times: here once); a folder of such JSON files; or hpdv2_test, hpdv2_train for where HPDV2 says."""
+    if not source:
+        raise ValueError("prompts is empty; name a text file with one prompt a line, or hpdv2_train")
     where, what, command = HPDV2.get(source, (source, "", ""))
     path, prompts = Path(where), []
     if command and not path.exists():
@@ -69,7 +71,7 @@ def split(names):
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def spread(n, most):
+def evenly_spaced(n, most):
     """The indices of at most `most` of n prompts, evenly spaced: pictures are shown by this rule, not picked."""
     count = min(n, most)
     return [int((i + 0.5) * n / count) for i in range(count)]
@@ -77,14 +79,6 @@ def spread(n, most):
 
 # ---------------------------------------------------------------------------------------------------------------
 # models and their pictures
-
-def check_model(path):
-    """A directory that FluxPipeline wrote, or what can only be a hub id, "owner/name". Anything else is refused here, not halfway."""
-    if (Path(path) / "model_index.json").is_file():
-        return
-    if Path(path).exists() or str(path).count("/") != 1 or Path(path).parent.exists():
-        raise ValueError(f"{path} is no FluxPipeline directory; it must hold model_index.json, or be a hub id like black-forest-labs/FLUX.1-dev")
-
 
 def is_lora(path):
     """Whether a checkpoint is adapters only, as train.py --lora_rank writes them."""
@@ -366,7 +360,7 @@ def write_pairs(a, b, out, count=100, seed=0):
     for i in shared:
         if prompts_a[i] != prompts_b[i]:
             raise ValueError(f"prompt {i} is {prompts_a[i]!r} in {a}, but {prompts_b[i]!r} in {b}; both must have been given the same prompts")
-    rng, order = random.Random(seed), [shared[i] for i in spread(len(shared), count)]
+    rng, order = random.Random(seed), [shared[i] for i in evenly_spaced(len(shared), count)]
     rng.shuffle(order)
     sides = [i % 2 == 1 for i in range(len(order))]
     rng.shuffle(sides)
@@ -509,7 +503,7 @@ def main(argv=None):
     if parsed is None:
         return 0
     args, rows = parsed
-    prompts, chosen = rows[0].prompts, spread(len(rows[0].prompts), args.num_prompts or len(rows[0].prompts))
+    prompts, chosen = rows[0].prompts, evenly_spaced(len(rows[0].prompts), args.num_prompts or len(rows[0].prompts))
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))              # only to wait for each other
     wait = torch.distributed.barrier if WORLD > 1 else lambda: None
@@ -547,7 +541,7 @@ def main(argv=None):
 
 def report(args, rows, chosen):
     """Everything is there: the tables, the grid, the numbers."""
-    results, first, show = [], {}, [chosen[k] for k in spread(len(chosen), args.columns)]
+    results, first, show = [], {}, [chosen[k] for k in evenly_spaced(len(chosen), args.columns)]
     for row in rows:
         found = [row.scores(i) for i in chosen]
         if any(args.named.values() - scores.keys() for scores in found):

@@ -1,34 +1,44 @@
 """
-Neighbor GRPO on plain tensors (https://arxiv.org/abs/2511.16955). Time t runs from 1 (noise) to 0 (image):
-x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+Neighbor GRPO on plain tensors (https://arxiv.org/abs/2511.16955).
+Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
-The method in one paragraph. Perturb one noise into G neighbours (Eq. 7) and follow each down the deterministic ODE. Score
-the images and turn the scores into advantages (Eq. 3, 11). Then, at a time t, let the model being trained take one ODE step
-from one of the rollouts, the anchor. A softmax over the squared distances from where it lands to the G rollouts is a
-policy (Eq. 8), its ratio to the same softmax before the update is a likelihood ratio (Eq. 10), and PPO's clipped objective
-(Eq. 9) pulls the anchor towards the candidates that scored well. There is no SDE and no noise after the first.
+The method in one paragraph. Perturb one noise into G neighbours (Eq. 7) and follow each down the
+deterministic ODE. Score the images, and turn the scores into advantages (Eq. 3, 11). Then, at a
+time t, let the model being trained take one ODE step from one of the rollouts, the anchor. A
+softmax over the squared distances from where it lands to the G rollouts is a policy (Eq. 8). Its
+ratio to the same softmax before the update is a likelihood ratio (Eq. 10), and PPO's clipped
+objective (Eq. 9) pulls the anchor towards the candidates that scored well. There is no SDE, and no
+noise after the first.
 
-Every function is pure (tensors in, tensors out, torch alone), so any of them can be pasted elsewhere. Letters as in the paper:
+Every function is pure (tensors in, tensors out, torch alone), so each can be pasted elsewhere.
+Letters as in the paper:
 
-    G    candidates in a group                         sigma  strength of the perturbation, in (0, 1]
-    B    anchors drawn from them                       p      exponent of the quasi-norm, in (0, 2]
-    D    numbers in one latent, all its dimensions     tau    temperature of the softmax
-    "..." the shape of one latent, e.g. (N, C)         rho    policy ratio pi_theta / pi_old
+    G    candidates in a group                      sigma  strength of the perturbation, in (0, 1]
+    B    anchors drawn from them                    p      exponent of the quasi-norm, in (0, 2]
+    D    numbers in one latent, all dimensions      tau    temperature of the softmax
+    "..." the shape of one latent, e.g. (N, C)      rho    policy ratio pi_theta / pi_old
 
-Give float32 or float64, never bf16: under autocast too, the arithmetic here stays in the precision of its inputs.
+Give float32 or float64, never bf16. Under autocast too, the arithmetic here stays in the precision
+of its inputs.
 
 Where this departs from the text of the paper, and why:
-  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. At FLUX's size each log pi is
-     about 1e4, so their float32 difference carries 4e-3 of noise, forty times the published clip of 1e-4 (`log_ratio`).
-  2. `tau` divides the squared distance; the paper has tau = 1. The published clip was inherited from code that takes the
-     mean over the D dimensions, which is tau = D. The first gradient only changes its length with tau; the clip, which acts
-     from the second update on, changes its meaning by a factor of D.
-  3. The old anchor is an argument (`log_ratio`), because Algorithm 1's choice, the rollout's own latent, makes the ratio
-     differ from 1 before any update as soon as the rollout's solver is not the trained step's.
-  4. Rewards that are equal up to rounding give zero advantages; Eq. 3 would divide by zero, Eq. 11 blow rounding up to 1.
-  5. Eq. 3's standard deviation is left out of `advantages`: Eq. 11 divides by a norm, so it cancels.
-  6. rho is cut at e^80, just below float32's overflow, where an infinite ratio would turn a zero gradient into NaN. Beyond it
-     no candidate has a gradient; a run that gets there is lost anyway.
+  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. At
+     FLUX's size each log pi is about 1e4, so their float32 difference carries 4e-3 of noise, forty
+     times the published clip of 1e-4 (`log_ratio`).
+  2. `tau` divides the squared distance; the paper has tau = 1. The published clip was inherited
+     from code that takes the mean over the D dimensions, which is tau = D. With tau the first
+     gradient changes only its length. The clip, which acts from the second update on, changes its
+     meaning by a factor of D.
+  3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
+     the ratio differs from 1 before any update, unless the rollout's solver is that of the trained
+     step.
+  4. Rewards that are equal up to rounding give zero advantages. Eq. 3 would divide by zero, and
+     Eq. 11 would enlarge the rounding to 1.
+  5. Eq. 3's standard deviation is left out of `advantages`: Eq. 11 divides by a norm, so it
+     cancels.
+  6. rho is cut at e^80, just below float32's overflow, where an infinite ratio would turn a zero
+     gradient into NaN. Beyond it no candidate has a gradient; a run that gets there is lost anyway.
+  7. There is no KL term. Eq. 4 has one, but the paper leaves it out, as its recent peers do.
 """
 import torch
 
@@ -36,102 +46,121 @@ import torch
 def perturb_noise(eps_star, delta, sigma):
     """Eq. 7: eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i, G neighbours of one noise.
 
-    If eps* (...) and delta (G, ...) are independent standard normals, so is each neighbour, and any two of them have
-    correlation 1 - sigma^2, hence nearly the same distance sigma sqrt(2 D). sigma = 1 gives unrelated noises.
-    Returns (G, ...). The noise is an argument: this function draws none.
+    If eps* (...) and delta (G, ...) are independent standard normals, so is each neighbour. Any two
+    of them have correlation 1 - sigma^2, hence nearly the same distance sigma sqrt(2 D). sigma = 1
+    gives unrelated noises. Returns (G, ...). The noise is an argument: this function draws none.
     """
     if not 0 < sigma <= 1:
         raise ValueError(f"sigma is {sigma}, but must lie in (0, 1]")
     if delta.shape[1:] != eps_star.shape:
-        raise ValueError(f"delta is {tuple(delta.shape)}, but must be (G, ...) over eps_star's {tuple(eps_star.shape)}")
-    return (1 - sigma**2) ** 0.5 * eps_star + sigma * delta                                           # (G, ...)  Eq. 7
+        raise ValueError(f"delta is {tuple(delta.shape)}, but must be (G, ...) over eps_star's "
+                         f"{tuple(eps_star.shape)}")
+    return (1 - sigma**2) ** 0.5 * eps_star + sigma * delta             # (G, ...)      Eq. 7
 
 
 def is_flat(rewards):
-    """True where rewards (..., G) are equal up to the rounding of their own precision: nothing can be learnt from such a group."""
+    """True where rewards (..., G) are equal up to the rounding of their own precision: nothing can
+    be learnt from such a group."""
     spread = rewards.amax(-1) - rewards.amin(-1)
     return spread <= 16 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(-1)
 
 
 def combine_rewards(rewards, weights):
-    """Several rewards into one: Eq. 3 on each, A_m = (r - mean) / std over the group, then the mean weighted by `weights`.
+    """Several rewards into one: Eq. 3 on each, A_m = (r - mean) / std over the group, then the mean
+    weighted by `weights`.
 
-    rewards (M, G), weights (M,) of which the sum is positive -> (G,). The standard deviation is the sample's (G - 1), as in
-    the multi-reward training the paper follows (MixGRPO, arXiv 2507.21802). Scales and offsets of the rewards do not
-    matter; a reward that is flat in this group adds nothing. The result is not standardised again: `advantages` follows.
+    rewards (M, G), weights (M,) with a positive sum -> (G,). The standard deviation is the sample's
+    (G - 1), as in the multi-reward training that the paper follows (MixGRPO, arXiv 2507.21802).
+    Scales and offsets of the rewards do not matter; a reward that is flat in this group adds
+    nothing. The result is not standardised again: `advantages` follows.
     """
-    if rewards.ndim != 2 or weights.shape != rewards.shape[:1] or not (weights >= 0).all() or not weights.sum() > 0:
-        raise ValueError(f"rewards {tuple(rewards.shape)} must be (M, G), and weights {weights.tolist()} M numbers >= 0, not all 0")
-    std = torch.where(is_flat(rewards), torch.inf, rewards.std(1))                                    # (M,)
-    A = (rewards - rewards.mean(1, keepdim=True)) / std[:, None]                                      # (M, G)   Eq. 3
-    return (weights[:, None] * A).sum(0) / weights.sum()                                              # (G,)
+    if (rewards.ndim != 2 or weights.shape != rewards.shape[:1]
+            or not (weights >= 0).all() or not weights.sum() > 0):
+        raise ValueError(f"rewards {tuple(rewards.shape)} must be (M, G), and weights "
+                         f"{weights.tolist()} M numbers >= 0, not all 0")
+    std = torch.where(is_flat(rewards), torch.inf, rewards.std(1))      # (M,)
+    A = (rewards - rewards.mean(1, keepdim=True)) / std[:, None]        # (M, G)        Eq. 3
+    return (weights[:, None] * A).sum(0) / weights.sum()                # (G,)
 
 
 def advantages(rewards, p=0.8):
-    """Eq. 11 on Eq. 3: A'_i = A_i / (sum_k |A_k|^p)^(1/p), A = r - mean(r). rewards (G,) -> (G,), with sum zero.
+    """Eq. 11 on Eq. 3: A'_i = A_i / (sum_k |A_k|^p)^(1/p), A = r - mean(r). rewards (G,) -> (G,),
+    with sum zero.
 
-    p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group whose advantages all have the same size is scaled down
-    against one where a few stand out, whatever the rewards' own scale. Rewards equal up to rounding give zeros.
+    p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group whose advantages all have the same size
+    is scaled down against one where a few stand out, whatever the rewards' own scale. Rewards that
+    are equal up to rounding give zeros.
     """
     if not 0 < p <= 2:
         raise ValueError(f"p is {p}, but must lie in (0, 2]")
     if rewards.ndim != 1 or not rewards.is_floating_point() or not rewards.isfinite().all():
-        raise ValueError(f"rewards must be floats, one finite number for each of the G candidates, not {rewards.tolist()}")
+        raise ValueError("rewards must be floats, one finite number for each of the G candidates, "
+                         f"not {rewards.tolist()}")
     if is_flat(rewards):
         return torch.zeros_like(rewards)
-    A = rewards - rewards.mean()                                                                      # (G,)     Eq. 3
-    A = A / A.abs().max()                                     # the scale cancels below; this keeps |A|^p from underflowing
-    return A / A.abs().pow(p).sum().pow(1 / p)                                                        # (G,)     Eq. 11
+    A = rewards - rewards.mean()                                        # (G,)          Eq. 3
+    A = A / A.abs().max()           # the scale cancels below; this keeps |A|^p from underflowing
+    return A / A.abs().pow(p).sum().pow(1 / p)                          # (G,)          Eq. 11
 
 
 def log_policy(x, anchor, tau=1.0):
     """Eq. 8, the surrogate leaping policy: log pi_i = log softmax_i(-||x_i - anchor||^2 / tau).
 
-    x (G, ...), anchor (...) -> (G,). The squared distance is a SUM over the D dimensions, as in the paper; tau = D turns it
-    into a mean. It is also the posterior of Eq. 30 for a leaping kernel of variance tau / 2.
+    x (G, ...), anchor (...) -> (G,). The squared distance is a SUM over the D dimensions, as in the
+    paper; tau = D turns it into a mean. It is also the posterior of Eq. 30 for a leaping kernel of
+    variance tau / 2.
     """
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau is {tau}, but must be a number above 0")
     if x.shape[1:] != anchor.shape:
-        raise ValueError(f"x is {tuple(x.shape)}, but must be (G, ...) over the anchor's {tuple(anchor.shape)}")
-    sq_dist = (x - anchor).flatten(1).pow(2).sum(1)                                                   # (G,)
-    return torch.log_softmax(-sq_dist / tau, dim=0)                                                   # (G,)     Eq. 8
+        raise ValueError(f"x is {tuple(x.shape)}, but must be (G, ...) over the anchor's "
+                         f"{tuple(anchor.shape)}")
+    sq_dist = (x - anchor).flatten(1).pow(2).sum(1)                     # (G,)
+    return torch.log_softmax(-sq_dist / tau, dim=0)                     # (G,)          Eq. 8
 
 
 def log_ratio(x, anchor, anchor_old, tau=1.0):
-    """Eq. 10: log rho_i = log pi_theta(x_i) - log pi_old(x_i), for one anchor. x (G, ...), anchors (...) -> (G,).
+    """Eq. 10: log rho_i = log pi_theta(x_i) - log pi_old(x_i), for one anchor.
+    x (G, ...), anchors (...) -> (G,).
 
-    x: the group's rollouts at t_next, constants. anchor: where the model being trained lands at t_next from the anchor's
-    rollout at t; the only argument that carries a gradient. anchor_old: where the rollout's model lands by the SAME step,
-    a constant. If the weights have not moved since the rollout, anchor.detach() is that by definition.
+    x: the group's rollouts at t_next, constants. anchor: where the model being trained lands at
+    t_next from the anchor's rollout at t; the only argument that carries a gradient. anchor_old:
+    where the rollout's model lands by the SAME step, a constant. If the weights have not moved
+    since the rollout, anchor.detach() is that by definition.
 
-    With u = anchor - anchor_old the squared distances drop by 2 (x_i - anchor_old) . u - |u|^2, where |u|^2 is the same for all
-    and cancels; the log ratio is the rest, over tau, less its log-mean under pi_old. It is exactly 0 at u = 0, and good to 1e-6 in
-    float32 while |log rho| < 20. (Multiplied and summed, not `@`: autocast would turn a matrix product into bf16.)
+    With u = anchor - anchor_old the squared distances drop by 2 (x_i - anchor_old) . u - |u|^2,
+    where |u|^2 is the same for all and cancels. The log ratio is the rest, over tau, less its
+    log-mean under pi_old. It is exactly 0 at u = 0, and in float32 good to 1e-6 below |log rho| 20.
+    (Multiplied and summed, not `@`: autocast would turn a matrix product into bf16.)
     """
     if anchor.shape != anchor_old.shape:
-        raise ValueError(f"anchor is {tuple(anchor.shape)} and anchor_old {tuple(anchor_old.shape)}, but they must match")
-    log_pi_old = log_policy(x, anchor_old, tau)                                                       # (G,)
-    u = anchor - anchor_old                                                                           # (...)    carries the gradient
-    gain = (2 * (x - anchor_old) * u).flatten(1).sum(1) / tau                                         # (G,)
-    log_mean = torch.logsumexp(log_pi_old + gain, 0) - torch.logsumexp(log_pi_old, 0)                 # ()       the second is 0 but for rounding
-    return gain - log_mean                                                                            # (G,)     Eq. 10
+        raise ValueError(f"anchor is {tuple(anchor.shape)} and anchor_old "
+                         f"{tuple(anchor_old.shape)}, but they must match")
+    log_pi_old = log_policy(x, anchor_old, tau)                         # (G,)
+    u = anchor - anchor_old                                             # (...)     has the gradient
+    gain = (2 * (x - anchor_old) * u).flatten(1).sum(1) / tau           # (G,)
+    log_mean = (torch.logsumexp(log_pi_old + gain, 0)                   # ()
+                - torch.logsumexp(log_pi_old, 0))                       # ()    0 but for rounding
+    return gain - log_mean                                              # (G,)          Eq. 10
 
 
 def clipped_objective(log_rho, A, clip_eps):
-    """Eq. 9: J = sum_i min(A_i rho_i, A_i clip(rho_i, 1 - clip_eps, 1 + clip_eps)), to be MAXIMISED: loss = -J.
+    """Eq. 9: J = sum_i min(A_i rho_i, A_i clip(rho_i, 1 - clip_eps, 1 + clip_eps)), to be
+    MAXIMISED: loss = -J.
 
-    log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. A sum over the group, not a mean; of
-    several anchors, (..., G) both, the sum of theirs.
-    At theta_old every rho is 1, so J = sum(A) = 0 there, while its gradient with respect to the anchor is
-    (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing about progress.
+    log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. It is
+    a sum over the group, not a mean; of several anchors, (..., G) both, it is the sum of theirs. At
+    theta_old every rho is 1, so J = sum(A) = 0 there, while its gradient with respect to the anchor
+    is (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing about progress.
     """
     if log_rho.shape != A.shape:
-        raise ValueError(f"log_rho is {tuple(log_rho.shape)} and A {tuple(A.shape)}, but each must hold one number per candidate")
-    rho = log_rho.clamp(max=80).exp()                                                                 # (..., G)
-    return torch.minimum(A * rho, A * rho.clamp(1 - clip_eps, 1 + clip_eps)).sum()                    # ()       Eq. 9
+        raise ValueError(f"log_rho is {tuple(log_rho.shape)} and A {tuple(A.shape)}, but each must "
+                         "hold one number per candidate")
+    rho = log_rho.clamp(max=80).exp()                                   # (..., G)
+    return torch.minimum(A * rho, A * rho.clamp(1 - clip_eps, 1 + clip_eps)).sum()      # ()  Eq. 9
 
 
 def clip_fraction(log_rho, clip_eps):
-    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]. To be printed: unlike J it says something."""
+    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]. To be printed: unlike J
+    it says something."""
     return (log_rho.expm1().abs() > clip_eps).float().mean()

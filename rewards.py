@@ -95,7 +95,7 @@ def is_hub_id(where):
     return re.fullmatch(r"[\w.-]+/[\w.-]+", where) and not where.endswith((".pt", ".pth", ".bin", ".safetensors")) and not Path(where).parent.exists()
 
 
-def short(error):
+def one_line(error):
     """What an exception says, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -119,7 +119,7 @@ def fetch(where, source, file, advice="give its path on this machine after the s
             torch.hub.download_url_to_file(f"{source}/raw/main/{file}", path)
         return path
     except Exception as error:
-        raise ValueError(f"{file} of {source} could not be downloaded ({short(error)}); {advice}") from error
+        raise ValueError(f"{file} of {source} could not be downloaded ({one_line(error)}); {advice}") from error
 
 
 def read_weights(path, source):
@@ -155,7 +155,7 @@ def load_transformers(cls, where, source, vision, spare=(), advice="give a folde
         logging.set_verbosity_error()                           # what it would warn of is an error here, or expected
         net, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32)
     except Exception as error:
-        raise ValueError(f"{path} could not be loaded as what is at {source} ({short(error)}); {advice}") from error
+        raise ValueError(f"{path} could not be loaded as what is at {source} ({one_line(error)}); {advice}") from error
     finally:
         logging.set_verbosity(level)
     config = getattr(net.config, "vision_config", net.config)
@@ -315,7 +315,7 @@ class ClipScore(Cosine):
             self.net, self.transform = open_clip.create_model_from_pretrained(name, tag, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
-            raise ValueError(f"clipscore: {where or self.source} could not be loaded ({short(error)}); it should be like {self.source}") from error
+            raise ValueError(f"clipscore: {where or self.source} could not be loaded ({one_line(error)}); it should be like {self.source}") from error
         self.net.eval().requires_grad_(False).to(device)
 
     def look(self, pixels):
@@ -347,7 +347,7 @@ class Clip(Cosine):
             config = json.loads((folder / "config.json").read_text())
             net = CLIP(**config)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not like {self.home / 'config.json'}: {short(error)}") from error
+            raise ValueError(f"{folder / 'config.json'} is not like {self.home / 'config.json'}: {one_line(error)}") from error
         self.device, path = torch.device(device), folder / "model.safetensors"
         self.net = load_strictly(net, read_weights(path, self.home), path, self.home).to(device)
         self.size, self.length = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
@@ -560,7 +560,7 @@ def package(module, scorer, command):
     try:
         return importlib.import_module(module)
     except ImportError as error:                                # the cause too: it may be a library of the system, like libGL
-        raise ValueError(f"scorer {scorer!r} needs a package: {command} ({short(error)})") from None
+        raise ValueError(f"scorer {scorer!r} needs a package: {command} ({one_line(error)})") from None
 
 
 def words(text):
@@ -725,6 +725,19 @@ def parse(specs):
             SCORERS[name].check(where)
             found[name] = where
     return found
+
+
+def parse_weights(text, names):
+    """ "2,1" -> a weight for each of `names`, (M,); "" -> ones. ValueError if they cannot be that."""
+    if not text:
+        return torch.ones(len(names))
+    try:
+        weights = torch.tensor([float(w) for w in text.split(",") if w.strip()])
+    except ValueError:
+        weights = torch.empty(0)
+    if not (len(weights) == len(names) and ((weights >= 0) & (weights < 1e30)).all() and weights.sum() > 0):
+        raise ValueError(f"reward_weights is {text}, but must be one number >= 0, not all 0, for each of {','.join(names)}")
+    return weights
 
 
 def load(spec, device="cpu"):

@@ -1,0 +1,448 @@
+"""
+What a run refuses, writes and survives. No formula of the method is in this file.
+
+  refuses   settings that cannot work, in one sentence, before anything is loaded
+  writes    out_dir/: config.json, log.jsonl, samples/, before_after.png, curve.png, checkpoint-<n>/
+  survives  Ctrl-C, SIGTERM, kill -9, a full disk: --resume continues from the newest whole
+            checkpoint, on a CPU to the last bit; several processes stop after the same iteration
+"""
+import atexit, contextlib, importlib.util, json, math, os, shutil, signal, sys, tempfile, time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
+import rewards
+from eval import draw_curve, evaluate, evenly_spaced, mean_and_stderr, picture_grid, read_prompts
+from model import check_model
+from neighbor_grpo import clip_fraction
+from processes import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
+                       state_of)
+from rewards import ScorerError, one_line, parse_weights
+from solvers import schedule
+
+HERE = Path(__file__).resolve().parent
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process saves
+RUN_FILES = ("log.jsonl", "config.json", "neighbor_grpo.py", "baselines.py", "before_after.png",
+             "curve.png", "samples", "tensorboard", "wandb")    # in out_dir, beside the checkpoints
+MAX_SKIPS = 10                                  # updates in a row without a finite gradient
+MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
+              "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads",
+              "out_dir", "resume", "overwrite")                 # from a run to its --resume
+
+# ------------------------------------------------------------------------------------------------
+# Settings that are refused
+
+def check(cfg):
+    """Raise ValueError, in one sentence, for the first setting that cannot work."""
+    for holds, sentence in [*cfg.rules(), *general_rules(cfg)]:
+        if not holds:
+            raise ValueError(sentence)
+    parse_weights(cfg.reward_weights, rewards.parse(cfg.rewards))
+    rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}")
+    for source in (cfg.prompts, cfg.eval_prompts or cfg.prompts):
+        read_prompts(source)
+    check_model(cfg.model)
+    check_out_dir(cfg)
+
+def general_rules(c):
+    """[(holds, the sentence if it does not)] for the settings that all methods share."""
+    cuda = c.device.startswith("cuda") and torch.cuda.is_available()
+    return [
+        (c.prompts_per_iteration % WORLD == 0,
+         f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among "
+         f"{WORLD} processes, which hold whole groups"),
+        (not c.fsdp or WORLD > 1,
+         "fsdp divides a model among processes, and there is one; start several with torchrun"),
+        (not (c.fsdp and c.lora_rank), "fsdp and lora_rank exclude each other; adapters are small"),
+        (c.fsdp or not c.gather, "gather has an effect only with fsdp"),
+        (c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
+        (c.device == "cpu" or cuda,
+         f"device is {c.device}, but must be cpu, or cuda where there is one"),
+        (not c.wandb or importlib.util.find_spec("wandb"),
+         "wandb is not installed; pip install wandb, or leave --wandb out"),
+        (rewards.parse(c.rewards), f"rewards is empty; name some of {', '.join(rewards.SCORERS)}"),
+        (c.out_dir and Path(c.out_dir).resolve() != HERE,
+         f"out_dir is {c.out_dir or 'empty'}; name a directory for this run"),
+        (not (c.resume and c.overwrite), "resume and overwrite exclude each other; give one"),
+    ]
+
+def check_out_dir(cfg):
+    """Refuse a directory that holds another run or the model, or that cannot be written to."""
+    out, found = Path(cfg.out_dir), checkpoints(cfg.out_dir)
+    if cfg.resume and found:
+        check_resumed(cfg, found[-1])
+    elif any((out / name).exists() for name in RUN_FILES):
+        if not (cfg.overwrite or cfg.resume):
+            raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another "
+                             "--out_dir")
+        if out.resolve() in Path(cfg.model).resolve().parents:
+            raise ValueError(f"model {cfg.model} lies in {out}, where a new run would delete it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"out_dir {out} cannot be made a directory, or written to: "
+                         f"{error.strerror}") from None
+
+def check_resumed(cfg, path):
+    """A run goes on with the settings that it began with, but for MAY_CHANGE."""
+    try:
+        before = dict(json.loads((path / "state/config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(broken(path, error)) from None
+    if cfg.method != before.get("method", "neighbor"):
+        raise ValueError(f"the run to resume is one of method {before.get('method', 'neighbor')}, "
+                         f"not {cfg.method}")
+    for name, value in asdict(cfg).items():
+        old = before.get(name, value)
+        moved = (name in ("model", "prompts", "eval_prompts")   # with the repository
+                 and Path(value).parts[-2:] == Path(old).parts[-2:])
+        if name not in MAY_CHANGE and value != old and not moved:
+            raise ValueError(f"{name} is {value}, but was {old} in the run to resume; only "
+                             f"{', '.join(MAY_CHANGE[:-3])} may change")
+    if cfg.eval_every and not before["eval_every"]:
+        raise ValueError("eval_every was 0 in the run to resume, so the base was not evaluated and "
+                         "there is nothing to compare with; leave it 0, and use eval.py")
+
+def broken(path, error):
+    return (f"{path} is broken ({one_line(error)}); move it away, and --resume goes on from the "
+            "checkpoint before it")
+
+# ------------------------------------------------------------------------------------------------
+# Files and errors
+
+def checkpoints(out):
+    """The checkpoints in a run's directory, oldest first."""
+    found = [path.parents[1] for path in Path(out).glob("checkpoint-*/state/state.pt")]
+    found = {path.name.removeprefix("checkpoint-"): path for path in found}
+    return [found[n] for n in sorted(filter(str.isdigit, found), key=int)]
+
+def read_log(out):
+    """The lines of a run's log, without those that a crash cut off or garbled."""
+    path, found = Path(out) / "log.jsonl", []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(dict(json.loads(line)))
+    return found
+
+def discard(path):
+    """Delete, but rename first: half a folder must never look like a whole one."""
+    aside = path.with_name(f"{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        os.replace(path, aside)
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+def stopwatch(device):
+    """A dict of seconds per phase, and a function that ends a phase (one host synchronisation)."""
+    seconds, last = {}, [time.perf_counter()]
+    def lap(name):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        key, now = f"seconds_{name}", time.perf_counter()
+        seconds[key], last[0] = seconds.get(key, 0) + now - last[0], now
+    return seconds, lap
+
+def explain_errors(work):
+    """Call work(). An error that its user can do something about: one sentence and status 1."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
+                "offload, --checkpoint_blocks -1, --batch 6 or less, --no-gather, --fsdp on more "
+                f"GPUs, --lora_rank 64, a smaller --resolution. {one_line(error)}")
+    except (ScorerError, ArithmeticError, OSError) as error:
+        said = str(error)
+    print(f"train.py: {said}", file=sys.stderr)
+    return 1
+
+class Run:
+    """The optimizer, the counters, and everything that is written.
+
+    iteration   how many are done               before  the evaluation of the base
+    stop        begin no other iteration        ema     the average of the trained weights, or []
+    """
+
+    def __init__(self, cfg, model, scorers):
+        self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
+        self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                     betas=(0.9, 0.999), fused=model.device.type == "cuda")
+        self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
+        self.prompts = read_prompts(cfg.eval_prompts or cfg.prompts)
+        if not cfg.eval_prompts:
+            self.prompts = [self.prompts[i] for i in evenly_spaced(len(self.prompts), 8)]
+        self.iteration, self.before, self.evaluated = 0, None, None
+        self.stop, self.skips, self.watchers = False, 0, []
+        self.resumed = path = ([None] + checkpoints(self.out))[-1] if cfg.resume else None
+        if path:
+            try:
+                state = torch.load(path / "state/state.pt", map_location="cpu")
+                self.iteration, self.before = state["iteration"], state["before"]
+                restore(path / "state/sharded", model, self.opt, self.ema)
+            except (Exception, dcp.CheckpointException) as error:
+                raise OSError(broken(path, cause_of(error))) from error
+        self.saved = self.iteration
+        gather_objects(None)                    # all have looked before one of them writes
+        if RANK == 0:
+            self.write_files()
+        gather_objects(None)                    # and nobody goes on before the files are there
+
+    def write_files(self):
+        """The files of a new run; or those of a resumed one, as they were at its checkpoint."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.resumed:
+            kept = [line for line in self.lines() if line["iter"] <= self.iteration]
+            (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(self.out / "log.new", self.out / "log.jsonl")
+        else:                                   # delete what a run wrote, and nothing else
+            for path in [*checkpoints(self.out), *(self.out / name for name in RUN_FILES)]:
+                discard(path)
+        for path in [*self.out.glob("checkpoint-*.old"), self.out / "checkpoint.new"]:
+            shutil.rmtree(path, ignore_errors=True)             # leftovers of a killed save
+        (self.out / "log.jsonl").touch()
+        (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+        (self.out / "samples").mkdir(exist_ok=True)
+        for name in self.cfg.code:              # the loss that this run was made with
+            shutil.copy(HERE / name, self.out)
+        if importlib.util.find_spec("tensorboard"):             # used where it is installed
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
+            atexit.register(board.close)
+            self.watchers.append(lambda numbers, step: [board.add_scalar(name, number, step)
+                                                        for name, number in numbers.items()])
+        if self.cfg.wandb:
+            import wandb
+            self.watchers.append(wandb.init(project=self.cfg.wandb, config=asdict(self.cfg),
+                                            dir=self.out).log)
+
+    # ---------------------------------------------------------------------- the loop's frame
+
+    def iterations(self):
+        """Count through the iterations that are left; evaluate and save between them."""
+        c = self.cfg
+        with tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations,
+                  desc="train", disable=True if RANK else None) as self.bar:
+            for it in self.bar:
+                if any(gather_objects(self.stop)):
+                    return
+                self.norms, self.skipped = [], 0
+                yield it
+                self.iteration = done = it + 1
+                if c.eval_every and done % c.eval_every == 0 and done < c.iterations:
+                    self.evaluate()
+                if c.save_every and done % c.save_every == 0 and done < c.iterations:
+                    self.save()
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, the first Ctrl-C or SIGTERM lets the iteration in hand end, so that --resume
+        repeats nothing. A second Ctrl-C stops at once."""
+        def stop(*_):
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if RANK == 0:
+                tqdm.write("stopping after this iteration, with a checkpoint and pictures; "
+                           "Ctrl-C again stops at once, without")
+        previous = {sign: signal.signal(sign, stop) for sign in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except ScorerError:                     # it comes before an update, so nothing is half
+            if WORLD == 1:                      # done. (Several processes save only together.)
+                self.save()
+            raise
+        finally:
+            for sign, handler in previous.items():
+                signal.signal(sign, handler)
+
+    def finish(self):
+        """The last checkpoint and evaluation, and the curve."""
+        self.save()
+        if self.cfg.eval_every and self.evaluated != self.iteration:
+            self.evaluate()
+        if RANK == 0:
+            draw_curve(self.lines(), self.out / "curve.png")
+            print(f"wrote {self.out}/: " + f"checkpoint-{self.iteration}, " * bool(self.iteration) +
+                  "log.jsonl, " + "before_after.png, samples, " * bool(self.cfg.eval_every) +
+                  "curve.png")
+
+    def diverged(self, what):
+        return ArithmeticError(f"iteration {self.iteration + 1}: {what}; lower lr, now "
+                               f"{self.cfg.lr:g}; {self.newest()}")
+
+    def newest(self):
+        found = checkpoints(self.out)
+        return (f"{found[-1]} is whole, and --resume goes on from there" if found else
+                "no checkpoint was written before")
+
+    def finite(self, latents):
+        """The latents, if they are finite; else the run ends."""
+        if not latents.isfinite().all():
+            raise self.diverged("the model's latents are no longer finite")
+        return latents
+
+    def count_update(self, norm):
+        """Note an update's gradient norm. The update was skipped if it is not finite."""
+        self.norms.append(norm)
+        self.skips = 0 if norm.isfinite() else self.skips + 1
+        self.skipped += self.skips > 0
+        if self.skips and RANK == 0:
+            tqdm.write(f"iter {self.iteration + 1}: the gradient is not finite; this update is "
+                       "skipped")
+        if self.skips >= MAX_SKIPS:
+            raise self.diverged(f"{self.skips} updates in a row had no finite gradient; look at "
+                                "the rewards")
+
+    # ---------------------------------------------------------------------- the log
+
+    def lines(self):
+        return read_log(self.out)
+
+    def write(self, line):
+        """Append a line to log.jsonl, and send it to those who watch."""
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in line.items()}                 # JSON has no nan
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {key: value for key, value in line.items() if key != "iter" and value is not None}
+        for watch in self.watchers:
+            watch(numbers, step=line["iter"])
+
+    def log(self, it, scores, A, log_rhos, seconds, nfe_old, nfe_theta):
+        """One line for all processes, in log.jsonl and on the screen. It has no loss, which is 0
+        before the first update whatever the model does.
+
+        scores {name: (P, G)}, A (P, G); log_rhos: of each step in turn, (..., G), or none.
+        """
+        c, weights = self.cfg, parse_weights(self.cfg.reward_weights, scores).to(A)
+        reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()
+        line = dict(iter=it + 1, reward=reward, reward_std=reward.std(1), **scores,
+                    first_ratio=None, clip_fraction=None, grad_norm=torch.stack(self.norms),
+                    flat_groups=int((A == 0).all(1).sum()), skipped=self.skipped, **seconds,
+                    nfe_old=nfe_old, nfe_theta=nfe_theta)
+        if log_rhos:
+            log_rho = torch.cat([r.flatten() for r in log_rhos])
+            first = log_rho[: len(log_rho) // c.updates_per_iteration]          # before any update
+            line["first_ratio"] = first.clamp(max=80).expm1().abs().max().item()
+            line["clip_fraction"] = clip_fraction(log_rho, c.clip_eps)[None]
+        line = merge(gather_objects({key: value.cpu() if isinstance(value, torch.Tensor) else value
+                                     for key, value in line.items()}))
+        if RANK:
+            return
+        self.write(line)
+        each = " ".join(f"{name} {line[name]:.4f}" for name in scores) + " | "
+        ratio = (f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | "
+                 if log_rhos else "")
+        memory = (f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+                  if self.model.device.type == "cuda" else "")
+        tqdm.write(
+            f"iter {line['iter']:03d}/{c.iterations} | "
+            f"reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each * (len(scores) > 1)}"
+            f"{ratio}gnorm {line['grad_norm']:.2e} | "
+            f"flat {line['flat_groups']} skip {line['skipped']} | "
+            f"roll {line['seconds_rollout']:.2f}s score {line['seconds_reward']:.2f}s "
+            f"update {line['seconds_update']:.2f}s{memory}")
+        self.bar.set_postfix_str(f"reward {line['reward']:.4f}")
+
+    def evaluate(self):
+        """Sample the held-out prompts, always from the same noise. Scores go into the log, a few
+        pictures into samples/, beside those of the base."""
+        n, c = len(self.prompts), self.cfg
+        ts = schedule(c.eval_steps or c.num_rollout_steps, c.shift)
+        solver = "dpmpp_2m" if c.eval_steps else c.solver
+        at_once = c.prompts_per_iteration // WORLD * c.group_size       # as many as in a rollout
+        mine = [(RANK + WORLD * k) % n for k in range(-(-n // WORLD))]  # as many for each process,
+        with self.averaged():                   # for FSDP's sake: so a few prompts come twice
+            parts = gather_objects(evaluate(self.model, self.scorers, self.prompts, ts, solver,
+                                            seed=1_000_000, batch=at_once, chosen=mine))
+        def in_order(pieces):                   # process r had prompts r, r + WORLD, ...
+            return torch.stack(list(pieces), 1).flatten(0, 1)[:n]       # (n, 1, ...)
+        images = in_order(images for images, _ in parts)
+        scores = {name: in_order(scores[name] for _, scores in parts) for name in self.scorers}
+        show = evenly_spaced(n, 8)
+        self.evaluated = self.iteration
+        self.before = self.before or dict(images=images[show, 0], scores=scores)
+        line, said = dict(iter=self.iteration), []
+        for name in scores:                     # a gain is prompt by prompt, from the same noise
+            mean, stderr = mean_and_stderr(scores[name])
+            gain, gain_stderr = mean_and_stderr(scores[name] - self.before["scores"][name])
+            line |= {f"eval_{name}": mean, f"eval_{name}_stderr": stderr,
+                     f"eval_{name}_gain": gain, f"eval_{name}_gain_stderr": gain_stderr}
+            said.append(f"{name} {mean:.4f} +- {stderr:.4f}, gain {gain:+.4f} +- {gain_stderr:.4f}")
+        if RANK:
+            return
+        if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):
+            self.write(line)                    # a resumed run evaluates its last state again
+        kind = "held-out" if c.eval_prompts else "training"
+        tqdm.write(" | ".join([f"eval {self.iteration:03d}", f"{n} {kind} prompts", *said]))
+        rows = {"base": self.before["images"]}
+        if self.iteration:
+            rows[f"aligned, {self.iteration} iterations"] = images[show, 0]
+        picture = self.out / f"samples/{self.iteration:06d}.png"
+        picture_grid(picture, rows, [self.prompts[i] for i in show])
+        shutil.copy(picture, self.out / "before_after.png")
+
+    # ---------------------------------------------------------------------- checkpoints
+
+    def save(self):
+        """checkpoint-<iteration>/: a FluxPipeline directory, or adapters; in state/ what --resume
+        needs. It is written aside, synced to the disk, then renamed."""
+        if self.saved == self.iteration:
+            return
+        if not all(full_tensor(w.isfinite().all()) for w in self.weights()):
+            raise self.diverged("weights are no longer finite, so nothing is saved")
+        path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        try:
+            if RANK == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (aside / "state").mkdir(parents=True)
+            gather_objects(None)
+            self.weights()
+            dcp.save(state_of(self.model, self.opt, self.ema),
+                     checkpoint_id=aside / "state/sharded")
+            with self.averaged():
+                weights = (get_model_state_dict(self.model.transformer, options=whole)
+                           if self.cfg.fsdp else None)
+                if RANK == 0:
+                    self.model.save(aside, weights)
+            if RANK == 0:
+                (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+                torch.save(dict(iteration=self.iteration, before=self.before),
+                           aside / "state/state.pt")
+                discard(path)
+                os.sync()                       # or a power cut leaves the new name on empty files
+                os.replace(aside, path)
+                for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
+                    discard(old)
+        except (Exception, dcp.CheckpointException) as error:   # mostly a full disk, which every
+            shutil.rmtree(aside, ignore_errors=True)            # library reports differently
+            free = shutil.disk_usage(self.out).free / 1e9
+            raise OSError(f"{path} could not be written ({one_line(cause_of(error))}), with "
+                          f"{free:.1f} GB free on the disk; {self.newest()}") from error
+        self.saved = self.iteration
+        gather_objects(None)                    # a process that went on alone might die alone
+
+    def weights(self):
+        """What is trained. With FSDP each process has its shards; --gather may have left whole
+        weights in their place, which go first."""
+        for part in (*self.model.blocks(), self.model.transformer) if self.cfg.gather else ():
+            part.reshard()
+        return self.model.trained()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has the average of its weights, if one is kept."""
+        kept = [w.detach().clone() for w in self.weights()] if self.ema else []
+        self.copy_weights(self.ema)
+        try:
+            yield
+        finally:
+            self.copy_weights(kept)
+
+    @torch.no_grad()
+    def copy_weights(self, values):
+        for w, value in zip(self.weights(), values):
+            w.copy_(value)
