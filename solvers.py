@@ -10,7 +10,7 @@ import torch
 
 
 def schedule(num_steps, shift=1.0, start=1.0):
-    """The T+1 times 1 = t_T > ... > 0: t = shift u / (1 + (shift - 1) u), u evenly from `start` to 0.
+    """The T+1 times 1 = t_T > ... > 0: t = shift u / (1 + (shift - 1) u), u even from `start` to 0.
 
     shift > 1 spends more steps near the noise. FLUX's dynamic shift at a given resolution is this
     one with shift = exp(mu). Returns (T+1,) float32.
