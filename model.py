@@ -6,44 +6,124 @@ Whatever `diffusers.FluxPipeline` can load is loaded by the same lines: the smal
 and FLUX.1-dev alike. Letters: P prompts, M latents (a multiple of P), N image tokens, C channels of
 a token, L text tokens.
 """
+import json, logging, re, shutil
 from pathlib import Path
 import cpu_torchvision                                          # noqa: F401  (before diffusers)
 import diffusers
 import torch
 import transformers
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
 transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
+# It warns of every prompt that is cut. `Flux.cut` counts them once.
+logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0",                # where LoRA goes
              "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
+# ----------------------------------------------------------------------------------------------
+# what can be loaded
+
 def check_model(path):
     """Refuse, before anything is loaded, what is neither a FluxPipeline directory nor a hub id."""
-    if (Path(path) / "model_index.json").is_file():
-        return
-    if Path(path).exists() or str(path).count("/") != 1 or Path(path).parent.exists():
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        check_configs(path, lambda file: path / file)
+    elif path.is_file():
+        raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
+                         "diffusers makes of it: FluxPipeline.from_single_file, save_pretrained")
+    elif path.exists() or len(path.parts) != 2 or path.parent.exists():
         raise ValueError(f"{path} is not a FluxPipeline directory; it must hold model_index.json, "
                          "or be a hub id like black-forest-labs/FLUX.1-dev")
 
 
+def check_configs(path, find):
+    """Refuse another pipeline, and a transformer that cannot be trained here. `find` gives a file."""
+    def read(file):
+        return json.loads(find(file).read_text(encoding="utf-8"))
+
+    kind = read("model_index.json").get("_class_name")
+    if kind != "FluxPipeline":
+        raise ValueError(f"{path} is a {kind}, but must be a FluxPipeline, text to image")
+    config = read("transformer/config.json")
+    channels = config.get("in_channels", 64)
+    if (config.get("out_channels") or channels) != channels:
+        raise ValueError(f"the transformer of {path} takes {channels} channels and gives "
+                         f"{config['out_channels']}; Fill, Depth and Canny models need more inputs "
+                         "than a prompt, and cannot be aligned here")
+    if config.get("quantization_config"):
+        raise ValueError(f"the transformer of {path} is quantized; name the original weights, and "
+                         "train adapters (--lora_rank 64) if memory is scarce")
+
+
+def find_folder(path):
+    """The folder of a pipeline. A hub id is downloaded, after a look at its configuration."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    check_configs(path, lambda file: Path(hf_hub_download(str(path), file)))
+    return Path(FluxPipeline.download(str(path)))
+
+
+def parse_resolution(text):
+    """ "720" or "832x640" (width x height) -> (height, width) in pixels."""
+    if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip())):
+        raise ValueError(f"resolution is {text}, but must be a number of pixels, or like 832x640")
+    width, height = int(match[1]), int(match[2] or match[1])
+    if not all(16 <= side <= 8192 and side % 16 == 0 for side in (width, height)):
+        raise ValueError(f"resolution is {text}, but its sides must be multiples of 16, up to 8192")
+    return height, width
+
+
+# ----------------------------------------------------------------------------------------------
+# adapters
+
 def is_lora(path):
-    """Whether a checkpoint holds only adapters, as train.py --lora_rank writes them."""
-    return (Path(path) / "pytorch_lora_weights.safetensors").is_file()
+    """Whether a path names adapters: a .safetensors file, or a folder with one that diffusers or
+    PEFT wrote."""
+    return lora_file(path) is not None
+
+
+def lora_file(path):
+    path = Path(path)
+    found = [path, path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"]
+    return next((file for file in found if file.is_file() and file.suffix == ".safetensors"), None)
 
 
 def add_lora(transformer, rank):
-    """Add adapters of this rank to all attention projections: float32, alpha twice the rank, zero
-    at first. Nothing else is trained."""
+    """Add adapters of this rank to all attention projections: float32, alpha equal to the rank, so
+    that programs which ignore alpha agree, and zero at first. Nothing else is trained."""
     from peft import LoraConfig
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian",
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                        target_modules=ATTENTION))
-    for w in transformer.parameters():
-        w.data = w.data.float() if w.requires_grad else w.data
 
+
+def load_lora(pipe, path):
+    """Load adapters, in any layout that diffusers knows or in PEFT's own."""
+    file = lora_file(path)
+    try:
+        state, peft = load_file(file), "base_model.model."
+        if all(name.startswith(peft) and "transformer_blocks" in name for name in state):
+            settings = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
+            state = {name.replace(peft, "transformer."): w for name, w in state.items()}
+            for name in [name for name in state if name.endswith(".lora_A.weight")]:
+                alpha = torch.tensor(float(settings["lora_alpha"]))
+                state[name.replace(".lora_A.weight", ".alpha")] = alpha
+            pipe.load_lora_weights(state, adapter_name="default")
+        else:
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="default")
+    except Exception as error:
+        raise ValueError(f"{file} could not be loaded as adapters: {error}") from error
+    if not any("lora_" in name for name, _ in pipe.transformer.named_parameters()):
+        raise ValueError(f"{file} holds no adapters of the transformer")
+
+
+# ----------------------------------------------------------------------------------------------
+# the transformer's blocks
 
 def blocks(transformer):
     """The parts that are gathered, recomputed and compiled one at a time."""
@@ -58,45 +138,55 @@ def recompute(transformer, count):
             checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)))
 
 
+# ----------------------------------------------------------------------------------------------
+
 class Flux:
     """
-    path         a FluxPipeline directory, a hub id, or a FluxPipeline
-    resolution   side of the square images in pixels, a multiple of twice the VAE's factor (16)
+    path         a FluxPipeline directory or a hub id; or a FluxPipeline, which `save` refuses
+    resolution   pixels, multiples of 16: a side, or "832x640" for width x height
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
     checkpoint_blocks  number of blocks whose activations are recomputed in the backward pass, -1:
                  all; it saves memory and costs up to half of an update's time
     compiled     compile the blocks: one graph for each kind of block and size of batch
     frozen       only to be sampled from
     lora_rank    train only adapters of this rank on the attention projections; 0: all weights
-    lora         a folder with pytorch_lora_weights.safetensors, to sample with
+    lora         adapters, a file or a folder: to sample with if frozen, else to train on from there
     text_device  where the text encoders are: "" beside the transformer, "cpu", or "offload", on the
                  CPU between uses
     sharded      leave the transformer on the CPU; the one who shards it moves it
     batch        at most so many latents in one call of a network, to save memory; 0: all
 
     Trained weights are float32. On a GPU the network runs in bf16 by autocast, and frozen weights
-    are bf16. Latents and velocities that cross this border are float32. ValueError: a resolution
-    that does not fit.
+    are bf16. Latents and velocities that cross this border are float32. ValueError: a resolution or
+    adapters that do not fit.
     """
 
     def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0,
                  compiled=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False,
                  batch=0):
         self.device, self.text_device, self.batch = torch.device(device), text_device, batch
-        self.pipe = path if isinstance(path, FluxPipeline) else self.load_pipe(
-            path, trained=not (frozen or lora_rank))
+        every = not (frozen or lora_rank or lora)               # all weights are trained
+        self.pipe, self.folder = path, None
+        if not isinstance(path, FluxPipeline):
+            self.folder = find_folder(path)
+            small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            dtype = {"transformer": torch.float32 if every else small, "default": small}
+            self.pipe = FluxPipeline.from_pretrained(self.folder, dtype=dtype)
         self.pipe.set_progress_bar_config(disable=True)
-        self.transformer = self.pipe.transformer.requires_grad_(not (frozen or lora_rank))
+        self.transformer = self.pipe.transformer.requires_grad_(every)
         self.net = self.transformer                             # is called; DDP wraps it
+        if lora:
+            load_lora(self.pipe, lora)
+        elif lora_rank:
+            add_lora(self.transformer, lora_rank)
+        for name, w in self.transformer.named_parameters():
+            if "lora_" in name and not frozen:
+                w.data = w.requires_grad_().data.float()
+        if not sharded:
+            self.transformer.to(self.device)
         self.encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)      # CLIP, T5
         for part in (self.pipe.vae, *self.encoders):
             part.requires_grad_(False).eval()
-        if lora:
-            self.pipe.load_lora_weights(lora)
-        if lora_rank:
-            add_lora(self.transformer, lora_rank)
-        if not sharded:
-            self.transformer.to(self.device)
         self.pipe.vae.to(self.device)
         for part in self.encoders:
             part.to("cpu" if text_device else self.device)
@@ -105,19 +195,12 @@ class Flux:
             torch._dynamo.config.recompile_limit = 64           # graphs: one for each batch size,
             for block in self.blocks():                         # with gradients and without
                 block.compile(dynamic=False)                    # blocks of a kind share theirs
-        step = 2 * self.pipe.vae_scale_factor                   # pixels of a token's side: the
-        if resolution < step or resolution % step:              # VAE's 8, packed 2 x 2
-            raise ValueError(f"resolution is {resolution}, but must be a multiple of {step}")
-        self.side = resolution // step                          # tokens along a side
-        self.latent_shape = (self.side**2, self.transformer.config.in_channels)         # (N, C)
+        step = 2 * self.pipe.vae_scale_factor                   # a token's pixels: 8, packed 2 x 2
+        self.height, self.width = (side // step for side in parse_resolution(resolution))
+        self.latent_shape = (self.height * self.width, self.transformer.config.in_channels)
         self.img_ids = FluxPipeline._prepare_latent_image_ids(
-            1, self.side, self.side, self.device, torch.float32)                        # (N, 3)
+            1, self.height, self.width, self.device, torch.float32)             # (N, 3)
         self.guidance = guidance if self.transformer.config.guidance_embeds else None
-
-    def load_pipe(self, path, trained):
-        small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        dtype = {"transformer": torch.float32 if trained else small, "default": small}
-        return FluxPipeline.from_pretrained(path, dtype=dtype)
 
     def trained(self):
         """The weights that are trained."""
@@ -129,14 +212,24 @@ class Flux:
     @torch.no_grad()
     def encode(self, prompts):
         """P prompts -> what `velocity` needs: dict(txt (P, L, .) of T5, vec (P, .) of CLIP)."""
-        length = min(512, self.pipe.tokenizer_2.model_max_length)               # FLUX.1-dev: 512
         where = "cpu" if self.text_device == "cpu" else self.device
         for part in self.encoders:
             part.to(where)
-        txt, vec, _ = self.pipe.encode_prompt(prompts, None, where, max_sequence_length=length)
+        txt, vec, _ = self.pipe.encode_prompt(prompts, None, where,
+                                              max_sequence_length=self.text_length())
         for part in self.encoders if self.text_device == "offload" else ():
             part.to("cpu")
         return dict(txt=txt.to(self.device), vec=vec.to(self.device))
+
+    def text_length(self):
+        return min(512, self.pipe.tokenizer_2.model_max_length)                 # FLUX.1-dev: 512
+
+    def cut(self, prompts):
+        """How many prompts are too long: {"CLIP": for CLIP's 77 tokens, "T5": for T5's 512}."""
+        limits = dict(CLIP=(self.pipe.tokenizer, self.pipe.tokenizer.model_max_length),
+                      T5=(self.pipe.tokenizer_2, self.text_length()))
+        return {name: sum(len(ids) > most for ids in read(list(prompts), verbose=False).input_ids)
+                for name, (read, most) in limits.items()}
 
     def velocity(self, x, t, cond):
         """v_theta(x, t): x (M, N, C), t a number or (M,), cond of P prompts, each of which owns M/P
@@ -163,9 +256,10 @@ class Flux:
 
     def unpack(self, x):
         """Tokens to the VAE's grid: "b (h w) (c ph pw) -> b c (h ph) (w pw)" with ph = pw = 2."""
-        x = x.unflatten(1, (self.side, self.side)).unflatten(3, (-1, 2, 2))     # (M, h, w, c, 2, 2)
+        h, w = self.height, self.width
+        x = x.unflatten(1, (h, w)).unflatten(3, (-1, 2, 2))                     # (M, h, w, c, 2, 2)
         x = x.permute(0, 3, 1, 4, 2, 5)                                         # (M, c, h, 2, w, 2)
-        return x.reshape(len(x), -1, 2 * self.side, 2 * self.side)              # (M, c, 2h, 2w)
+        return x.reshape(len(x), -1, 2 * h, 2 * w)                              # (M, c, 2h, 2w)
 
     @torch.no_grad()
     def decode(self, x):
@@ -192,6 +286,18 @@ class Flux:
             with torch.device("meta"):
                 whole = type(self.transformer).from_config(self.transformer.config)
             whole.load_state_dict(weights, assign=True)
-        self.pipe.transformer = whole
-        self.pipe.save_pretrained(path)
-        self.pipe.transformer = self.transformer
+        whole.save_pretrained(Path(path) / "transformer")
+        self.copy_untrained(Path(path))
+
+    def copy_untrained(self, path):
+        """Copy the rest of the base byte for byte: what loads the base then loads this, too."""
+        if self.folder is None:
+            raise ValueError("a model that was not loaded from a folder cannot be saved")
+        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = [name for name in index if name[0] != "_" and name != "transformer"]
+        files = [self.folder / "model_index.json", self.folder / "transformer/config.json"]
+        files += [file for name in parts for file in (self.folder / name).rglob("*")]
+        for file in filter(Path.is_file, files):
+            target = path / file.relative_to(self.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)       # not its mode, which may be read-only

@@ -2,38 +2,44 @@
 Several processes, as torchrun starts them: who this one is, how it joins the others, what they
 share, and how it ends. With one process almost all of this does nothing.
 """
-import atexit, datetime, os, sys, warnings
+import atexit, contextlib, datetime, os, signal, stat, sys, warnings
+from pathlib import Path
 import torch
 import torch.distributed as dist
+if not dist.is_available():
+    sys.exit("this torch was built without torch.distributed, which checkpoints need; install the "
+             "build of pytorch.org for this machine")
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_state_dict, set_state_dict)
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from rewards import ScorerError, one_line
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
+               (("RANK", 0), ("WORLD_SIZE", 1)))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK % (torch.cuda.device_count() or 1)))
 
 
 def init_processes():
-    """Join the other processes, if torchrun started several."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)             # a log file shows lines at once
-    if WORLD == 1 or dist.is_initialized():
+    """Join the other processes, if torchrun or another launcher started several."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                      # a log file shows lines at once; a
+            stream.reconfigure(line_buffering=True, errors="replace")   # terminal without UTF-8
+    if WORLD == 1 or dist.is_initialized():                     # shows "?" for an arrow
         return
     env, where = os.environ, {}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL_RANK)
-    one_node = env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]
+    one_node = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
     if one_node and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store lives on when it restarts the processes, and still has the addresses of
         # the dead ones (pytorch issue 135712). So every attempt uses a prefix of its own.
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         prefix = f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         where = dict(store=dist.PrefixStore(prefix, store), rank=RANK, world_size=WORLD)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = datetime.timedelta(hours=2)                      # all wait while one saves
     dist.init_process_group(backend, timeout=patience, **where)
 
@@ -56,6 +62,16 @@ def merge(lines):
     return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
 
 
+def share_work(n, work):
+    """Divide items 0 to n-1 among the processes. work(my items) -> {name: (items, ...)}; returns
+    the same of all n items, in order, to every process. FSDP wants as many for each process, so a
+    few items come twice."""
+    mine = [(RANK + WORLD * k) % n for k in range(-(-n // WORLD))]
+    parts = gather_objects(work(mine))
+    return {name: torch.stack([part[name] for part in parts], 1).flatten(0, 1)[:n]
+            for name in parts[0]}
+
+
 def full_tensor(w):
     """A tensor that FSDP divided among the processes, whole again."""
     return w.full_tensor() if isinstance(w, DTensor) else w
@@ -73,6 +89,12 @@ def wrap_for_processes(cfg, model):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     elif WORLD > 1:
         model.net = DistributedDataParallel(model.transformer)
+
+
+def whole_weights(model):
+    """{name: tensor} of the transformer that FSDP divided, whole, on the CPU of process 0."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model.transformer, options=options)
 
 
 def state_of(model, opt, ema):
@@ -95,6 +117,46 @@ def cause_of(error):
     """The error inside the one that torch.distributed.checkpoint raises."""
     inside = isinstance(error, dcp.CheckpointException)
     return next(iter(error.failures.values()))[0] if inside else error
+
+
+@contextlib.contextmanager
+def stopping(stop):
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) calls `stop`; a second
+    Ctrl-C ends the process at once."""
+    def handle(sign, _):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if sign != signal.SIGINT and sign != signal.SIGTERM:
+            for stream in (1, 2):                               # nothing can be printed any more
+                if not stat.S_ISREG(os.fstat(stream).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        stop()
+
+    signs = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+             if hasattr(signal, name)]                          # Windows has no SIGHUP
+    previous = {sign: signal.signal(sign, handle) for sign in signs
+                if signal.getsignal(sign) != signal.SIG_IGN}    # nohup ignores it
+    try:
+        yield
+    finally:
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
+
+
+def explain_errors(work):
+    """Call work(). An error that its user can do something about: one sentence and status 1."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
+                "offload, --checkpoint_blocks -1, --batch 6 or less, --no-gather, --fsdp on more "
+                f"GPUs, --lora_rank 64, a smaller --resolution. {one_line(error)}")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        said = ("the transformer could not be compiled; --no-compile runs without. "
+                f"{one_line(error)}")
+    except (ScorerError, ArithmeticError, OSError) as error:
+        said = str(error)
+    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    return 1
 
 
 def exit_process(status):

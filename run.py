@@ -1,25 +1,21 @@
 """
-What a run refuses, writes and survives. No formula of the method is in this file.
-
-  refuses   settings that cannot work, in one sentence, before anything is loaded
-  writes    out_dir/: config.json, log.jsonl, samples/, before_after.png, curve.png, checkpoint-<n>/
-  survives  Ctrl-C, SIGTERM, kill -9, a full disk: --resume continues from the newest whole
-            checkpoint, on a CPU to the last bit; several processes stop after the same iteration
+What a run refuses (settings that cannot work, in one sentence, before anything is loaded), writes
+(out_dir/: config.json, log.jsonl, samples/, before_after.png, curve.png, checkpoint-<n>/) and
+survives (Ctrl-C, kill -9, a full disk: --resume continues from the newest whole checkpoint, on a
+CPU to the last bit). No formula of the method is in this file.
 """
-import atexit, contextlib, importlib.util, json, math, os, shutil, signal, sys, tempfile, time
-import warnings
+import atexit, contextlib, hashlib, importlib.util, json, math, os, shutil, tempfile, time, warnings
 from dataclasses import asdict
 from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 import rewards
 from eval import draw_curve, evaluate, evenly_spaced, mean_and_stderr, picture_grid, read_prompts
-from model import check_model
+from model import check_model, is_lora, parse_resolution
 from neighbor_grpo import clip_fraction
 from processes import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
-                       state_of)
+                       share_work, state_of, stopping, whole_weights)
 from rewards import ScorerError, one_line, parse_weights
 from solvers import schedule
 
@@ -30,7 +26,7 @@ RUN_FILES = ("log.jsonl", "config.json", "neighbor_grpo.py", "baselines.py", "be
 MAX_SKIPS = 10                                  # updates in a row without a finite gradient
 MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
               "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads",
-              "out_dir", "resume", "overwrite")                 # from a run to its --resume
+              "out_dir", "resume", "overwrite", "prompts", "eval_prompts")  # from run to --resume
 
 # ------------------------------------------------------------------------------------------------
 # Settings that are refused
@@ -44,6 +40,7 @@ def check(cfg):
     rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}")
     for source in (cfg.prompts, cfg.eval_prompts or cfg.prompts):
         read_prompts(source)
+    parse_resolution(cfg.resolution)
     check_model(cfg.model)
     check_out_dir(cfg)
 
@@ -56,9 +53,12 @@ def general_rules(c):
          f"{WORLD} processes, which hold whole groups"),
         (not c.fsdp or WORLD > 1,
          "fsdp divides a model among processes, and there is one; start several with torchrun"),
-        (not (c.fsdp and c.lora_rank), "fsdp and lora_rank exclude each other; adapters are small"),
+        (not (c.fsdp and (c.lora_rank or c.init_lora)),
+         "fsdp and adapters exclude each other; adapters fit on every GPU"),
+        (not (c.init_lora and c.lora_rank), "init_lora has its own rank; leave lora_rank out"),
+        (not c.init_lora or is_lora(c.init_lora), f"init_lora {c.init_lora} holds no adapters; it "
+         "must be a .safetensors file, or a folder with one that diffusers or PEFT wrote"),
         (c.fsdp or not c.gather, "gather has an effect only with fsdp"),
-        (c.resolution % 16 == 0, f"resolution is {c.resolution}, but must be a multiple of 16"),
         (c.device == "cpu" or cuda,
          f"device is {c.device}, but must be cpu, or cuda where there is one"),
         (not c.wandb or importlib.util.find_spec("wandb"),
@@ -82,30 +82,43 @@ def check_out_dir(cfg):
             raise ValueError(f"model {cfg.model} lies in {out}, where a new run would delete it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        with tempfile.TemporaryDirectory(dir=out) as trial:     # checkpoints are renamed folders
+            os.mkdir(f"{trial}/a")
+            os.replace(f"{trial}/a", f"{trial}/b")
     except OSError as error:
-        raise ValueError(f"out_dir {out} cannot be made a directory, or written to: "
-                         f"{error.strerror}") from None
+        raise ValueError(f"out_dir {out} must be a directory in which folders can be made and "
+                         f"renamed, and that failed: {error.strerror}") from None
 
 def check_resumed(cfg, path):
     """A run goes on with the settings that it began with, but for MAY_CHANGE."""
     try:
-        before = dict(json.loads((path / "state/config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        before = json.loads((path / "state/config.json").read_text(encoding="utf-8"))
+        began = before.get("contents")
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(broken(path, error)) from None
     if cfg.method != before.get("method", "neighbor"):
         raise ValueError(f"the run to resume is one of method {before.get('method', 'neighbor')}, "
                          f"not {cfg.method}")
     for name, value in asdict(cfg).items():
         old = before.get(name, value)
-        moved = (name in ("model", "prompts", "eval_prompts")   # with the repository
-                 and Path(value).parts[-2:] == Path(old).parts[-2:])
-        if name not in MAY_CHANGE and value != old and not moved:
+        moved = name == "model" and Path(value).parts[-2:] == Path(old).parts[-2:]
+        if name not in MAY_CHANGE and str(value) != str(old) and not moved:
             raise ValueError(f"{name} is {value}, but was {old} in the run to resume; only "
-                             f"{', '.join(MAY_CHANGE[:-3])} may change")
+                             f"{', '.join(MAY_CHANGE[:-5])} may change")
+    now = contents(cfg)
+    for name in sorted({*now, *began}) if began else ():
+        if now.get(name) != began.get(name):
+            raise ValueError(f"{name} names other contents than in the run to resume: the file was "
+                             "changed, or it is another one; give it as it was")
     if cfg.eval_every and not before["eval_every"]:
         raise ValueError("eval_every was 0 in the run to resume, so the base was not evaluated and "
                          "there is nothing to compare with; leave it 0, and use eval.py")
+
+def contents(cfg):
+    """Hashes of what the settings only name: the prompts, and the code of one's own rewards."""
+    files = {name: json.dumps(read_prompts(getattr(cfg, name)))
+             for name in ("prompts", "eval_prompts") if getattr(cfg, name)}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
 
 def broken(path, error):
     return (f"{path} is broken ({one_line(error)}); move it away, and --resume goes on from the "
@@ -123,7 +136,8 @@ def checkpoints(out):
 def read_log(out):
     """The lines of a run's log, without those that a crash cut off or garbled."""
     path, found = Path(out) / "log.jsonl", []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         with contextlib.suppress(ValueError, TypeError):
             found.append(dict(json.loads(line)))
     return found
@@ -145,19 +159,6 @@ def stopwatch(device):
         key, now = f"seconds_{name}", time.perf_counter()
         seconds[key], last[0] = seconds.get(key, 0) + now - last[0], now
     return seconds, lap
-
-def explain_errors(work):
-    """Call work(). An error that its user can do something about: one sentence and status 1."""
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
-                "offload, --checkpoint_blocks -1, --batch 6 or less, --no-gather, --fsdp on more "
-                f"GPUs, --lora_rank 64, a smaller --resolution. {one_line(error)}")
-    except (ScorerError, ArithmeticError, OSError) as error:
-        said = str(error)
-    print(f"train.py: {said}", file=sys.stderr)
-    return 1
 
 class Run:
     """The optimizer, the counters, and everything that is written.
@@ -195,7 +196,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.resumed:
             kept = [line for line in self.lines() if line["iter"] <= self.iteration]
-            (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept),
+                                              encoding="utf-8")
             os.replace(self.out / "log.new", self.out / "log.jsonl")
         else:                                   # delete what a run wrote, and nothing else
             for path in [*checkpoints(self.out), *(self.out / name for name in RUN_FILES)]:
@@ -203,20 +205,35 @@ class Run:
         for path in [*self.out.glob("checkpoint-*.old"), self.out / "checkpoint.new"]:
             shutil.rmtree(path, ignore_errors=True)             # leftovers of a killed save
         (self.out / "log.jsonl").touch()
-        (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+        (self.out / "config.json").write_text(self.settings(), encoding="utf-8")
         (self.out / "samples").mkdir(exist_ok=True)
-        for name in self.cfg.code:              # the loss that this run was made with
-            shutil.copy(HERE / name, self.out)
+        for name in self.cfg.code:              # the loss that this run was made with; not its mode
+            shutil.copyfile(HERE / name, self.out / Path(name).name)
         if importlib.util.find_spec("tensorboard"):             # used where it is installed
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
-            atexit.register(board.close)
-            self.watchers.append(lambda numbers, step: [board.add_scalar(name, number, step)
-                                                        for name, number in numbers.items()])
+            self.watch(self.tensorboard)
         if self.cfg.wandb:
-            import wandb
-            self.watchers.append(wandb.init(project=self.cfg.wandb, config=asdict(self.cfg),
-                                            dir=self.out).log)
+            self.watch(self.weights_and_biases)
+
+    def settings(self):
+        return json.dumps({**asdict(self.cfg), "contents": contents(self.cfg)}, indent=1)
+
+    def tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
+        atexit.register(board.close)
+        return lambda numbers, step: [board.add_scalar(name, number, step)
+                                      for name, number in numbers.items()]
+
+    def weights_and_biases(self):
+        import wandb
+        return wandb.init(project=self.cfg.wandb, config=asdict(self.cfg), dir=self.out).log
+
+    def watch(self, start):
+        """Add a watcher of the log. One that fails is left out: it must not end the run."""
+        try:
+            self.watchers.append(start())
+        except Exception as error:
+            tqdm.write(f"{start.__name__} is left out: {one_line(error)}")
 
     # ---------------------------------------------------------------------- the loop's frame
 
@@ -238,24 +255,19 @@ class Run:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Inside, the first Ctrl-C or SIGTERM lets the iteration in hand end, so that --resume
-        repeats nothing. A second Ctrl-C stops at once."""
-        def stop(*_):
+        """Inside, Ctrl-C lets the iteration in hand end, so that --resume repeats nothing."""
+        def stop():
             self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             if RANK == 0:
                 tqdm.write("stopping after this iteration, with a checkpoint and pictures; "
                            "Ctrl-C again stops at once, without")
-        previous = {sign: signal.signal(sign, stop) for sign in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with stopping(stop):
+                yield
         except ScorerError:                     # it comes before an update, so nothing is half
             if WORLD == 1:                      # done. (Several processes save only together.)
                 self.save()
             raise
-        finally:
-            for sign, handler in previous.items():
-                signal.signal(sign, handler)
 
     def finish(self):
         """The last checkpoint and evaluation, and the curve."""
@@ -304,11 +316,15 @@ class Run:
         """Append a line to log.jsonl, and send it to those who watch."""
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in line.items()}                 # JSON has no nan
-        with open(self.out / "log.jsonl", "a") as file:
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "iter" and value is not None}
-        for watch in self.watchers:
-            watch(numbers, step=line["iter"])
+        for watcher in list(self.watchers):
+            try:
+                watcher(numbers, step=line["iter"])
+            except Exception as error:
+                self.watchers.remove(watcher)
+                tqdm.write(f"a watcher of the log is left out: {one_line(error)}")
 
     def log(self, it, scores, A, log_rhos, seconds, nfe_old, nfe_theta):
         """One line for all processes, in log.jsonl and on the screen. It has no loss, which is 0
@@ -353,15 +369,13 @@ class Run:
         ts = schedule(c.eval_steps or c.num_rollout_steps, c.shift)
         solver = "dpmpp_2m" if c.eval_steps else c.solver
         at_once = c.prompts_per_iteration // WORLD * c.group_size       # as many as in a rollout
-        mine = [(RANK + WORLD * k) % n for k in range(-(-n // WORLD))]  # as many for each process,
-        with self.averaged():                   # for FSDP's sake: so a few prompts come twice
-            parts = gather_objects(evaluate(self.model, self.scorers, self.prompts, ts, solver,
-                                            seed=1_000_000, batch=at_once, chosen=mine))
-        def in_order(pieces):                   # process r had prompts r, r + WORLD, ...
-            return torch.stack(list(pieces), 1).flatten(0, 1)[:n]       # (n, 1, ...)
-        images = in_order(images for images, _ in parts)
-        scores = {name: in_order(scores[name] for _, scores in parts) for name in self.scorers}
-        show = evenly_spaced(n, 8)
+        def sample_and_score(mine):
+            images, scores = evaluate(self.model, self.scorers, self.prompts, ts, solver,
+                                      seed=1_000_000, batch=at_once, chosen=mine)
+            return dict(scores, images=images)
+        with self.averaged():
+            scores = share_work(n, sample_and_score)                    # {name: (n, 1)}
+        images, show = scores.pop("images"), evenly_spaced(n, 8)        # (n, 1, 3, H, W)
         self.evaluated = self.iteration
         self.before = self.before or dict(images=images[show, 0], scores=scores)
         line, said = dict(iter=self.iteration), []
@@ -394,7 +408,6 @@ class Run:
         if not all(full_tensor(w.isfinite().all()) for w in self.weights()):
             raise self.diverged("weights are no longer finite, so nothing is saved")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         try:
             if RANK == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -404,16 +417,16 @@ class Run:
             dcp.save(state_of(self.model, self.opt, self.ema),
                      checkpoint_id=aside / "state/sharded")
             with self.averaged():
-                weights = (get_model_state_dict(self.model.transformer, options=whole)
-                           if self.cfg.fsdp else None)
+                weights = whole_weights(self.model) if self.cfg.fsdp else None
                 if RANK == 0:
                     self.model.save(aside, weights)
             if RANK == 0:
-                (aside / "state/config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+                (aside / "state/config.json").write_text(self.settings(), encoding="utf-8")
                 torch.save(dict(iteration=self.iteration, before=self.before),
                            aside / "state/state.pt")
                 discard(path)
-                os.sync()                       # or a power cut leaves the new name on empty files
+                if hasattr(os, "sync"):         # not on Windows
+                    os.sync()                   # or a power cut leaves the new name on empty files
                 os.replace(aside, path)
                 for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
                     discard(old)

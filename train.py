@@ -19,10 +19,10 @@ import rewards
 from eval import read_prompts
 from model import Flux
 from neighbor_grpo import advantages, clipped_objective, combine_rewards, log_ratio, perturb_noise
-from processes import (LOCAL_RANK, RANK, WORLD, exit_process, full_tensor, gather_objects,
-                       init_processes, wrap_for_processes)
+from processes import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
+                       gather_objects, init_processes, wrap_for_processes)
 from rewards import parse_weights
-from run import HERE, Run, check, explain_errors, stopwatch
+from run import HERE, Run, check, stopwatch
 from solvers import ddim_step, rollout, schedule
 
 def train(cfg, model, scorers, run):
@@ -185,7 +185,7 @@ class Config:
                           + ", ".join(rewards.SCORERS))
     reward_weights: str = option("", "a number for each, comma-separated; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "more scorers, comma-separated, that are only watched")
-    resolution: int = option(720, "side of the images in pixels, a multiple of 16", "[16, 8192]")
+    resolution: str = option("720", "pixels, multiples of 16: a side, or 832x640, width x height")
     guidance: float = option(3.5, "FLUX's guidance input", "(-inf, inf)")
     shift: float = option(3.0, "timestep shift of the schedule", "[0.01, 100]")
     # method
@@ -212,6 +212,7 @@ class Config:
     weight_decay: float = option(1e-4, "AdamW's weight decay", "[0, 1]")
     max_grad_norm: float = option(1.0, "longer gradients are cut to this norm", "(0, inf)")
     lora_rank: int = option(0, "train only LoRA adapters of this rank; 0: all weights", "[0, 1024]")
+    init_lora: str = option("", "adapters to begin with and to train on: a file or a folder")
     ema: float = option(0.0, "decay of an average of the trained weights, which is then evaluated "
                         "and saved; 0: none", "[0, 1)")
     # memory and speed
@@ -247,6 +248,8 @@ class Config:
     code: ClassVar = ("neighbor_grpo.py",)                      # kept with the run
 
     def __post_init__(self):
+        for name in ("model", "prompts", "eval_prompts", "init_lora", "out_dir"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))    # "~" after "=", too
         self.prompts_per_iteration = self.prompts_per_iteration or WORLD
         self.device = f"cuda:{LOCAL_RANK}" if self.device == "cuda" else self.device
 
@@ -281,7 +284,7 @@ def is_positive(text):
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"),
                  eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"), rewards="clip",
-                 eval_scorers="judge", resolution=64, shift=1.0, iterations=150,
+                 eval_scorers="judge", resolution="64", shift=1.0, iterations=150,
                  prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0, compile=False),
     # the rows of Table 3
     "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),
@@ -329,15 +332,16 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
         parser.error(sentence) if RANK == 0 else sys.exit(2)
     return cfg
 
-def announce(c, model, run):
+def announce(c, model, run, cut):
     """Say what will happen, and what it costs."""
     count, (tokens, channels) = sum(w.numel() for w in model.trained()), model.latent_shape
     groups, kind = c.prompts_per_iteration // WORLD, "FSDP2" if c.fsdp else "DDP"
     print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters"
-          + f" of adapters, rank {c.lora_rank}" * bool(c.lora_rank) +
+          + " of adapters" * bool(c.lora_rank or c.init_lora) +
           f", {c.resolution}x{c.resolution}, latent {tokens} x {channels}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
-          f"{'held out' if c.eval_prompts else 'of them to watch'}\n"
+          f"{'held out' if c.eval_prompts else 'of them to watch'}"
+          + "".join(f"; {name} cuts {n} of them" for name, n in cut.items() if n) + "\n"
           f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers) +
           f"\niteration  {c.plan()}\n"
           f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
@@ -349,29 +353,30 @@ def announce(c, model, run):
 
 def load(cfg):
     return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks,
-                cfg.compile, lora_rank=cfg.lora_rank, text_device=cfg.text_encoder_device,
-                sharded=cfg.fsdp, batch=cfg.batch)
+                cfg.compile, lora_rank=cfg.lora_rank, lora=cfg.init_lora,
+                text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
 
 def start(cfg, algorithm):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)                                 # of LoRA's first weights
+    if cfg.device != "cpu":
+        torch.cuda.set_device(cfg.device)
     prompts = read_prompts(cfg.prompts) + read_prompts(cfg.eval_prompts or cfg.prompts)
+    names, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_scorers)
     try:
-        names = rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}")
-        scorers = rewards.load_all(names, cfg.device, prompts)
+        scorers = rewards.load_all(names | watched, cfg.device, prompts)
         model = load(cfg)
     except ValueError as error:                                 # a broken file
         raise OSError(rewards.one_line(error)) from error
     wrap_for_processes(cfg, model)
     run = Run(cfg, model, scorers)
     if RANK == 0:
-        announce(cfg, model, run)
+        announce(cfg, model, run, model.cut(prompts))
     with run.interruptible():
         if run.before is None and cfg.eval_every:
             run.evaluate()                                      # the base
-        trained_on = {name: scorers[name] for name in rewards.parse(cfg.rewards)}
-        algorithm(cfg, model, trained_on, run)
+        algorithm(cfg, model, {name: scorers[name] for name in names}, run)
         run.finish()
 
 def main(argv=None, parse_config=parse_config, algorithm=train):
