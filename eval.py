@@ -10,28 +10,26 @@ All models get the same prompts and the same noise. A row of the table has the N
 seconds of an iteration, from the run's log, and the mean +- standard error over prompts of every
 scorer, underlined where the run was trained on it. A second table has the differences from the
 first row, prompt by prompt, with their own standard errors, and diversity: the root-mean-square
-distance, over pixels, of two pictures of one prompt.
-
-Every picture and score is kept in --out_dir. The same command continues an evaluation that was
-stopped, and makes only what is missing. paper/votes.py lets people vote on the pictures.
+distance, over pixels, of two pictures of one prompt. The same command continues an evaluation that
+was stopped: it makes only what --out_dir lacks. paper/votes.py lets people vote on the pictures.
 """
-import argparse, functools, hashlib, json, math, os, shutil, statistics, sys
+import argparse, contextlib, functools, hashlib, json, math, os, shutil, statistics, sys
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 import rewards
-from model import Flux, check_model, is_lora
+from model import Flux, check_model, is_lora, parse_resolution
 from processes import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
 from prompts import evenly_spaced, read_prompts
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
 SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="clip,judge",
-             images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution=64, batch=64)
+             images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic",
-             images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution=1024, batch=4)
+             images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution="1024", batch=4)
 TITLES = dict(hpsv2="HPSv2.1", pickscore="Pick / 100", imagereward="Img.Rwd.", clipscore="CLIP",
               unifiedreward="Unified.", aesthetic="Aes.")       # the scorers in Table 1, which
 UNITS = dict(pickscore=100)                                     # prints PickScore over 100
@@ -47,15 +45,12 @@ def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0
     The noise depends on (seed, index of the prompt) alone, so all models see the same. With a
     `base`, the last (1 - hybrid) of the steps are the base's: MixGRPO's hybrid inference.
     """
-    def noise_of(i):
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        return torch.randn(n, *model.latent_shape, generator=rng)
-
+    rngs = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
+    noise = torch.cat([torch.randn(n, *model.latent_shape, generator=rng) for rng in rngs])
     handover = ts[round(hybrid * (len(ts) - 1))] if base else -1
-    noise = torch.cat([noise_of(i) for i in indices]).to(model.device)      # (p n, N, C)
     cond = model.encode(prompts)
     traj, _ = rollout(lambda x, t: (model if t > handover else base).velocity(x, t, cond),
-                      noise, ts, solver)
+                      noise.to(model.device), ts, solver)                   # (T+1, p n, N, C)
     if not traj[-1].isfinite().all():
         raise ArithmeticError(f"the latents of {prompts[0]!r} are not finite; the model's weights "
                               "are broken, or its guidance is too large")
@@ -99,54 +94,63 @@ def diversity(images):
 # Drawings
 
 def picture_grid(path, rows, captions):
-    """Write a PNG with one labelled row of pictures per checkpoint, prompts below.
-    rows: {label: (k, 3, H, W) uint8}, captions: k."""
-    side = 128 if next(iter(rows.values())).shape[-1] <= 128 else 256
-    gap, left, font = 6, 84, ImageFont.load_default(11)
-    lines = [wrap_text(caption, side * 5 // 32)[:5] for caption in captions]
-    bottom = len(rows) * (side + gap)
-    canvas = Image.new("RGB", (left + len(captions) * (side + gap),
+    """Write a PNG with one labelled row of pictures per checkpoint, and the prompts below.
+
+    rows: {label: (k, 3, H, W) uint8}, all of one size; captions: k. The font is DejaVu Sans. It has
+    no Chinese, Japanese or Korean: boxes stand for them.
+    """
+    import matplotlib                                           # which brings the font
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
+    H, W = next(iter(rows.values())).shape[2:]
+    scale = (128 if max(H, W) <= 128 else 256) / max(H, W)
+    height, width, left, gap = round(scale * H), round(scale * W), 96, 6
+    lines = [wrap_text(caption, width, font)[:5] for caption in captions]
+    bottom = len(rows) * (height + gap)
+    canvas = Image.new("RGB", (left + len(captions) * (width + gap),
                                bottom + 14 * max(map(len, lines)) + 6), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (label, images) in enumerate(rows.items()):
-        y = row * (side + gap)
-        draw.multiline_text((4, y + side // 2 - 8), "\n".join(wrap_text(label, 13)), "black", font)
+        y, label = row * (height + gap), "\n".join(wrap_text(label, left - 8, font))
+        draw.multiline_text((4, y + height // 2), label, "black", font, anchor="lm")
         for column, image in enumerate(images):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(picture, (left + column * (side + gap), y))
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            canvas.paste(picture, (left + column * (width + gap), y))
     for column, line in enumerate(lines):
-        draw.multiline_text((left + column * (side + gap), bottom), "\n".join(line), "black", font)
+        draw.multiline_text((left + column * (width + gap), bottom), "\n".join(line), "black", font)
     canvas.save(path)
 
-def wrap_text(text, width):
+def wrap_text(text, width, font):
+    """Lines that are at most `width` pixels wide. They break at spaces, or else anywhere."""
     lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
+    for letter in " ".join(text.split()):
+        if font.getlength((lines[-1] + letter).strip()) > width:
+            line, _, word = lines[-1].rpartition(" ")
+            lines[-1:] = [line, word] if line else [word, ""]
+        lines[-1] += letter
+    return [line.strip() for line in lines]
 
 def draw_curve(lines, path):
     """Draw a log's training reward, and the held-out scores with their standard errors."""
     from matplotlib.figure import Figure
-    steps = [line for line in lines if "reward" in line]
-    evals = [line for line in lines if "reward" not in line]
-    names = [key for key in (evals[0] if evals else {})
-             if key.startswith("eval_") and not key.endswith(("_stderr", "_gain"))]
-    figure = Figure(figsize=(4 * (1 + len(names)), 3), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(names), squeeze=False)[0]
-    done, reward = [line["iter"] for line in steps], [line["reward"] for line in steps]
-    first.plot(done, reward, color="tab:blue", alpha=0.3)
-    if len(reward) >= 10:
-        mean = np.convolve(reward, np.ones(10) / 10, "valid")
-        first.plot(done[9:], mean, color="tab:blue", label="mean of 10")
-        first.legend()
-    first.set(title="training reward", xlabel="iteration")
-    for panel, name in zip(others, names):
-        x, y, stderr = ([line[key] for line in evals] for key in ("iter", name, f"{name}_stderr"))
-        panel.errorbar(x, y, stderr, marker="o", markersize=3, capsize=2)
-        panel.set(title=f"{name.removeprefix('eval_')} on held-out prompts", xlabel="iteration")
+    evaluated = next((line for line in lines if "reward" not in line), {})
+    keys = ["reward", *(key for key in evaluated if f"{key}_stderr" in evaluated
+                        and not key.endswith("_gain"))]
+    figure = Figure(figsize=(4 * len(keys), 3), layout="constrained")
+    for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        some = [line for line in lines if key in line]
+        x, y = [line["iter"] for line in some], np.array([line[key] for line in some], float)
+        if key == "reward":
+            panel.plot(x, y, color="tab:blue", alpha=0.3)
+            if len(y) >= 10:
+                panel.plot(x[9:], np.convolve(y, np.ones(10) / 10, "valid"), color="tab:blue",
+                           label="mean of 10")
+                panel.legend()
+        else:
+            stderr = [line[f"{key}_stderr"] for line in some]
+            panel.errorbar(x, y, stderr, marker="o", markersize=3, capsize=2)
+        where = "on held-out prompts" if key in evaluated else "in training"
+        panel.set(title=f"{key.removeprefix('eval_')} {where}", xlabel="iteration")
     figure.savefig(path, dpi=120)
 
 # ------------------------------------------------------------------------------------------------
@@ -172,15 +176,18 @@ def weights_of(path):
     return fingerprint(path if is_lora(path) else path / "transformer", "*.safetensors")
 
 def label_of(path):
-    """The last two parts of a checkpoint's path, "tiny-checkpoint-150": the name of its folder in
-    --out_dir."""
-    path = Path(path)
-    return "-".join(path.resolve().parts[-2:] if path.exists() else path.parts)
+    """The last two parts of a checkpoint's path, "tiny-checkpoint-150": its folder's name."""
+    path = Path(path).resolve() if Path(path).exists() else Path(path)
+    return "-".join(path.relative_to(path.anchor).parts[-2:]) or "root"
 
 def write(file, save):
     """Call save(path) for a path beside `file`, then rename: a file that is there is whole."""
-    save(aside := file.with_name(f"{file.name}.{os.getpid()}"))
-    os.replace(aside, file)
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        save(aside)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 def write_text(file, text):
     write(file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -200,33 +207,37 @@ class Row:
             prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid,
             base=([label_of(args.model), weights_of(args.model)] if hybrid or is_lora(path)
                   else []))
-        for key in ("images_per_prompt", "solver", "steps", "shift", "resolution", "guidance",
-                    "seed"):
+        for key in ("images_per_prompt solver steps shift resolution guidance seed").split():
             self.settings[key] = getattr(args, key)
         if (self.folder / "pictures").exists() and not args.overwrite:
-            self.check_settings()
+            self.check_settings(read_json(self.folder / "settings.json"))
 
-    def check_settings(self):
-        before = read_json(self.folder / "settings.json")
-        advice = "use --overwrite or another --out_dir"
+    def check_settings(self, before):
         if not before:
             raise ValueError(f"{self.folder} holds pictures, and nothing that says how they were "
-                             f"made; {advice}")
+                             "made; use --overwrite or another --out_dir")
         for key, value in self.settings.items():
             if before.get(key) != value:
                 named = isinstance(value, (str, int, float)) and key != "prompts"
                 what = f"another {key} than {value}" if named else f"other {key}"
-                raise ValueError(f"{self.folder} holds pictures of {what}; {advice}")
+                raise ValueError(f"{self.folder} holds pictures of {what}; use --overwrite or "
+                                 "another --out_dir")
 
     def begin(self, overwrite):
-        if overwrite and (self.folder / "pictures").exists():
-            aside = self.folder.with_name(f"{self.label}.old")  # renamed first: half a folder must
-            shutil.rmtree(aside, ignore_errors=True)            # not look like a whole one
-            os.replace(self.folder, aside)
+        pictures, aside = self.folder / "pictures", self.folder / "pictures.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        if overwrite and pictures.exists():
+            os.replace(pictures, aside)         # first: half of the pictures must not look like all
             shutil.rmtree(aside)
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in [("settings", self.settings), ("prompts", self.prompts)]:
             write_text(self.folder / f"{name}.json", json.dumps(content, indent=1))
+        pictures.mkdir(exist_ok=True)
+        now = (self.folder / "prompts.json").stat().st_mtime
+        for file in self.folder.rglob("*.*.[0-9]*"):            # leftovers of killed saves, or of
+            with contextlib.suppress(FileNotFoundError):        # another eval.py that is at work
+                if now - file.stat().st_mtime > 600:            # here: a save takes no 10 minutes
+                    file.unlink()
 
     def files(self, i):
         return [self.folder / f"pictures/{i:05d}-{k}.png" for k in range(self.n)]
@@ -311,14 +322,13 @@ def tables(results, names):
         return f"{row[key] / unit:{sign}.4f} ± {row[key + '_stderr'] / unit:.4f}"
 
     titles = [TITLES.get(name, name) for name in names]
-    one = [line("Method", "Solver_old", "NFE_old ↓", "NFE_theta ↓", "s / Iter. ↓",
-                *(f"{title} ↑" for title in titles)), "|---" * (5 + len(names)) + "|"]
-    two = [line(f"over {results[0]['label']}", *titles, "diversity"),
-           "|---" * (2 + len(names)) + "|"]
+    head = ["Method", "Solver_old", "NFE_old ↓", "NFE_theta ↓", "s / Iter. ↓"]
+    one = [line(*head, *(f"{title} ↑" for title in titles)), "|---" * (5 + len(names)) + "|"]
+    head = [f"over {results[0]['label']}", *titles, "diversity"]
+    two = [line(*head), "|---" * len(head) + "|"]
     for row in results:
-        marks = [number(row, name) for name in names]
-        marks = [f"<u>{mark}</u>" if name in row["trained_on"] else mark
-                 for name, mark in zip(names, marks)]
+        marks = [f"<u>{number(row, name)}</u>" if name in row["trained_on"] else number(row, name)
+                 for name in names]
         gains = [number(row, f"{name}_gain", "+") for name in names]
         spread = "-" if row["diversity"] is None else f"{row['diversity']:.3f}"
         one.append(line(row["label"], row["solver"], row["nfe_old"], row["nfe_theta"],
@@ -342,9 +352,8 @@ def report(args, rows, chosen):
             distances = [diversity(row.pictures(i)[None] / 255) for i in chosen]
             result["diversity"] = torch.cat(distances).mean().item()
         for name in args.specs:
-            result[name], result[f"{name}_stderr"] = mean_and_stderr(each[name])
-            gain = mean_and_stderr(each[name] - first[name])
-            result[f"{name}_gain"], result[f"{name}_gain_stderr"] = gain
+            for key, x in [(name, each[name]), (f"{name}_gain", each[name] - first[name])]:
+                result[key], result[f"{key}_stderr"] = mean_and_stderr(x)
         results.append(result)
     out, table = Path(args.out_dir), tables(results, list(args.specs))
     print("\n" + table + "\n")
@@ -367,27 +376,22 @@ def is_small(path):
     return all(one.get(key) == value for key, value in small.items() if not key.startswith("_"))
 
 def parse_args(argv=None):
-    """Command line -> settings and rows; or one sentence and exit code 2, before any model is
-    loaded."""
-    cuda = torch.cuda.is_available()
+    """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
     options = dict(                                             # default None: SMALL's or LARGE's
         model=(str(HERE / "tiny/flux"), "the base: a FluxPipeline directory or a hub id"),
         prompts=(None, "a file of prompts, see prompts.py; or hpdv2_test, hpdv2_train"),
         num_prompts=(0, "only so many of them, evenly spaced; 0: all"),
         scorers=(None, f"some of {', '.join(rewards.SCORERS)}"),
         images_per_prompt=(None, "n, at least 2 for diversity"),
-        solver=(None, "ddim or dpmpp_2m"),
-        steps=(None, "of the solver"),
-        shift=(None, "of the time steps"),
-        resolution=(None, "side in pixels"),
+        solver=(None, "ddim or dpmpp_2m"), steps=(None, "of the solver"),
+        shift=(None, "of the time steps"), seed=(0, "of the noise"),
+        resolution=(None, "pixels: a side, or width x height like 832x640"),
         guidance=(3.5, "guidance scale, an input of FLUX.1-dev"),
         hybrid=(0.0, "share of the first steps taken by a checkpoint, the rest by --model, as "
                      "MixGRPO evaluates (its paper: 0.8); 0: off"),
-        seed=(0, "of the noise"),
-        batch=(None, "pictures at a time"),
-        columns=(8, "prompts shown in the grid"),
+        batch=(None, "pictures at a time"), columns=(8, "prompts shown in the grid"),
         out_dir=("out/eval", "for table.md, results.json, grid.png and a folder per row"),
-        device=("cuda" if cuda else "cpu", "cuda or cpu"))
+        device=("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -397,9 +401,8 @@ def parse_args(argv=None):
         if default is None:
             shown = f"for a model like tiny/flux {SMALL[name]}, for another {LARGE[name]}"
             kind = type(LARGE[name])
-        shown = shown.replace(f"{HERE}/", "")
-        parser.add_argument(f"--{name}", type=kind, default=default,
-                            help=f"{text} (default {shown})")
+        text = f"{text} (default {shown})".replace(f"{HERE}/", "")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--checkpoint", nargs="*", default=[],
                         help="models aligned from it: FluxPipeline directories, or adapters for it")
     parser.add_argument("--overwrite", action="store_true",
@@ -418,25 +421,22 @@ def check(args):
     for name, value in (SMALL if is_small(args.model) else LARGE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    height, width = parse_resolution(args.resolution)
+    args.resolution = height if height == width else f"{width}x{height}"
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
     schedule(args.steps, args.shift)
     cuda, by_checkpoint = torch.cuda.is_available(), round(args.hybrid * args.steps)
     for holds, sentence in [
         (args.specs, f"scorers is empty; name at least one of {', '.join(rewards.SCORERS)}"),
-        (min(args.images_per_prompt, args.columns, args.batch) >= 1,
-         "images_per_prompt, columns and batch must be at least 1"),
-        (args.num_prompts >= 0, f"num_prompts is {args.num_prompts}, but must be at least 0"),
+        (min(args.images_per_prompt, args.columns, args.batch, args.num_prompts + 1) >= 1,
+         "images_per_prompt, columns and batch must be at least 1, and num_prompts 0"),
         (args.solver in SOLVERS, f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
-        (0.01 <= args.shift <= 100,
-         f"shift is {args.shift:g}, but must lie between 0.01 and 100"),
+        (0.01 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0.01 to 100"),
         (args.hybrid == 0 or 0 < by_checkpoint < args.steps,
          f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the "
          f"{args.steps} steps"),
-        (math.isfinite(args.guidance),
-         f"guidance is {args.guidance}, but must be a finite number"),
-        (args.resolution >= 16 and args.resolution % 16 == 0,
-         f"resolution is {args.resolution}, but must be a multiple of 16"),
+        (math.isfinite(args.guidance), f"guidance is {args.guidance}, but must be finite"),
         (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
         (args.device == "cpu" or (cuda and args.device.startswith("cuda")),
          f"device is {args.device}, but must be cpu, or cuda where there is one"),
@@ -457,10 +457,9 @@ def check(args):
 
 def load_models(args, row):
     """The model of a row and, for hybrid sampling, the base."""
-    def load(path, lora=""):
-        return Flux(path, args.resolution, args.device, args.guidance, frozen=True, lora=lora)
-
-    model = load(args.model, row.path) if is_lora(row.path) else load(row.path)
+    load = functools.partial(Flux, resolution=args.resolution, device=args.device,
+                             guidance=args.guidance, frozen=True)
+    model = load(args.model, lora=row.path) if is_lora(row.path) else load(row.path)
     return model, load(args.model) if row.settings["hybrid"] else None
 
 def main(argv=None):
@@ -473,7 +472,7 @@ def main(argv=None):
         scorers = {spec: scorers[name] for name, spec in args.named.items()}
         if RANK == 0:
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
-                  f"{args.resolution}x{args.resolution}, {args.solver} {args.steps} steps, shift "
+                  f"resolution {args.resolution}, {args.solver} {args.steps} steps, shift "
                   f"{args.shift:g}, guidance {args.guidance:g}, seed {args.seed}, hybrid "
                   f"{args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:

@@ -7,7 +7,7 @@ without knowing whose they are, and the win rate from the votes that they send b
 
 The page is one HTML file, pairs.html, with the pictures inside. It needs no server and no network.
 """
-import argparse, base64, hashlib, io, json, random
+import argparse, base64, hashlib, io, json, random, sys
 from pathlib import Path
 from PIL import Image
 from prompts import evenly_spaced
@@ -91,11 +91,16 @@ def data_urls(paths):
 
 def read_votes(paths):
     """The files that voters saved from one page -> a list with the content of each: {study, a, b,
-    voter, votes: [{index, prompt, winner}]}. ValueError for files that cannot be counted."""
+    voter, votes: [{index, winner, ...}]}. ValueError for files that cannot be counted.
+
+    A file has the JSON that the page saved, or the text that it shows: the same in base64.
+    """
     files = []
     for path in paths:
         try:
-            file = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            text = Path(path).read_text(encoding="utf-8-sig").strip()
+            is_json = text.startswith("{")
+            file = json.loads(text if is_json else base64.b64decode(text).decode("utf-8"))
             indices = [vote["index"] for vote in file["votes"]]
             is_votes = (all(isinstance(file[key], str) for key in ("study", "a", "b", "voter"))
                         and all(type(index) is int for index in indices)
@@ -103,8 +108,8 @@ def read_votes(paths):
         except (OSError, ValueError, KeyError, TypeError):
             is_votes = False
         if not is_votes:
-            raise ValueError(f"{path} is not a votes file; it must be the JSON file that "
-                             "pairs.html saved")
+            raise ValueError(f"{path} is not a votes file; it must be the file that "
+                             "pairs.html saved, or the text that it showed")
         if not indices or len(indices) != len(set(indices)):
             raise ValueError(f"{path} must hold at least one vote, and one vote a prompt")
         for other, earlier in zip(files, paths):
@@ -169,6 +174,8 @@ def main(argv=None):
     count = commands.add_parser("count", help="print how often B was preferred over A")
     count.add_argument("files", metavar="FILE", nargs="+", help="what people saved from the page")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")                # labels, where there is no UTF-8
     try:
         if args.command == "pairs":
             path = write_pairs(args.a, args.b, args.out_dir, args.count, args.seed)

@@ -1,0 +1,144 @@
+"""
+prompts.py: what it takes for a file of prompts, and what it refuses.
+
+    python -m pytest -q tests/test_prompts.py
+"""
+import json
+from pathlib import Path
+import pytest
+from prompts import evenly_spaced, read_prompts
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def read(name, text):
+    Path(name).write_text(text, encoding="utf-8", newline="")
+    return read_prompts(name)
+
+
+def test_hpdv2s_published_files_are_read_as_they_are():
+    styles = ["anime", "concept-art", "paintings", "photo"]
+    Path("hpdv2/benchmark").mkdir(parents=True)
+    for style in styles:                                        # a list of strings each
+        text = json.dumps([f"{style} {i}, “quoted”" for i in range(3)])
+        Path(f"hpdv2/benchmark/{style}.json").write_text(text, encoding="utf-8")
+    pairs = [dict(prompt=f"p{i // 2}", human_preference=[1, 0], file_path=["a", "b"])
+             for i in range(6)]
+    Path("hpdv2/train.json").write_text(json.dumps(pairs), encoding="utf-8")
+    four = [f"{style} {i}, “quoted”" for style in styles for i in range(3)]
+    assert read_prompts("hpdv2_test") == four == read_prompts("hpdv2/benchmark")
+    assert read_prompts("hpdv2_train") == ["p0", "p1", "p2"]
+    assert read_prompts("hpdv2/benchmark/photo.json") == [f"photo {i}, “quoted”" for i in range(3)]
+    ranked = [dict(prompt="q", image_path=["a"], rank=[1], raw_annotations=[])]
+    assert read("test.json", json.dumps(ranked)) == ["q"]
+
+
+@pytest.mark.parametrize("text, prompts", [
+    ("a cat, red, big\na dog, blue, small\n", ["a cat, red, big", "a dog, blue, small"]),
+    ("a cat,red,big\na dog,blue\n", ["a cat,red,big", "a dog,blue"]),
+    ("id, or identity\nego\n", ["id, or identity", "ego"]),
+    ("a; b; c\nd; e; f\n", ["a; b; c", "d; e; f"]),
+    ('"Hello", he said\n"unclosed\nthe "word"\n', ['"Hello", he said', '"unclosed', 'the "word"']),
+    ("[photo] a cat\n{red|blue} dog\n", ["[photo] a cat", "{red|blue} dog"]),
+    ("one\r\ntwo\rthree", ["one", "two", "three"]),
+    ("\ta cat\t\n a dog ", ["a cat", "a dog"]),                 # tabs around a prompt are spaces
+    ("a cat", ["a cat"]),
+])
+def test_a_text_file_has_one_prompt_a_line_whatever_its_commas(text, prompts):
+    assert read("a.txt", text) == prompts
+
+
+@pytest.mark.parametrize("name", ["p.tsv", "p.txt"])
+def test_partiprompts_is_read_by_its_column(name):
+    table = ("Prompt\tCategory\tChallenge\tNote\n"              # as it is published
+             "a photo of a cat, red\tAnimals\tBasic\t\n"
+             'a wall with "Fly" on it. \tOutdoor Scenes\tComplex\tGLIDE\n'
+             '"Hi" on a sign\tArts\tBasic\t\n')
+    assert read(name, table) == ["a photo of a cat, red", 'a wall with "Fly" on it.',
+                                 '"Hi" on a sign']
+
+
+@pytest.mark.parametrize("name, table", [
+    ("p.csv", 'id,PROMPT\r\n1,"a cat, ""red"""\r\n2,"two\nlines"\r\n3,\r\n'),
+    ("p.csv", 'prompt;id\na cat, "red";1\n"two\nlines";2\n'),
+    ("p.csv", '\ufeff Prompt ,id,\n"a cat, ""red""",1,\n"two\nlines",2\n'),
+    ("p.tsv", 'id\tPrompt\n1\t"a cat, ""red"""\n2\t"two\nlines"\n'),
+    ("p.CSV", 'prompt\n"a cat, ""red"""\n"two\nlines"\n'),
+    ("p.txt", 'Prompts,Category\n"a cat, ""red""",Colors\n"two\nlines",Text\n'),    # DrawBench's
+])
+def test_a_table_is_read_by_its_column_named_prompt_and_quotes_are_those_of_csv(name, table):
+    assert read(name, table) == ['a cat, "red"', "two\nlines"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("p.json", '["a cat", {"Prompt": "a dog", "tag": 1}]'),
+    ("p.jsonl", '"a cat"\n\n{"tag": 1, "prompt": "a dog"}\n'),
+    ("p.json", '{"prompt": "a cat"}\r\n{"prompt": "a dog"}'),
+    ("p.txt", '{"prompt": "a cat"}\n{"prompt": "a dog"}'),
+    ("p.txt", '[\n "a cat",\n "a dog"\n]'),
+])
+def test_json_and_json_lines_hold_strings_or_objects_with_a_prompt(name, text):
+    assert read(name, text) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("name, form", [
+    ("p.txt", "\n".join),
+    ("p.json", json.dumps),
+    ("p.jsonl", lambda p: "\n".join(map(json.dumps, p))),
+    ("p.csv", lambda p: "prompt\n" + "\n".join(p)),
+    ("p.tsv", lambda p: "prompt\tx\n" + "\n".join(f"{line}\t1" for line in p)),
+])
+def test_in_every_format_blank_lines_and_invisible_letters_go_and_a_second_time_does_not_count(
+        name, form):
+    family = "👨\u200d👩"                                        # the joiner inside belongs to it
+    dirty = ["\ufeffb", "", "\u200b", " a\u200b ", "\u2060\u00a0", "b", family, "a", "\ufeff"]
+    assert read(name, form(dirty)) == ["b", "a", family]
+
+
+def test_files_of_a_folder_share_the_rule_that_a_prompt_counts_once():
+    Path("many").mkdir()
+    for name, prompts in [("b", ["y", "x"]), ("a", ["x", "z"])]:
+        Path(f"many/{name}.json").write_text(json.dumps(prompts), encoding="utf-8")
+    assert read_prompts("many") == ["x", "z", "y"]
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("hpdv2_test", None, "get it by: hf download --repo-type dataset zhwang/HPDv2 --include "
+                         '"benchmark/.*.json" --local-dir hpdv2'),
+    ("hpdv2_train", None, "get it by: hf download --repo-type dataset ymhao/HPDv2 train.json "
+                          "--local-dir hpdv2"),
+    ("", None, "prompts is empty"),
+    ("b.txt", None, "b.txt is not a prompt file: No such file"),
+    ("a.txt", "\n \n\u200b\n", "a.txt holds no prompt"),
+    ("a.txt", "a\nb".encode("utf-16"), "it must be a UTF-8 text file"),
+    ("a.json", '{"a": 1', "a.json is not a prompt file"),
+    ("a.json", "3", "an entry has no prompt"),
+    ("a.json", '[{"caption": "a"}]', "an entry has no prompt"),
+    ("a.json", '{"prompts": ["a"]}', "an entry has no prompt"),
+    ("a.json", '[["a"]]', "an entry has no prompt"),
+    ("a.json", "[" * 100_000, "is not a prompt file"),
+    ("a.json", "[]", "holds no prompt"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": null}', "an entry has no prompt"),
+    ("a.txt", '{"caption": "a"}\n{"caption": "b"}', "an entry has no prompt"),
+    ("a.tsv", "Text\tCategory\na cat\tAnimals\n", "names no column prompt"),
+    ("a.txt", "a cat\tAnimals\na dog\tAnimals\n", "looks like a table"),
+    ("a.txt", "a cat\nwith\ta tab\n", "looks like a table"),
+    ("a.txt", "id,caption\n1,a cat\n2,\"a dog, red\"\n", "'id,caption', names no column prompt"),
+    ("a.csv", "a cat\na dog\n", "'a cat', names no column prompt"),
+    ("a.csv", "prompt\na cat, red\n", "'a cat, red' has more columns than the first line"),
+    ("a.csv", 'prompt,id\n"a cat,1\n', "unexpected end of data"),
+])
+def test_what_is_not_a_file_of_prompts_is_refused_in_a_sentence(name, content, sentence):
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=sentence) as error:
+        read_prompts(name)
+    assert "\n" not in str(error.value)
+
+
+def test_evenly_spaced_prompts_are_spread_over_the_whole_list():
+    assert evenly_spaced(10, 2) == [2, 7] and evenly_spaced(5, 1) == [2]
+    assert evenly_spaced(3, 8) == [0, 1, 2] and evenly_spaced(0, 3) == []

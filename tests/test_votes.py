@@ -1,0 +1,473 @@
+"""
+The page on which people vote, and what their votes say.
+
+    python -m pytest -q tests/test_votes.py     # tries the page in a Chromium, if there is one
+"""
+import base64, io, json, math, os, re, select, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest
+from PIL import Image
+from paper import votes
+from paper.votes import read_votes, win_rate, write_pairs
+
+HERE = Path(__file__).resolve().parents[1]
+NASTY = ['a "quoted" apple', "</script><script>alert(1)</script><!--", "salt & pepper &amp; <b>",
+         "ein Bär 🐻‍❄️, 雪", "two\nlines \\n /*DATA*/", "عربي", "  ", "plain"]
+
+
+def folder_of(path, color, prompts, size=64, missing=()):
+    """A folder as eval.py writes it; picture i is `color`, but for one row that says i."""
+    (path / "pictures").mkdir(parents=True)
+    (path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    for i in range(len(prompts)):
+        pixels = np.full((size, size, 3), color, np.uint8)
+        pixels[0] = i
+        if i not in missing:
+            Image.fromarray(pixels).save(path / f"pictures/{i:05d}-0.png")
+    return path
+
+
+def data_of(page):
+    text = Path(page).read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(found[1])
+
+
+def pixels_of(url):
+    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def votes_of(path, winners, voter="ann", **changed):
+    given = [dict(index=i, prompt="", winner=winner) for i, winner in enumerate(winners)]
+    whole = dict(study="s", a="flux", b="checkpoint-150", voter=voter, votes=given)
+    path.write_text(json.dumps({**whole, **changed}), encoding="utf-8")
+    return path
+
+
+def file_of(winners, voter="ann"):
+    """What read_votes returns of one file. winners: {index of the prompt: winner}, or a list."""
+    winners = winners if isinstance(winners, dict) else dict(enumerate(winners))
+    given = [dict(index=i, winner=winner) for i, winner in winners.items()]
+    return dict(a="a", b="b", voter=voter, votes=given)
+
+
+def rate_of(winners):
+    return win_rate([file_of(winners)])
+
+
+# ------------------------------------------------------------------------------------------------
+# the win rate
+
+@pytest.mark.parametrize("wins, n, low, high", [
+    (0, 10, 0.0, 0.277533),                                     # z^2 / (n + z^2), z^2 = 3.841459
+    (10, 10, 0.722467, 1.0),                                    # n / (n + z^2)
+    (5, 10, 0.236593, 0.763407),                                # 1/2 -+ z / (2 sqrt(n + z^2))
+    (1, 1, 0.206549, 1.0),                                      # one vote says little, not nothing
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),       # Newcombe (1998), table I
+    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+])
+def test_the_interval_is_wilsons(wins, n, low, high):
+    r = rate_of(["b"] * wins + ["a"] * (n - wins))
+    assert (r["rate"], r["low"], r["high"]) == pytest.approx((wins / n, low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("wins", [0, 3, 20, 40])
+def test_the_interval_ends_where_the_rate_lies_two_standard_errors_away(wins):
+    r = rate_of(["b"] * wins + ["a"] * (40 - wins))
+    for p in {r["low"], r["high"]} - {0.0, 1.0}:                # Wilson's definition: p solves
+        distance = (r["rate"] - p) ** 2                         # (rate - p)^2 = z^2 p (1 - p) / n
+        assert distance == pytest.approx(1.959964**2 * p * (1 - p) / 40)
+
+
+def test_a_tie_counts_half_and_the_rate_is_that_of_b():
+    r = rate_of(["b", "b", "b", "tie", "a"])
+    assert r["rate"] == pytest.approx(0.7)
+    assert (r["wins"], r["ties"], r["losses"]) == (3, 1, 1)
+    r, turned = rate_of(["b", "b", "a"]), rate_of(["a", "a", "b"])
+    mirrored = (1 - turned["rate"], 1 - turned["high"], 1 - turned["low"])
+    assert (r["rate"], r["low"], r["high"]) == pytest.approx(mirrored)
+
+
+def test_voters_of_one_prompt_are_averaged_before_the_prompts_are():
+    files = [file_of({0: "b", 1: "a"}, "ann"), file_of({0: "b"}, "bob"), file_of({0: "a"}, "cid")]
+    r = win_rate(files)
+    assert r["rate"] == pytest.approx((2 / 3 + 0) / 2)          # a mean over votes would be 1/2
+    assert (r["prompts"], r["voters"]) == (2, 3)
+    assert (r["wins"], r["ties"], r["losses"]) == (1, 0, 1)
+    alone = win_rate([file_of({0: "b", 1: "a"})])
+    echoed = win_rate([file_of({0: "b", 1: "a"}, voter) for voter in ("ann", "bob", "cid")])
+    assert (alone["low"], alone["high"]) == (echoed["low"], echoed["high"])     # not narrower
+
+
+@pytest.mark.parametrize("p", [0.5, 0.61, 0.8, 0.95])
+def test_the_interval_covers_95_percent_of_single_votes_summed_over_the_binomial(p):
+    n = 100
+    rates = [rate_of(["b"] * wins + ["a"] * (n - wins)) for wins in range(n + 1)]
+    chance = [math.comb(n, wins) * p**wins * (1 - p) ** (n - wins) for wins in range(n + 1)]
+    covered = sum(c for c, r in zip(chance, rates) if r["low"] <= p <= r["high"])
+    assert 0.93 < covered < 0.98                # a count is discrete: 95 % cannot be met exactly
+
+
+@pytest.mark.parametrize("tie", [0.0, 0.4])
+def test_the_interval_still_covers_when_five_voters_agree_about_a_prompt_and_some_votes_are_ties(
+        tie):
+    rng, n, voters, runs, covered, naive = np.random.default_rng(0), 60, 5, 1000, 0, 0
+    truth = 0.6 * (1 - tie) + 0.5 * tie
+    for _ in range(runs):
+        share = rng.beta(0.6, 0.4, n)           # of voters who prefer b; mean 0.6 over prompts
+        given = (rng.random((voters, n)) < share).astype(float)
+        given[rng.random((voters, n)) < tie] = 0.5
+        names = np.array(["a", "tie", "b"])[(2 * given).astype(int)]
+        r = win_rate([file_of(list(row)) for row in names])
+        covered += r["low"] <= truth <= r["high"]
+        half = 1.96 * given.std() / given.size**0.5             # as if all votes were independent
+        naive += abs(given.mean() - truth) <= half
+    assert covered / runs > 0.95 and naive / runs < 0.85
+
+
+def test_the_printed_line_says_who_won_against_whom(tmp_path, capsys):
+    winners = ["b"] * 55 + ["tie"] * 12 + ["a"] * 33
+    files = [votes_of(tmp_path / voter, winners, voter) for voter in ("ann", "bob", "cid")]
+    votes.main(["count", *map(str, files)])
+    assert capsys.readouterr().out == (
+        "checkpoint-150 against flux: 61.0 % of 100 prompts (95 % interval 51.2 % to 70.0 %), "
+        "55 wins 12 ties 33 losses, 3 voters\n")
+
+
+@pytest.mark.parametrize("name, changed, sentence", [
+    ("not json", None, "is not a votes file"),
+    ("no list", dict(votes=None), "is not a votes file"),
+    ("no winner", dict(votes=[dict(index=0)]), "is not a votes file"),
+    ("another winner", dict(votes=[dict(index=0, winner="left")]), "is not a votes file"),
+    ("no vote", dict(votes=[]), "must hold at least one vote"),
+    ("two votes", dict(votes=[dict(index=0, winner="a")] * 2), "one vote a prompt"),
+    ("another study", dict(study="t"), "is of study t, but .*first of s"),
+    ("same voter", dict(voter="ann"), "is of the voter of .*first, 'ann'"),
+])
+def test_votes_that_cannot_be_counted_are_refused_by_file(tmp_path, name, changed, sentence):
+    first, file = votes_of(tmp_path / "first", "ab"), tmp_path / name
+    if changed is None:
+        file.write_text("[", encoding="utf-8")
+    else:
+        votes_of(file, "ab", **{"voter": "bob", **changed})
+    with pytest.raises(ValueError, match=f"{name} .*{sentence}|{name} {sentence}"):
+        read_votes([first, file])
+
+
+def test_votes_sent_as_text_count_even_if_a_mail_program_broke_the_lines(tmp_path):
+    file = votes_of(tmp_path / "a.json", ["a", "b"], "Zoë")
+    text = base64.encodebytes(file.read_bytes()).decode()       # in lines of 76 letters
+    for name, sent in [("b.txt", text), ("c.txt", "\ufeff" + text.replace("\n", "\r\n  "))]:
+        (tmp_path / name).write_text(sent, encoding="utf-8", newline="")
+        assert read_votes([tmp_path / name]) == read_votes([file])
+    (tmp_path / "d.txt").write_text(text[:50], encoding="utf-8")
+    with pytest.raises(ValueError, match="d.txt is not a votes file"):
+        read_votes([tmp_path / "d.txt"])
+
+
+# ------------------------------------------------------------------------------------------------
+# the page
+
+@pytest.fixture
+def red_and_blue(tmp_path):
+    return (folder_of(tmp_path / "crimson-17", (255, 0, 0), NASTY),
+            folder_of(tmp_path / "azure-99", (0, 0, 255), NASTY))
+
+
+@pytest.mark.parametrize("noise, kind", [(False, "png"), (True, "jpeg")])
+def test_the_page_holds_every_picture_on_the_side_it_says_and_both_in_one_format(
+        tmp_path, noise, kind):
+    rng, folders = np.random.default_rng(0), []
+    for name in ("a", "b"):
+        folders.append(folder_of(tmp_path / name, 0, NASTY))
+        for path in (folders[-1] / "pictures").iterdir():
+            few = Image.fromarray(rng.integers(0, 255, (3, 3, 3), np.uint8))
+            flat = Image.fromarray(np.full((96, 96, 3), rng.integers(0, 255, 3), np.uint8))
+            (few.resize((96, 96), Image.Resampling.BICUBIC) if noise else flat).save(path)
+    data = data_of(write_pairs(*folders, tmp_path))
+    assert sorted(pair["index"] for pair in data["pairs"]) == list(range(8))
+    for pair in data["pairs"]:
+        assert pair["prompt"] == NASTY[pair["index"]]
+        order = reversed(folders) if pair["flipped"] else folders
+        for side, folder in zip(("left", "right"), order):
+            assert pair[side].startswith(f"data:image/{kind};")
+            source = Image.open(folder / f"pictures/{pair['index']:05d}-0.png")
+            difference = abs(pixels_of(pair[side]) - np.asarray(source).astype(int)).max()
+            assert difference <= (12 if kind == "jpeg" else 0)
+
+
+def test_sides_and_order_are_shuffled_half_are_flipped_and_the_seed_decides(tmp_path):
+    folders = [folder_of(tmp_path / name, color, ["x"] * 40, size=4)
+               for name, color in (("a", 0), ("b", 255))]
+    pages = [data_of(write_pairs(*folders, tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    again = data_of(write_pairs(*folders, tmp_path / "again"))
+    assert again == pages[0] and pages[0]["study"] != pages[1]["study"]
+    for page in pages:
+        assert sum(pair["flipped"] for pair in page["pairs"]) == 20
+    for key in ("index", "flipped"):
+        orders = [[pair[key] for pair in page["pairs"]] for page in pages]
+        assert orders[0] != orders[1] and all(order != sorted(order) for order in orders)
+
+
+def test_some_of_the_shared_prompts_are_taken_evenly_spaced(tmp_path):
+    a = folder_of(tmp_path / "a", 0, ["x"] * 12, missing=[0, 1])
+    b = folder_of(tmp_path / "b", 9, ["x"] * 14, missing=[5])
+    page = data_of(write_pairs(a, b, tmp_path, count=3))
+    shared = [2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert sorted(pair["index"] for pair in page["pairs"]) == [shared[1], shared[4], shared[7]]
+    assert (page["a"], page["b"]) == ("a", "b")
+
+
+def test_the_page_needs_nothing_from_outside_and_says_no_label_outside_its_data(
+        red_and_blue, tmp_path):
+    text = write_pairs(*red_and_blue, tmp_path).read_text(encoding="utf-8")
+    data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
+    visible = text.replace(data, "")
+    assert all(label in text and label not in visible for label in ("crimson-17", "azure-99"))
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", visible)
+    assert "src=\"" not in visible and text.count("</script>") == 2 and "<!--" not in data
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(b="a"), "are one folder"),
+    (dict(count=0), "count is 0, but must be at least 1"),
+    (dict(b="nowhere"), "nowhere holds no pictures of eval.py; it must have prompts.json"),
+    (dict(b="other"), "prompt 1 is 'y' in .*a, but 'z' in .*other"),
+    (dict(b="empty"), "share no picture"),
+])
+def test_folders_that_cannot_be_compared_are_refused(tmp_path, change, sentence):
+    for name, prompts, missing in [("a", ["x", "y"], []), ("b", ["x", "y"], []),
+                                   ("other", ["x", "z"], []), ("empty", ["x", "y"], [0, 1])]:
+        folder_of(tmp_path / name, 0, prompts, missing=missing)
+    b, count = tmp_path / change.get("b", "b"), change.get("count", 100)
+    with pytest.raises(ValueError, match=sentence):
+        write_pairs(tmp_path / "a", b, tmp_path, count=count)
+
+
+def test_the_commands_write_the_page_count_votes_and_refuse_in_one_sentence(
+        red_and_blue, tmp_path, capsys):
+    votes.main(["pairs", *map(str, red_and_blue), "--count", "3", "--seed", "7", "--out_dir",
+                str(tmp_path / "out")])
+    assert "wrote" in capsys.readouterr().out
+    page = data_of(tmp_path / "out/pairs.html")
+    assert len(page["pairs"]) == 3 and page["seed"] == 7
+    for command, sentence in [(f"pairs {tmp_path} {tmp_path}", "holds no pictures of eval.py"),
+                              (f"count {tmp_path}/none.json", "is not a votes file"),
+                              ("count", "required")]:
+        with pytest.raises(SystemExit) as exit:
+            votes.main(command.split())
+        assert exit.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_votes_are_counted_where_the_terminal_does_not_know_utf_8(tmp_path):
+    file = votes_of(tmp_path / "a.json", ["b"], b="Übung→3")
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-m", "paper.votes", "count", str(file)], cwd=HERE,
+                          env=env, capture_output=True, text=True, encoding="ascii")
+    assert done.returncode == 0 and done.stdout.startswith("?bung?3 against flux: 100.0 %")
+
+
+# ------------------------------------------------------------------------------------------------
+# in a real browser
+
+class Browser:
+    """A headless Chromium that speaks the DevTools protocol over a pipe: JSON messages, each ended
+    by a NUL. browser(method, ...) -> result."""
+
+    def __init__(self, program, folder):
+        theirs_in, self.to = os.pipe()
+        self.back, theirs_out = os.pipe()
+        self.number, self.session, self.rest, self.messages = 0, None, b"", []
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
+        command = f'exec "$0" "$@" 3</dev/fd/{theirs_in} 4>/dev/fd/{theirs_out}'    # it uses 3, 4
+        self.process = subprocess.Popen(["sh", "-c", command, program, *flags, "about:blank"],
+                                        pass_fds=(theirs_in, theirs_out), start_new_session=True,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(theirs_in), os.close(theirs_out)
+
+    def wait(self, wanted, seconds=15):
+        end = time.monotonic() + seconds
+        while not any(map(wanted, self.messages)):
+            ready = select.select([self.back], [], [], max(0.0, end - time.monotonic()))[0]
+            chunk = os.read(self.back, 1 << 16) if ready else b""
+            assert chunk, "the browser said nothing"
+            *whole, self.rest = (self.rest + chunk).split(b"\0")
+            self.messages += map(json.loads, whole)
+        return next(filter(wanted, self.messages))
+
+    def __call__(self, method, **params):
+        self.number, self.messages = self.number + 1, []
+        session = {"sessionId": self.session} if self.session else {}
+        call = dict(id=self.number, method=method, params=params, **session)
+        os.write(self.to, json.dumps(call).encode() + b"\0")
+        reply = self.wait(lambda message: message.get("id") == self.number)
+        assert "error" not in reply, reply
+        return reply["result"]
+
+    def close(self):
+        os.killpg(self.process.pid, signal.SIGKILL)             # with its helpers
+        self.process.wait()
+        os.close(self.to), os.close(self.back)
+
+    def js(self, expression):
+        reply = self("Runtime.evaluate", expression=expression, returnByValue=True,
+                     awaitPromise=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    def open(self, url):
+        self("Page.navigate", url=url)
+        self.wait(lambda message: message.get("method") == "Page.loadEventFired")
+
+    def press(self, key, repeated=False):
+        code = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, " ": 32,
+                "Backspace": 8}[key]
+        what = dict(key=key, code="Space" if key == " " else key, windowsVirtualKeyCode=code)
+        self("Input.dispatchKeyEvent", type="rawKeyDown", autoRepeat=repeated, **what)
+        self("Input.dispatchKeyEvent", type="keyUp", **what)
+
+    def click(self, selector, times=1):
+        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])"
+                       f"(document.querySelector('{selector}').getBoundingClientRect())")
+        for n in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=n)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome") if os.name == "posix" else ()
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program:
+        pytest.skip("no chromium here")
+    browser = Browser(program, tmp_path / "profile")
+    try:
+        target = browser("Target.createTarget", url="about:blank")["targetId"]
+        attached = browser("Target.attachToTarget", targetId=target, flatten=True)
+        browser.session = attached["sessionId"]
+        browser("Page.enable")
+        yield browser
+    finally:
+        browser.close()
+
+
+COUNT = "document.getElementById('count').textContent"
+COLOR = """(async () => {                                       // of the middle of the left picture
+    const img = document.getElementById('left');
+    const canvas = document.createElement('canvas').getContext('2d');
+    await img.decode();
+    canvas.drawImage(img, 0, 0);
+    const [red, , blue] = canvas.getImageData(32, 32, 1, 1).data;
+    return red > blue ? 'a' : 'b' })()"""
+SEEN = ("document.title + document.body.innerText + [...document.images].map(i => i.alt) "
+        "+ location.pathname.split('/').pop() "
+        "+ [...document.querySelectorAll('input, textarea')].map(i => i.value)")
+
+
+def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_what_was_seen(
+        red_and_blue, tmp_path, browser):
+    url = write_pairs(*red_and_blue, tmp_path).resolve().as_uri()
+    browser.open(url)
+    seen, order = "", [pair["index"] for pair in data_of(tmp_path / "pairs.html")["pairs"]]
+
+    def look(n):                                # pair n is shown; the left picture is a's or b's
+        nonlocal seen
+        seen += browser.js(SEEN)
+        assert browser.js(COUNT) == f"{n} / 8"
+        assert browser.js("document.getElementById('prompt').textContent") == NASTY[order[n - 1]]
+        return browser.js(COLOR)
+
+    lefts, other = [], {"a": "b", "b": "a"}
+    for n, key in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown"], 1):
+        lefts.append(look(n))
+        browser.press(key)
+    browser.press("ArrowLeft", repeated=True)                   # a key held down is one vote
+    assert browser.js(COUNT) == "4 / 8"
+    for _ in range(40):                         # the page is left and opened again. Chromium 156
+        browser.open(url)                       # sometimes hands an empty localStorage to a page
+        if browser.js(COUNT) == "4 / 8":        # reopened at once; that must not overwrite what the
+            break                               # next one finds
+        time.sleep(0.3)
+    assert browser.js("[...document.querySelectorAll('[aria-pressed=true]')].length") == 0
+    for n, key in enumerate([" ", "ArrowRight", "ArrowLeft", "ArrowRight", "ArrowRight"], 4):
+        lefts.append(look(n))
+        browser.press(key)
+    assert browser.js("getComputedStyle(document.getElementById('question')).display") == "none"
+    browser.press("Backspace")
+    browser.press("ArrowUp")
+    assert look(7) == lefts[6]
+    assert browser.js("document.querySelector('[aria-pressed=true]').dataset.do") == "right"
+    browser.press("ArrowLeft")                  # the seventh vote is changed, and that was the last
+    seen += browser.js(SEEN)
+
+    saved = tmp_path / "saved"
+    browser.session, session = None, browser.session
+    browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(saved))
+    browser.session = session
+    browser.js("document.getElementById('voter').focus()")
+    browser("Input.insertText", text="Ann </b> Ö")
+    browser.press("Backspace")                  # edits the name, and does not go back
+    browser("Input.insertText", text="Ö")
+    browser.click("#end button")
+    end = time.monotonic() + 10
+    while not list(saved.glob("*.json")) and time.monotonic() < end:
+        time.sleep(0.05)
+    file = next(saved.glob("*.json"))
+    assert re.fullmatch(r"votes-[0-9a-f]{12}-Ann-b-Ö.json", file.name)
+    [votes] = read_votes([file])
+    assert (votes["voter"], votes["a"], votes["b"]) == ("Ann </b> Ö", "crimson-17", "azure-99")
+    assert [vote["index"] for vote in votes["votes"]] == order
+    assert [vote["prompt"] for vote in votes["votes"]] == [NASTY[i] for i in order]
+    pressed = ["left", "right", "tie", "tie", "right", "left", "left", "right"]
+    assert [vote["winner"] for vote in votes["votes"]] == [
+        {"left": left, "right": other[left], "tie": "tie"}[side]
+        for left, side in zip(lefts, pressed)]
+    assert set(lefts) == {"a", "b"}                             # both cases were seen
+
+    browser.click("[data-do=text]")             # the same votes, for a browser that saves no file
+    seen += browser.js(SEEN)
+    sent = tmp_path / "sent.txt"
+    sent.write_text(browser.js("document.getElementById('text').value"), encoding="utf-8")
+    [again] = read_votes([sent])
+    short = [dict(index=vote["index"], winner=vote["winner"]) for vote in votes["votes"]]
+    assert again == {**votes, "votes": short}
+    assert browser.js("getSelection().toString()") == sent.read_text(encoding="utf-8")
+    assert "Done" in seen and not re.search("crimson-17|azure-99", seen)
+    browser.open(write_pairs(*red_and_blue, tmp_path, seed=1).resolve().as_uri())
+    assert browser.js(COUNT) == "1 / 8"                         # another study begins at its start
+
+
+def test_the_page_can_be_used_with_a_mouse_and_works_where_the_browser_keeps_nothing(
+        red_and_blue, tmp_path, browser):
+    browser("Page.addScriptToEvaluateOnNewDocument",
+            source="Object.defineProperty(window, 'localStorage', "
+                   "{get() {throw new DOMException('', 'SecurityError')}})")
+    browser.open(write_pairs(*red_and_blue, tmp_path).resolve().as_uri())
+    given = "document.querySelector('[aria-pressed=true]').dataset.do"
+    assert "does not keep your votes" in browser.js("document.body.innerText")
+    browser.click("[data-do=right]", times=2)                   # a double click is one vote
+    assert browser.js(COUNT) == "2 / 8"
+    browser.press(" ")                          # a tie, not the button that was clicked last
+    assert browser.js(COUNT) == "3 / 8"
+    browser.click("[data-do=text]")
+    assert browser.js("document.getElementById('shown').hidden") is False
+    browser.press("ArrowLeft")                  # moves in the text, and is not a vote
+    assert browser.js(COUNT) == "3 / 8"
+    browser.click("[data-do=back]")
+    assert browser.js("document.getElementById('shown').hidden") is True
+    assert browser.js(given) == "tie"
+    browser.click("[data-do=back]")
+    assert browser.js(given) == "right" and browser.js(COUNT) == "1 / 8"
+    browser.js("document.querySelector('[data-do=left]').focus()")      # now the space bar is the
+    what = dict(key=" ", code="Space", windowsVirtualKeyCode=32)        # button's
+    browser("Input.dispatchKeyEvent", type="keyDown", text=" ", **what)
+    browser("Input.dispatchKeyEvent", type="keyUp", **what)
+    browser.press("ArrowUp"), browser.press("ArrowUp")
+    assert browser.js(given) == "left"
+    browser.js("window.confirm = () => true")
+    browser.click("[data-do=restart]")
+    assert browser.js(COUNT) == "1 / 8"
+    assert browser.js("document.querySelectorAll('[aria-pressed=true]').length") == 0
