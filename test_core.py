@@ -30,7 +30,6 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from torchvision.transforms import ToPILImage
 import rewards
 import train
-from eval import diversity, evaluate, mean_and_stderr
 from model import Flux
 from neighbor_grpo import advantages, clip_fraction, clipped_objective, combine_rewards, log_policy, log_ratio, perturb_noise
 from solvers import ddim_step, rollout, schedule
@@ -1094,20 +1093,3 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(tm
     assert train.main([*SHORT, *eight_prompts, "--iterations", "3", "--lr", "1e30", "--out_dir", str(tmp_path / "run")]) == 1
     assert "no longer finite" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_evaluation_gives_the_same_noise_to_every_checkpoint_whatever_the_batch(flux):
-    scorers, prompts = {"clip": rewards.load("clip")}, PROMPTS * 2
-    images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", images_per_prompt=2, batch=2)
-    again, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", images_per_prompt=2, batch=64)
-    assert_close(scores["clip"], more["clip"], rtol=0, atol=1e-3)             # pixels may round the other way
-    assert not torch.equal(images[0], images[2])                              # the same prompt again has other noise
-    assert (images[:, 0] != images[:, 1]).any()
-
-
-def test_a_mean_has_the_standard_error_of_prompts_and_diversity_is_a_distance_of_pixels():
-    mean, stderr = mean_and_stderr(torch.tensor([[1.0, 3.0], [4.0, 4.0], [5.0, 7.0]]))                 # prompts: 2, 4, 6
-    assert (mean, stderr) == pytest.approx((4, 2 / 3**0.5))
-    black, white = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
-    pairs = torch.stack([torch.stack([black, white]), torch.stack([white, white]), torch.stack([black, white / 2])])
-    assert_close(diversity(pairs), torch.tensor([[1.0], [0.0], [0.5]]))
