@@ -304,7 +304,7 @@ class Row:
             return dict(solver=SOLVERS[config["solver"]], nfe_old=f"{lines[-1]['nfe_old']}",
                         nfe_theta=f"{lines[-1]['nfe_theta']:.2f}",
                         seconds=f"{statistics.median(seconds):.2f}",
-                        trained_on=[spec.partition("=")[0].strip()
+                        trained_on=[rewards.split(spec)[1]
                                     for spec in config["rewards"].split(",")])
         except (OSError, ValueError, LookupError):
             return dict(solver="N/A", nfe_old="N/A", nfe_theta="N/A", seconds="N/A", trained_on=[])
@@ -445,9 +445,10 @@ def check(args):
         if not holds:
             raise ValueError(sentence)
     args.named = {}                                             # scorers with their weights: the
-    for name, where in args.specs.items():                      # keys in the files of scores
-        stamp = f"={where} {fingerprint(Path(where).expanduser())}" if where else ""
-        args.named[name] = name + stamp
+    for name, spec in args.specs.items():                       # keys in the files of scores
+        where = rewards.split(spec)[2]
+        versions = [str(fingerprint(Path(where).expanduser()))] if where else []
+        args.named[name] = " ".join([spec, *versions, *rewards.fingerprints(spec).values()])
     rows = [Row(args, path, prompts) for path in [args.model, *args.checkpoint]]
     if len({row.label for row in rows}) < len(rows):
         raise ValueError("model and checkpoints must differ in the last two parts of their paths, "

@@ -108,8 +108,8 @@ def check_resumed(cfg, path):
     now = contents(cfg)
     for name in sorted({*now, *began}) if began else ():
         if now.get(name) != began.get(name):
-            raise ValueError(f"{name} names other contents than in the run to resume: the file was "
-                             "changed, or it is another one; give it as it was")
+            raise ValueError(f"{name} differs from the run to resume: a file was changed, or it is "
+                             "another one; give it as it was")
     if cfg.eval_every and not before["eval_every"]:
         raise ValueError("eval_every was 0 in the run to resume, so the base was not evaluated and "
                          "there is nothing to compare with; leave it 0, and use eval.py")
@@ -118,7 +118,8 @@ def contents(cfg):
     """Hashes of what the settings only name: the prompts, and the code of one's own rewards."""
     files = {name: json.dumps(read_prompts(getattr(cfg, name)))
              for name in ("prompts", "eval_prompts") if getattr(cfg, name)}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    return hashes | rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
 
 def broken(path, error):
     return (f"{path} is broken ({one_line(error)}); move it away, and --resume goes on from the "

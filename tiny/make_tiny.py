@@ -303,8 +303,8 @@ def measure():
             prompts, x = [caption(rows[k]) for k in i], images[i].float() / 255
             real, coded = scorer(x, prompts), scorer(pictures_of(vae, latents_of(vae, images[i])) / 2 + 0.5, prompts)
             with torch.no_grad():                                          # every picture against every concept, in the picture's style
-                text = torch.stack([F.normalize(scorer.read([f"{phrase}, {style} style" for phrase in phrases]), dim=1) for style in STYLES])   # (styles, concepts, .)
-                each = torch.einsum("nd,ncd->nc", F.normalize(scorer.look(images[i]), dim=1), text[[STYLES.index(rows[k]["style"]) for k in i]])
+                text = torch.stack([F.normalize(scorer.encode_text([f"{phrase}, {style} style" for phrase in phrases]), dim=1) for style in STYLES])   # (styles, concepts, .)
+                each = torch.einsum("nd,ncd->nc", F.normalize(scorer.encode_image(images[i]), dim=1), text[[STYLES.index(rows[k]["style"]) for k in i]])
             right = torch.tensor([phrases.index(rows[k]["phrase"]) for k in i])
             print(f"{name:7} {split:13} {len(i):8}  {real.mean():.4f} ± {real.std() / len(i) ** 0.5:.4f}  {coded.mean():.4f} ± {coded.std() / len(i) ** 0.5:.4f}"
                   f"  {(each.argmax(1) == right).float().mean():.2f}")
