@@ -666,7 +666,7 @@ def find(spec):
         found.name = name
         found.check(where)
     elif isinstance(found, type) or not callable(found):
-        what = "does not exist" if found is None else f"is a {type(found).__name__}"
+        what = "does not exist" if found is None else f"is of type {type(found).__name__}"
         raise ValueError(f"{name!r} of {source} {what}, but must be a function f(images, prompts) "
                          "or a subclass of rewards.Scorer")
     elif where:

@@ -1319,7 +1319,8 @@ def test_the_example_says_how_red_a_picture_is(in_root):
     "x.double()", "x.tolist()", "x.numpy()", "list(x)", "x > 0.5", "x.half()",
     "x.requires_grad_() * 1"])
 def test_ones_own_reward_may_return_any_tensor_list_or_array_of_numbers(result, own):
-    code = f"def f(images, prompts):\n    x = images[:, 0, 0, 0].cpu()\n    return {result}\n"
+    code = ("import torch\n\n@torch.enable_grad()\ndef f(images, prompts):\n"
+            f"    x = images[:, 0, 0, 0].cpu()\n    return {result}\n")
     scores = rewards.load(f"{own(code)}:f")(torch.tensor([0.2, 0.6])[:, None, None, None].expand(
         2, 3, 4, 4), ["a", "b"])
     expected = [0.0, 1.0] if ">" in result else [0.2, 0.6]
@@ -1356,6 +1357,8 @@ def test_ones_own_reward_may_be_in_a_module_or_a_scorer_class_with_weights(own, 
         rewards.parse(f"{path}:Constant=red")
     monkeypatch.syspath_prepend(path.parent)
     assert rewards.load("some_rewards:zero")(images, ["a", "b"]).tolist() == [0, 0]
+    scorers = rewards.load_all(rewards.parse("jpeg,some_rewards:zero"), "cpu", ["a"])
+    assert list(scorers) == ["jpeg", "zero"]            # the order of the weights
     assert list(rewards.fingerprints("clip,some_rewards:zero")) == ["SHA-256 of some_rewards"]
 
 
@@ -1370,8 +1373,8 @@ OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
     (OWN, "{file}", "there is no scorer '{file}'; there are hpsv2, pickscore, imagereward"),
     (OWN, "{file}:f=weights", "{file}:f=weights: nothing may follow the name of a function"),
     (OWN, "{file}:f,{file}:f", "scorer 'f' is named twice"),
-    ("f = 3", "{file}:f", "'f' of {file} is a int, but must be a function"),
-    ("class f: pass", "{file}:f", "'f' of {file} is a type, but must be a function f(images, "
+    ("f = 3", "{file}:f", "'f' of {file} is of type int, but must be a function"),
+    ("class f: pass", "{file}:f", "'f' of {file} is of type type, but must be a function f(images, "
                                   "prompts) or a subclass of rewards.Scorer"),
     (OWN.replace("f(", "clip("), "{file}:clip", "the name 'clip' belongs to another scorer"),
     (OWN.replace("f(", "reward("), "{file}:reward", "or to another number in the log"),
