@@ -42,7 +42,7 @@ def check_model(path):
 
 
 def check_configs(path, find):
-    """Refuse another pipeline, and a transformer that cannot be trained here. `find` gives a file."""
+    """Refuse another pipeline, and a transformer that cannot be trained. `find` gives a file."""
     def read(file):
         return json.loads(find(file).read_text(encoding="utf-8"))
 

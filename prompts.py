@@ -8,9 +8,9 @@ Prompts from files, and an even choice of some of them. `read_prompts` takes
     a folder          its .json files, in the order of their names
     hpdv2_train, hpdv2_test     the published prompts of HPDv2, from where HPDV2 says
 
-In all of them, a prompt that occurs several times counts once (HPDv2's train.json names each of its
-prompts several times), in the place of its first occurrence. Blank lines do not count, and a byte
-order mark, spaces and zero-width characters around a prompt are left out.
+In all of them, a prompt that occurs several times in a file counts once (HPDv2's train.json names
+each of its prompts several times), in the place of its first occurrence. Blank lines do not count,
+and a byte order mark, spaces and zero-width characters around a prompt are left out.
 """
 import contextlib, csv, io, json, re
 from pathlib import Path
@@ -44,17 +44,17 @@ def read_prompts(source):
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
             text = file.read_text(encoding="utf-8-sig")
-            found += parse_prompts(text, file.suffix.lower())
+            found += dict.fromkeys(map(visible, parse_prompts(text, file.suffix.lower())))
         except (OSError, ValueError, csv.Error, RecursionError) as error:
             said = getattr(error, "strerror", None) or " ".join(str(error).split())
             if type(error) is not ValueError:       # of the system, a decoder or a parser
                 said += ("; it must be a UTF-8 text file with one prompt a line, JSON, or a table "
                          "with a column named prompt")
             raise ValueError(f"{file} is not a prompt file: {said}") from None
-    prompts = [prompt for prompt in map(visible, found) if prompt]
+    prompts = [prompt for prompt in found if prompt]
     if not prompts:
         raise ValueError(f"{source} holds no prompt")
-    return list(dict.fromkeys(prompts))
+    return prompts
 
 
 def parse_prompts(text, suffix):

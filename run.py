@@ -11,11 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 import rewards
-from eval import draw_curve, evaluate, evenly_spaced, mean_and_stderr, picture_grid, read_prompts
+from eval import draw_curve, evaluate, mean_and_stderr, picture_grid
 from model import check_model, is_lora, parse_resolution
 from neighbor_grpo import clip_fraction
 from processes import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
                        share_work, state_of, stopping, whole_weights)
+from prompts import evenly_spaced, read_prompts
 from rewards import ScorerError, one_line, parse_weights
 from solvers import schedule
 

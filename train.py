@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
-from eval import read_prompts
 from model import Flux
 from neighbor_grpo import advantages, clipped_objective, combine_rewards, log_ratio, perturb_noise
 from processes import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
                        gather_objects, init_processes, wrap_for_processes)
+from prompts import read_prompts
 from rewards import parse_weights
 from run import HERE, Run, check, stopwatch
 from solvers import ddim_step, rollout, schedule

@@ -1,11 +1,11 @@
 """
-Your own flow model, aligned by the same train() as FLUX: here a small network that draws 16x16
-pictures without a prompt. About two minutes on one core.
+Your own flow model, aligned by the same train() as FLUX: here a small U-Net that draws pictures of
+16x16 pixels without a prompt. It takes about two minutes on one core.
 
-    python -m examples.own_model            # writes out/own_model/samples.png: above before, below after
+    python -m examples.own_model        # writes out/own_model/samples.png: above before, below after
 
-What train() asks of a model stands in the head of model.py. The model below is trained on emoji
-shrunk to 16x16, then aligned with `redness` of examples/own_reward.py.
+The head of model.py says what train() asks of a model. This one is trained on emoji shrunk to
+16x16, then aligned with `redness` of examples/own_reward.py.
 """
 from pathlib import Path
 import numpy as np

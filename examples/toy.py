@@ -1,5 +1,5 @@
 """
-Neighbor GRPO in two dimensions, in ten seconds on one core: no model to load, no network but a tiny one.
+Neighbor GRPO in two dimensions, in ten seconds on one core: there is no model to load.
 
     python -m examples.toy                  # writes assets/method.png and assets/method.gif
 
