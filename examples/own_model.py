@@ -2,7 +2,7 @@
 Your own flow model, aligned by the same train() as FLUX: here a small U-Net that draws pictures of
 16x16 pixels without a prompt. It takes about two minutes on one core.
 
-    python -m examples.own_model        # writes out/own_model/samples.png: above before, below after
+    python -m examples.own_model        # out/own_model/samples.png: above before, below after
 
 The head of model.py says what train() asks of a model. This one is trained on emoji shrunk to
 16x16, then aligned with `redness` of examples/own_reward.py.
