@@ -2,8 +2,8 @@
 The other side of the paper's comparison: methods that explore by turning the ODE into an SDE, and DiffusionNFT, which does not.
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
-    python baselines.py --method dance                # DanceGRPO on the small world; also flow, mix, flash, branch, nft
-    python baselines.py --method mix --window_every 10 --lr 1e-4 --seed 1 --out_dir out/mix-1          # train.py's settings may follow, and the method's own
+    python -m paper.baselines --method dance                # DanceGRPO on the small world; also flow, mix, flash, branch, nft
+    python -m paper.baselines --method mix --window_every 10 --lr 1e-4 --seed 1 --out_dir out/mix-1          # train.py's settings may follow, and the method's own
 
 Each method is its formulas, a row of METHODS and a loop that stands beside train.py's: same model, rewards, prompts, optimizer, log, evaluation and
 checkpoints, by the same functions. The formulas come first, on plain tensors, to be copied like those of neighbor_grpo.py. Equation numbers are those of
@@ -16,8 +16,11 @@ import torch
 import train
 from eval import read_prompts
 from neighbor_grpo import clipped_objective, combine_rewards, is_flat
+from processes import RANK, WORLD, exit_process, gather_objects
+from rewards import parse_weights
+from run import stopwatch
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
-from train import WORLD, RANK, average_gradients, by_group, everyone, generator, option, pick, reward_weights, score, stopwatch
+from train import average_gradients, by_group, generator, option, pick, score, update
 
 # ---------------------------------------------------------------------------------------------------------------
 # the SDE: as much noise is added as the drift takes away, so that x_t has the distribution the ODE gives it
@@ -177,13 +180,12 @@ class Config(train.Config):
     prune: int = option(0, "branch: depths that are not trained", "[0, inf)")
     beta: float = option(0.0, "nft: how far v+ and v- lie from the old policy", "[0, 100]")
 
-    code: ClassVar = ("baselines.py", "neighbor_grpo.py")
+    code: ClassVar = ("paper/baselines.py", "neighbor_grpo.py")
     num_anchors: ClassVar = 0                                   # Neighbor GRPO's own are no settings here: all candidates are trained,
     sigma: ClassVar = 0                                         # begin at one noise,
     p: ClassVar = 0                                             # and there is no quasi-norm
     tau: ClassVar = ""                                          # and no distance
     old_anchor: ClassVar = ""
-    float8: ClassVar = False                                    # their ratios compare the rollout's own velocities
 
     def plan(self):
         old, theta = nfe(self)
@@ -254,7 +256,7 @@ def nfe(cfg, it=0):
 def train_sde(cfg, model, scorers, run):
     """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash: one loop, of which `times` makes the difference."""
     P, G, K, U = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.num_train_steps, cfg.updates_per_iteration
-    prompts, weights, row = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device), torch.arange(P)[:, None]
+    prompts, weights, row = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers).to(model.device), torch.arange(P)[:, None]
     for it in run.iterations():
         # Draw prompts, one initial noise for each, the SDE's noise, and K of its steps for each candidate
         seconds, lap = stopwatch(model.device)
@@ -295,7 +297,7 @@ def train_sde(cfg, model, scorers, run):
                 (-J / (k.numel() * K)).backward()
                 log_rhos.append(log_rho.detach())
                 trained += k.numel()
-            run.update()
+            update(cfg, model, run)
         lap("update")
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
@@ -303,7 +305,7 @@ def train_branch(cfg, model, scorers, run):
     """BranchGRPO: one trajectory from each noise, which splits in two now and then; every step is the SDE's, and an edge's advantage is that of the node it leads to. The
     last step's edges are trained too, as in their code, although no image contains its noise."""
     P, G, U, T = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.updates_per_iteration, cfg.num_rollout_steps
-    prompts, weights, ts = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device), schedule(T, cfg.shift)
+    prompts, weights, ts = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers).to(model.device), schedule(T, cfg.shift)
     levels, splits = LEVELS[cfg.noise](ts, cfg.eta), split_steps(cfg)
     for it in run.iterations():
         # Draw prompts, one initial noise for each, and noise for every node
@@ -351,7 +353,7 @@ def train_branch(cfg, model, scorers, run):
                 (-J / (P * len(mine))).backward()
                 log_rhos.append(log_rho.detach())
                 trained += len(some)
-            run.update()
+            update(cfg, model, run)
         lap("update")
         run.log(it, scores, leaves, log_rhos, seconds, nfe_old=sum(v.shape[1] for v in vels) / G, nfe_theta=trained / G)
 
@@ -359,7 +361,7 @@ def train_nft(cfg, model, scorers, run):
     """DiffusionNFT: the old policy, a slow average of the trained one, rolls out by any ODE solver; then flow matching on its images, towards those with a positive
     advantage and away from the others. The average is run.ema: it is also what is evaluated and saved."""
     P, G, K = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.num_train_steps
-    prompts, weights, ts = read_prompts(cfg.prompts), reward_weights(cfg, len(scorers)).to(model.device), schedule(cfg.num_rollout_steps, cfg.shift)
+    prompts, weights, ts = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers).to(model.device), schedule(cfg.num_rollout_steps, cfg.shift)
     for it in run.iterations():
         # Draw prompts, G unrelated noises for each, and for each image K of the rollout's times with fresh noise
         seconds, lap = stopwatch(model.device)
@@ -394,7 +396,7 @@ def train_nft(cfg, model, scorers, run):
             average_gradients(cfg, model, last=j == K - 1)
             v = model.velocity(x_t[j], t[j].flatten(), cond)
             (nft_loss(x_t[j], t[j], x0, v, v_old[j], A.flatten(), cfg.beta).mean() / K).backward()
-        run.update(decay=min(nft_decay(it + 1), cfg.ema))
+        update(cfg, model, run, decay=min(nft_decay(it + 1), cfg.ema))
         lap("update")
         run.log(it, scores, A, [], seconds, nfe_old=len(vels) + K, nfe_theta=float(K))
 
@@ -403,7 +405,7 @@ def standardised(cfg, scores, prompt, weights):
     if not cfg.global_std:
         return by_group(scores, prompt, lambda r: combine_rewards(r, weights)).clamp(-5, 5)
     total = sum(w * s for w, s in zip(weights, scores.values()))                                      # (P, G)
-    return global_advantages(total, torch.cat(everyone(total.cpu())).to(total.device))
+    return global_advantages(total, torch.cat(gather_objects(total.cpu())).to(total.device))
 
 def loop(cfg, model, scorers, run):
     {"branch": train_branch, "nft": train_nft}.get(cfg.method, train_sde)(cfg, model, scorers, run)
@@ -412,4 +414,4 @@ def parse_config(argv=None):
     return train.parse_config(argv, Config, METHODS, __doc__)
 
 if __name__ == "__main__":
-    train.leave(train.main(None, parse_config, loop))
+    exit_process(train.main(None, parse_config, loop))

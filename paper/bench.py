@@ -1,15 +1,15 @@
 """
 What does an iteration cost, and what of it is not its networks? Time t runs from 1 (noise) to 0 (image).
 
-    python bench.py                                   # Neighbor GRPO's presets and the baselines, on the small world
-    python bench.py --only dpm8,dance --repeats 15    # some of them, for longer; settings that their scripts share may follow
-    python bench.py --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
-    python bench.py --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
-    python bench.py --geometry flux-narrow --only dance,dpm8          # a narrow FLUX, whose decoding weighs as little as FLUX's does
-    python bench.py --geometry flux --only dance,dpm8 --compile --no-bare --warm 1 --repeats 1        # methods beside each other at that size
-    python bench.py --scaling                         # seconds against G, T, B, K and pixels
-    python bench.py --floor                           # operations of an iteration at FLUX.1-dev's size, counted without a GPU
-    python bench.py --memory                          # GPU memory that FLUX.1-dev needs, computed without one
+    python -m paper.bench                                   # Neighbor GRPO's presets and the baselines, on the small world
+    python -m paper.bench --only dpm8,dance --repeats 15    # some of them, for longer; settings that their scripts share may follow
+    python -m paper.bench --geometry flux-small --batching  # FLUX.1-dev's widths, 2 + 4 layers, 256x256: B anchors in one forward against B forwards
+    python -m paper.bench --ladder --geometry flux          # on a GPU: FLUX.1-dev's 12 B weights, random, 720x720, LoRA: what each step of the fast path brings, and the share of a matrix product's rate
+    python -m paper.bench --geometry flux-narrow --only dance,dpm8          # a narrow FLUX, whose decoding weighs as little as FLUX's does
+    python -m paper.bench --geometry flux --only dance,dpm8 --compile --no-bare --warm 1 --repeats 1        # methods beside each other at that size
+    python -m paper.bench --scaling                         # seconds against G, T, B, K and pixels
+    python -m paper.bench --floor                           # operations of an iteration at FLUX.1-dev's size, counted without a GPU
+    python -m paper.bench --memory                          # GPU memory that FLUX.1-dev needs, computed without one
 
 Times the loops' own iterations and, after each, the same calls of the same networks in the same batches with nothing around them, as they were recorded
 in the iteration; methods take turns. Columns are medians. `ratio` is the median of iteration over bare calls, pair by pair: how fast the machine is does not
@@ -21,27 +21,28 @@ import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfil
 from pathlib import Path
 import numpy as np
 import torch
-import baselines, rewards, train
+import rewards, run, train
 from eval import SOLVERS, read_prompts
-from model import add_lora, checkpointed
+from model import add_lora, recompute
+from paper import baselines
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 METHODS = {                                                     # name: (label, script, its flags)
-    "dance": ("DanceGRPO", "baselines.py", "--method dance"),
-    "flow": ("Flow-GRPO", "baselines.py", "--method flow"),
-    "mix": ("MixGRPO", "baselines.py", "--method mix"),
-    "flash": ("MixGRPO-Flash*", "baselines.py", "--method flash"),
-    "branch": ("BranchGRPO", "baselines.py", "--method branch"),
-    "prune": ("BranchGRPO, pruned", "baselines.py", "--method branch --prune 5"),
-    "nft": ("DiffusionNFT", "baselines.py", "--method nft"),
+    "dance": ("DanceGRPO", "-m paper.baselines", "--method dance"),
+    "flow": ("Flow-GRPO", "-m paper.baselines", "--method flow"),
+    "mix": ("MixGRPO", "-m paper.baselines", "--method mix"),
+    "flash": ("MixGRPO-Flash*", "-m paper.baselines", "--method flash"),
+    "branch": ("BranchGRPO", "-m paper.baselines", "--method branch"),
+    "prune": ("BranchGRPO, pruned", "-m paper.baselines", "--method branch --prune 5"),
+    "nft": ("DiffusionNFT", "-m paper.baselines", "--method nft"),
     "ddim25": ("Neighbor GRPO, 25 steps", "train.py", "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4"),
     "dpm16": ("Neighbor GRPO, 16 steps", "train.py", "--num_rollout_steps 16 --num_train_steps 9"),
     "dpm8": ("Neighbor GRPO, 8 steps", "train.py", ""),
 }
-SCRIPTS = {"train.py": (train.parse_config, train.train), "baselines.py": (baselines.parse_config, baselines.loop)}
+SCRIPTS = {"train.py": (train.parse_config, train.train), "-m paper.baselines": (baselines.parse_config, baselines.loop)}
 PHASES = ("rollout", "decode", "reward", "update", "optimizer")
 
 def now(device):
@@ -63,7 +64,7 @@ def recorded(model, scorers, opt):
             return result
         return watch
     model.encode = watched(model.encode, "encode", len)
-    model.velocity = watched(model.velocity, "velocity", lambda x, t, cond: (len(x), len(cond["vec"]), model.in_float8))
+    model.velocity = watched(model.velocity, "velocity", lambda x, t, cond: (len(x), len(cond["vec"])))
     model.decode = watched(model.decode, "decode", len, "decode")
     opt.step = watched(opt.step, "step", lambda: None, "optimizer")
     scorers.update({name: watched(scorer, name, lambda images, prompts: len(images)) for name, scorer in plain.items()})
@@ -81,9 +82,8 @@ def replay(model, scorers, calls, prompts):
             if what == "encode":
                 cond = model.encode(prompts)
             elif what == "velocity":
-                latents_of, prompts_of, in_float8 = size
-                with model.float8() if in_float8 else contextlib.nullcontext():
-                    v = model.velocity(latents[:latents_of], 0.5, {key: value[:prompts_of] for key, value in cond.items()})
+                latents_of, prompts_of = size
+                v = model.velocity(latents[:latents_of], 0.5, {key: value[:prompts_of] for key, value in cond.items()})
                 if trained:
                     v.mean().backward()
             elif what == "decode":
@@ -93,7 +93,7 @@ def replay(model, scorers, calls, prompts):
             else:
                 scorers[what](images, [prompt for prompt in prompts for _ in range(size // len(prompts))])
 
-BUILT = ("resolution", "lora_rank", "checkpoint_blocks", "compile", "attention", "float8")
+BUILT = ("resolution", "lora_rank", "checkpoint_blocks", "compile")
 
 def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
     """Iterations of each method, {name: (label, script, flags)}, and their bare calls, in turn. -> {name: dict(counts, settings, median seconds, ratio)}"""
@@ -109,15 +109,15 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2):
             model, each = models[key]
             prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
             scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
-            books[name] = cfg, model, each, scorers, train.Run(cfg, model, scorers), loop, prompts
+            books[name] = cfg, model, each, scorers, run.Run(cfg, model, scorers), loop, prompts
         for repeat in range(warm + repeats):
-            for name, (cfg, model, each, scorers, run, loop, prompts) in books.items():
+            for name, (cfg, model, each, scorers, book, loop, prompts) in books.items():
                 cfg.iterations = repeat + 1                     # one more than are done
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), recorded(model, scorers, run.opt) as (calls, apart):
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), recorded(model, scorers, book.opt) as (calls, apart):
                     began = now(model.device)
-                    loop(cfg, model, scorers, run)
+                    loop(cfg, model, scorers, book)
                     iteration = now(model.device) - began
-                log = run.lines()[-1]
+                log = book.lines()[-1]
                 if log["skipped"]:
                     raise ArithmeticError(f"{methods[name][0]}: the gradient is not finite, so nothing was updated")
                 if log["flat_groups"]:
@@ -169,7 +169,7 @@ def operations(config, tokens, text, rank=0, recomputed=0):
     found = []
     for trained in (False, True):
         if trained:
-            checkpointed(net, recomputed)                           # which is counted
+            recompute(net, recomputed)                           # which is counted
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
             v = net(**inputs_of(net.config, 1, tokens, text, torch.float32))[0]
             if trained:
@@ -238,10 +238,8 @@ SIZES |= {"flux-small": SIZES["flux"].replace("720", "256"), "flux-narrow": "--p
 LADDER = {                                                      # step: its flags
     "blocks as they are, all recomputed": "--no-compile --checkpoint_blocks -1",
     "compiled": "--compile --checkpoint_blocks -1",
-    "compiled, rollouts in float8": "--compile --checkpoint_blocks -1 --float8",
     "blocks as they are, nothing recomputed": "--no-compile --checkpoint_blocks 0",
     "compiled, nothing recomputed": "--compile --checkpoint_blocks 0",
-    "compiled, cuDNN's attention": "--compile --checkpoint_blocks -1 --attention _native_cudnn",        # last and alone: diffusers makes it everyone's
 }
 
 def ladder(repeats, geometry, flags):
@@ -290,7 +288,7 @@ def floor(tokens=45 * 45, text=512, rank=64):
     head, rows, rival = ["Method", "G", "NFE_old", "NFE_theta", *(text for kind in kinds for text in (f"PFLOP, {kind}", "of DanceGRPO's"))], [], None
     for name, (label, script, own) in METHODS.items():
         cfg = parsed(script, own.split())
-        old, theta = baselines.nfe(cfg) if script == "baselines.py" else (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size)
+        old, theta = baselines.nfe(cfg) if script == "-m paper.baselines" else (cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size)
         sums = [cfg.group_size * (old * forward + theta * both) for forward, both in costs.values()]
         rival = rival or sums                                   # the first is DanceGRPO
         rows.append([label, cfg.group_size, f"{old:.4g}", f"{theta:.4g}", *(text for one, its in zip(sums, rival) for text in (f"{one / 1e15:.2f}", f"{one / its:.3f}"))])
@@ -352,7 +350,7 @@ def scaling(repeats, flags, folder):
     panels[0].set(ylabel="seconds an iteration", ylim=(0, None))
     figure.savefig(folder / "scaling.png", dpi=120)
     text = markdown(["setting", "values", "s / iter.", "line", "furthest from it"], rows)
-    (folder / "scaling.md").write_text(f"`{' '.join(['python bench.py --scaling --repeats', str(repeats), *flags])}` ({torch.get_num_threads()} CPU threads; medians; what is not named is dpm8's).\n\n{text}\n")
+    (folder / "scaling.md").write_text(f"`{' '.join(['python -m paper.bench --scaling --repeats', str(repeats), *flags])}` ({torch.get_num_threads()} CPU threads; medians; what is not named is dpm8's).\n\n{text}\n")
     print(text)
 
 def line(row):
@@ -484,7 +482,7 @@ def main():
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if mode == "scaling":
-        return scaling(args.repeats, flags, train.HERE / "results")
+        return scaling(args.repeats, flags, Path(__file__).parent / "results")
     if mode == "ladder":
         return ladder(args.repeats, args.geometry, flags)
     if mode == "batching":

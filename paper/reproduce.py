@@ -1,9 +1,9 @@
 """
 The paper's tables and figures on the small world: Neighbor GRPO beside the methods it is compared with.
 
-    python reproduce.py table1                        # runs what is missing, goes on with what was interrupted, writes results/table1.md, .json and .png
-    python reproduce.py all --jobs 2                  # everything, two runs at a time, which share the threads
-    python reproduce.py all --quick                   # each in minutes, into results/quick/: a few iterations, 24 prompts, one timing, whose numbers say nothing yet
+    python -m paper.reproduce table1                        # runs what is missing, goes on with what was interrupted, writes results/table1.md, .json and .png
+    python -m paper.reproduce all --jobs 2                  # everything, two runs at a time, which share the threads
+    python -m paper.reproduce all --quick                   # each in minutes, into results/quick/: a few iterations, 24 prompts, one timing, whose numbers say nothing yet
 
     table1, table2     the methods: reward, judge, diversity; seconds to DanceGRPO's final reward
     table3             what an iteration costs: network evaluations counted, seconds measured in turns within one process
@@ -27,15 +27,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 import numpy as np
 import torch
-import bench, rewards, train
-from eval import diversity, label_of, picture_grid, read_prompts, sample, spread, write
+import rewards, train
+from eval import diversity, label_of, picture_grid, read_prompts, evenly_spaced, sample, write
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
+from paper import bench
+from run import HERE, checkpoints, read_log
 from solvers import rollout, schedule
 
-HERE = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = {                                                     # label: (script, its flags, whose learning rate and clip)
-    **{label: (script, flags, flags.split()[1] if script == "baselines.py" else "neighbor") for label, script, flags in bench.METHODS.values()},
+    **{label: (script, flags, flags.split()[1] if script == "-m paper.baselines" else "neighbor") for label, script, flags in bench.METHODS.values()},
     "Neighbor GRPO, sigma 0.5, p = 2": ("train.py", "--sigma 0.5 --p 2", "neighbor"),         # Table 2, which is Table 6's rows: sigma 0.5
     "Neighbor GRPO, sigma 0.5, p = 0.8": ("train.py", "--sigma 0.5", "neighbor"),
 }
@@ -78,27 +80,27 @@ def run(args, *groups, may_diverge=False):
         note = folder.parent / f"{folder.name}.json"                      # how the run ended that is in the folder
         command = command_line(script, flags, folder)
         known = json.loads(note.read_text()) if note.exists() else dict(command=command, ended="")
-        if known["command"] != command or not known["ended"] or known["ended"] == "whole" and not train.checkpoints(folder):
-            goes_on = known["command"] == command and train.checkpoints(folder)
+        if known["command"] != command or not known["ended"] or known["ended"] == "whole" and not checkpoints(folder):
+            goes_on = known["command"] == command and checkpoints(folder)
             if not goes_on:
                 for old in args.out.glob(f"eval/{folder.name}-checkpoint-*"):       # pictures of other weights
                     shutil.rmtree(old)
             print(command, flush=True)
             keep(note, dict(command=command, ended=""))
-            child = subprocess.Popen([sys.executable, script, *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
+            child = subprocess.Popen([sys.executable, *script.split(), *flags, "--out_dir", str(folder), "--resume" if goes_on else "--overwrite", "--threads", str(threads(args))],
                                      cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             RUNNING.append(child)
             said = child.communicate()[1]               # after Ctrl-C it still writes its checkpoint
             RUNNING.remove(child)
             last = int(flags[flags.index("--iterations") + 1])
-            whole = any(line["iter"] == last and "eval_clip" in line for line in train.read_log(folder))
+            whole = any(line["iter"] == last and "eval_clip" in line for line in read_log(folder))
             known = dict(command=command, ended="whole" if whole and not child.returncode else "diverged" if re.search("no longer finite|no finite gradient|not finite", said) else "")
             keep(note, known)
             if not known["ended"]:
                 raise RuntimeError(f"{folder} ended with {child.returncode} before it was done; the same command goes on with it:\n{said[-2000:]}")
         if known["ended"] == "diverged" and not may_diverge:
             raise RuntimeError(f"{folder} diverged, so there is no table; {command}")
-        return train.read_log(folder) if known["ended"] == "whole" else []
+        return read_log(folder) if known["ended"] == "whole" else []
     with ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(jobs, pool.map(one, jobs)))
 
@@ -222,11 +224,11 @@ def tune(args):
 
 def finals(args, jobs):
     """{folder: reward, judge, diversity and their gains} of finished runs: eval.py on their last checkpoints, four pictures for each held-out prompt."""
-    checkpoints = {folder: train.checkpoints(folder)[-1] for folder in jobs}
-    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, checkpoints.values()), "--steps", "16", "--out_dir", str(args.out / "eval"),
+    newest = {folder: checkpoints(folder)[-1] for folder in jobs}
+    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, newest.values()), "--steps", "16", "--out_dir", str(args.out / "eval"),
                     *(["--num_prompts", "24"] if args.quick else [])], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
     rows = {row["label"]: row for row in json.loads((args.out / "eval/results.json").read_text())["results"]}
-    return {"base": next(iter(rows.values())), **{folder: rows[label_of(path)] for folder, path in checkpoints.items()}}
+    return {"base": next(iter(rows.values())), **{folder: rows[label_of(path)] for folder, path in newest.items()}}
 
 def over_seeds(values):
     """Mean and its standard error; one seed has none."""
@@ -279,7 +281,7 @@ def compare(args, name, labels, caption):
                      "1" if label == RIVAL else times_to(curves[label], goal, rival_time), *paper_gains(name, label)])
         data[label] = dict(finals=each, curves=[[list(map(float, part)) for part in pair] for pair in curves[label]], commands=[command_line(*what, folder) for folder, what in jobs[label].items()])
     held_out = read_prompts(HERE / "tiny/prompts/test_concept.txt")
-    pick, paths = spread(len(held_out), 8), {"base": HERE / "tiny/flux", **{label: train.checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
+    pick, paths = evenly_spaced(len(held_out), 8), {"base": HERE / "tiny/flux", **{label: checkpoints(next(iter(jobs[label])))[-1] for label in labels}}
     picture_grid(args.results / f"{name}.png", {label: pictures(path, held_out, pick) for label, path in paths.items()}, [held_out[i] for i in pick])
     caption += (f" All for the same seconds, {args.iterations * cost_of(args, OURS)['seconds']:.0f}, by the times of table3. {ERRORS} The goal, {RIVAL}'s final held-out gain, is {goal:+.4f}; the paper's columns are gains too.")
     return ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr, clip", "reward", "its gain", "judge", "its gain", "diversity", f"time to {RIVAL}'s final reward, as a share of {RIVAL}'s",
@@ -358,12 +360,12 @@ def group_of(path, prompts, seed, sigma=0.3, G=12):
 def before_and_after(args, prompts, seed=0):
     folder, what = next(iter(jobs_of(args, OURS).items()))
     run(args, {folder: what})
-    return {label: group_of(path, prompts, seed) for label, path in {"base": HERE / "tiny/flux", "aligned": train.checkpoints(folder)[-1]}.items()}
+    return {label: group_of(path, prompts, seed) for label, path in {"base": HERE / "tiny/flux", "aligned": checkpoints(folder)[-1]}.items()}
 
 def figure4(args):
     """A'_i of real groups. What p does to a group is the length |A'|_2 it gives it: 1 for every group at p = 2, and less for the flat ones below."""
     prompts = read_prompts(HERE / "tiny/prompts/train.txt")
-    groups = before_and_after(args, [prompts[i] for i in spread(len(prompts), 16 if args.quick else 64)])
+    groups = before_and_after(args, [prompts[i] for i in evenly_spaced(len(prompts), 16 if args.quick else 64)])
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     rows, data = [], {}
     for panel, (label, (_, r)) in zip(panels, groups.items()):
@@ -384,7 +386,7 @@ def figure4(args):
 
 def figure8(args):
     known = read_prompts(HERE / "tiny/prompts/train.txt")
-    prompts = [known[i] for i in spread(len(known), 3)]
+    prompts = [known[i] for i in evenly_spaced(len(known), 3)]
     rows, strips = [], {}
     for label, (images, r) in before_and_after(args, prompts, seed=8).items():
         for prompt, each, score, distance in zip(prompts, images, r, diversity(images)):
@@ -423,14 +425,14 @@ def main(argv=None):
     args.seeds, args.iterations = seeds if args.seeds is None else args.seeds, iterations if args.iterations is None else args.iterations
     if min(args.seeds, args.iterations, args.jobs) < 1:
         parser.error("seeds, iterations and jobs must be at least 1")
-    args.out, args.results = Path(args.out_dir, *["quick"] * args.quick).resolve(), HERE.joinpath("results", *["quick"] * args.quick)
+    args.out, args.results = Path(args.out_dir, *["quick"] * args.quick).resolve(), RESULTS.joinpath(*["quick"] * args.quick)
     for folder in (args.out, args.results):
         folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
     for name in [name for name in WHAT if not (args.quick and name == "tune")] if args.what == "all" else [args.what]:
         began = time.time()
         head, rows, data, caption = WHAT[name](args)
-        command = f"python reproduce.py {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick
+        command = f"python -m paper.reproduce {name} --seeds {args.seeds} --iterations {args.iterations} --jobs {args.jobs}" + " --quick" * args.quick
         caption += " Quick: 24 prompts and a few iterations, which say nothing yet." * args.quick
         text = f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, {threads(args)} a run). {caption}\n\n{bench.markdown(head, rows)}\n"
         (args.results / f"{name}.md").write_text(text)

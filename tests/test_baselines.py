@@ -3,14 +3,15 @@ baselines.py against closed forms, torch.distributions and flows whose distribut
 
     python -m pytest -q test_baselines.py
 """
-import json
+import dataclasses, json
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 from torch.testing import assert_close
-import baselines
+import run
 import train
-from baselines import METHODS, Config, dance_level, drift_residual, flow_level, log_prob, nft_loss, noise_estimate, sde_mean, sde_rollout, sde_std, tree_advantages, tree_widths
+from paper import baselines
+from paper.baselines import METHODS, Config, dance_level, drift_residual, flow_level, log_prob, nft_loss, noise_estimate, sde_mean, sde_rollout, sde_std, tree_advantages, tree_widths
 from neighbor_grpo import clipped_objective
 from solvers import ddim_step, rollout, schedule
 from test_core import Stub, brightness
@@ -256,9 +257,9 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
     (folder / "prompts.txt").write_text("a\nb\nc\n")
     settings = {**METHODS[method], "method": method, "model": "", "prompts": str(folder / "prompts.txt"), "rewards": "brightness",
                 "out_dir": str(folder / "run"), "overwrite": True, "iterations": 1, "eval_every": 0, "save_every": 0, "lr": 1e-2, **settings}
-    run = train.Run(Config(**settings), model, {})
-    baselines.loop(run.cfg, model, {"brightness": scorer}, run)
-    return run.lines()
+    book = run.Run(Config(**settings), model, {})
+    baselines.loop(book.cfg, model, {"brightness": scorer}, book)
+    return book.lines()
 
 
 @pytest.mark.parametrize("method, nfe_old, nfe_theta", [
@@ -333,14 +334,14 @@ def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path
 
 @pytest.mark.parametrize("ema, stays", [(0.5, 0.001), (0.0004, 0.0004)])
 def test_nfts_loss_compares_with_the_old_policys_velocity_which_then_follows_by_its_decay_and_at_most_ema(tmp_path, monkeypatch, ema, stays):
-    asked, run = [], []
+    asked, logged = [], []
     monkeypatch.setattr(baselines, "nft_loss", lambda x_t, t, x0, v, v_old, *more: (asked.append((x_t, t, v_old)), nft_loss(x_t, t, x0, v, v_old, *more))[1])
-    monkeypatch.setattr(train.Run, "log", lambda self, *_, **__: run.append([w.clone() for w in self.ema]))
+    monkeypatch.setattr(run.Run, "log", lambda self, *_, **__: logged.append([w.clone() for w in self.ema]))
     model = Many()
     train_stub(tmp_path, model, "nft", ema=ema, lr=0.1)
     for x_t, t, v_old in asked:
         assert_close(v_old, Many().velocity(x_t, t.flatten(), None).detach())
-    for averaged, now, before in zip(run[0], model.trained(), Many().trained(), strict=True):
+    for averaged, now, before in zip(logged[0], model.trained(), Many().trained(), strict=True):
         assert_close(averaged, stays * before + (1 - stays) * now, atol=1e-7, rtol=1e-6)
         assert (now - before).abs().max() > 0.01
 
@@ -414,7 +415,7 @@ def test_a_run_is_not_resumed_as_one_of_another_method(tmp_path, capsys, monkeyp
     parse = lambda words: (baselines if "--method" in words else train).parse_config([*words.split(), "--out_dir", str(tmp_path)])
     (tmp_path / "checkpoint-1/state").mkdir(parents=True)
     (tmp_path / "checkpoint-1/state/state.pt").touch()
-    (tmp_path / "checkpoint-1/state/config.json").write_text(json.dumps(train.asdict(parse(before))))
+    (tmp_path / "checkpoint-1/state/config.json").write_text(json.dumps(dataclasses.asdict(parse(before))))
     with pytest.raises(SystemExit):
         parse(f"{now} --resume")
     name = lambda words: words.removeprefix("--method ") or "neighbor"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-import bench, train
+import train
 from model import Flux
+from paper import bench
 
 torch.set_num_threads(1)
 SMALL = ["--prompts_per_iteration", "2"]
@@ -92,7 +93,7 @@ def test_the_lines_of_scaling_are_those_through_the_points(monkeypatch, tmp_path
     monkeypatch.setattr(bench, "measure", measure)
     bench.scaling(3, ["--device", "cpu"], tmp_path)
     text = (tmp_path / "scaling.md").read_text()
-    assert text.startswith("`python bench.py --scaling --repeats 3 --device cpu`") and text.count("| 1.00 + 0.5 x | 0% |") == 5
+    assert text.startswith("`python -m paper.bench --scaling --repeats 3 --device cpu`") and text.count("| 1.00 + 0.5 x | 0% |") == 5
 
 
 def test_a_step_of_the_ladder_does_what_its_name_says():

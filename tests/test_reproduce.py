@@ -7,8 +7,8 @@ import argparse, json, math, os, shutil, signal, threading, time
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-import baselines, reproduce
-from reproduce import HERE, curve, first_time, group_of, over_seeds, shown, times_to
+from paper import baselines, reproduce
+from paper.reproduce import HERE, curve, first_time, group_of, over_seeds, shown, times_to
 
 
 def log(*points):
@@ -202,19 +202,19 @@ def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(tm
     costs = {label: dict(seconds=2.0 if label == reproduce.OURS else 8.0, solver="", nfe_old=1, nfe_theta=1) for label in reproduce.METHODS}
     monkeypatch.setattr(reproduce, "costs", lambda args: costs)
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(("dance", "neighbor"), (1e-5, 1e-4)))
-    ends = {("baselines.py", "0"): 0.1, ("baselines.py", "1"): 0.3, ("train.py", "0"): 0.4, ("train.py", "1"): 0.4}
+    ends = {("-m paper.baselines", "0"): 0.1, ("-m paper.baselines", "1"): 0.3, ("train.py", "0"): 0.4, ("train.py", "1"): 0.4}
     def run(args, *groups):
         found = {}
         for folder, (script, flags) in [what for group in groups for what in group.items()]:
             last, end = int(flags[flags.index("--iterations") + 1]), ends[script, flags[flags.index("--seed") + 1]]
             found[folder] = [dict(iter=it, eval_clip=0.5, eval_clip_gain=end * it / last) for it in (0, last)]
-            if script == "baselines.py":
+            if script == "-m paper.baselines":
                 found[folder].insert(1, dict(iter=last - 1, eval_clip=0.5, eval_clip_gain=end + 0.2))
         return found
     monkeypatch.setattr(reproduce, "run", run)
     row = dict(clip=0.5, judge=0.6, clip_gain=0.1, judge_gain=-0.1, diversity=0.2)
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {"base": row, **{folder: row for folder in logs}})
-    monkeypatch.setattr(reproduce.train, "checkpoints", lambda folder: [folder])
+    monkeypatch.setattr(reproduce, "checkpoints", lambda folder: [folder])
     monkeypatch.setattr(reproduce, "pictures", lambda *_: None)
     monkeypatch.setattr(reproduce, "picture_grid", lambda *_: None)
     head, rows, data, _ = reproduce.compare(settings(tmp_path, seeds=2, iterations=40), "table1", ["DanceGRPO", reproduce.OURS], "")
