@@ -15,7 +15,7 @@ Where a shortcut looks harmless, the test also shows that it is wrong: those lin
 
     G = 12  candidates    D  numbers in one latent    x (G, D)  candidates    old, anchor (D,)    A (G,)  advantages
 """
-import ast, contextlib, functools, json, math, signal
+import ast, functools, json, math, signal
 from pathlib import Path
 import pytest
 import torch
@@ -624,7 +624,7 @@ def test_equal_rewards_leave_the_weights_where_they_were():
 class Stub:
     """What train.py asks of a model, with a linear velocity: counts how many latents it is asked about, and for what."""
 
-    device, latent_shape, float8 = torch.device("cpu"), (4, 3), contextlib.nullcontext
+    device, latent_shape = torch.device("cpu"), (4, 3)
 
     def __init__(self):
         torch.manual_seed(0)
@@ -839,10 +839,7 @@ def test_checkpointing_changes_memory_and_not_gradients_and_recomputes_as_many_b
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("float8", [False, True])
-def test_compiled_blocks_give_the_same_velocity_and_gradients_and_blocks_of_a_kind_share_their_graphs(flux, monkeypatch, lora_rank, float8):
-    if float8:
-        pytest.importorskip("torchao")
+def test_compiled_blocks_give_the_same_velocity_and_gradients_and_blocks_of_a_kind_share_their_graphs(flux, monkeypatch, lora_rank):
     graphs, found, x = [], [], torch.randn(2, *flux.latent_shape)
     def counted(graph, inputs):
         graphs.append(graph)
@@ -851,9 +848,9 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients_and_blocks_of_a_ki
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counted))
     for compiled in (False, True):
         torch.manual_seed(0)                                    # of the adapters
-        model = Flux(TINY / "flux", 64, compiled=compiled, lora_rank=lora_rank, float8=float8)
+        model = Flux(TINY / "flux", 64, compiled=compiled, lora_rank=lora_rank)
         cond = model.encode(PROMPTS)
-        with torch.no_grad(), model.float8():
+        with torch.no_grad():
             rolled = model.velocity(x, 0.5, cond)
         v = model.velocity(x, 0.5, cond)
         v.pow(2).mean().backward()
@@ -861,47 +858,6 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients_and_blocks_of_a_ki
     for a, b in zip(*found, strict=True):
         assert_close(a, b, rtol=0, atol=1e-6)
     assert 4 <= len(graphs) <= 7                                # two kinds, with and without gradients; the first of a kind may get its input in another form. Six blocks on their own would be twelve
-
-
-def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_where_it_is_asked_for(flux):
-    pytest.importorskip("torchao")
-    cheap, x, cond = Flux(TINY / "flux", 64, float8=True), torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
-    layer, block = cheap.blocks()[0].attn.to_q, cheap.blocks()[0]
-    assert type(block.norm1.linear) is torch.nn.Linear is not type(layer)                             # the norms' layers stay
-    def rounded(w):                                             # each row by its own scale, a power of two that brings its largest number near e4m3's, 448
-        scale = (448 / w.abs().amax(1, keepdim=True).double()).log2().floor().exp2()
-        return (w.double() * scale).to(torch.float8_e4m3fn).double() / scale
-    inputs = torch.randn(5, layer.in_features)
-    with torch.no_grad():
-        plain = flux.velocity(x, 0.5, cond)
-        assert torch.equal(cheap.velocity(x, 0.5, cond), plain)
-        with cheap.float8():
-            assert_close(layer(inputs).double(), rounded(inputs) @ rounded(layer.weight).T + layer.bias, rtol=2**-8, atol=1e-3)      # comes out in bf16
-            assert 0.005 < (cheap.velocity(x, 0.5, cond) - plain).norm() / plain.norm() < 0.1
-        assert torch.equal(cheap.velocity(x, 0.5, cond), plain)
-        with flux.float8():                                     # not prepared
-            assert torch.equal(flux.velocity(x, 0.5, cond), plain)
-    assert torch.equal(cheap.velocity(x, 0.5, cond), flux.velocity(x, 0.5, cond))                     # with gradients
-
-
-def test_a_run_rolls_out_in_float8_and_trains_without_it(tmp_path, monkeypatch):
-    seen, velocity = set(), Flux.velocity
-    def watched(model, *inputs):
-        seen.add((model.in_float8, torch.is_grad_enabled()))
-        return velocity(model, *inputs)
-    monkeypatch.setattr(Flux, "velocity", watched)
-    train_stub(tmp_path, Flux(TINY / "flux", 64), prompts_per_iteration=1)
-    assert seen == {(True, False), (False, True)}
-
-
-def test_an_attention_backend_reaches_every_block_and_one_that_is_not_installed_is_refused():
-    model = train.load(train.parse_config(["--attention", "_native_math", "--out_dir", "never"]))
-    assert {block.attn.processor._attention_backend.value for block in model.blocks()} == {"_native_math"}
-    model.transformer.set_attention_backend("native")           # diffusers keeps it for whatever is loaded afterwards
-    with pytest.raises(ValueError, match="attention is flash, but that cannot be had here"):
-        Flux(TINY / "flux", 64, attention="flash")
-    with pytest.raises(SystemExit):
-        train.parse_config(["--attention", "_native_cudnn", "--device", "cpu"])
 
 
 def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):
@@ -936,7 +892,7 @@ def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):
     ("--out_dir {used} --resume", "there is no checkpoint"),
     ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
     ("--prompts hpdv2_train", "get it by: hf download"),
-    ("--attention fast", "attention is fast, but must be empty or one of diffusers' backends: flash,"), ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
+    ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
     ("--sigma nan", "sigma is nan, but must lie in (0, 1]"),
     ("--lr inf", "lr is inf, but must lie in (0, 1]"),
     ("--guidance nan", "guidance is nan, but must lie in (-inf, inf)"),

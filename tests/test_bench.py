@@ -1,76 +1,178 @@
 """
-bench.py counts what it says it counts. One test per sentence.
+paper/bench.py counts what it says it counts, and paper/float8.py rounds only without gradients. One
+test per sentence.
 
-    python -m pytest -q test_bench.py
+    python -m pytest -q tests/test_bench.py
 """
-import dataclasses, time, types
+import dataclasses, functools, importlib.machinery, sys, time, types
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
+import rewards
 import train
 from model import Flux
-from paper import bench
+from paper import bench, counts, float8
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 torch.set_num_threads(1)
-SMALL = ["--prompts_per_iteration", "2"]
+TINY = train.PRESETS["tiny"]["model"]
+SMALL = "--prompts_per_iteration 2 --group_size 4 --resolution 32".split()
+PROMPTS = ["a red apple on a table", "the moon over a hill"]
 
 
-@pytest.mark.parametrize("method", ["dpm8", "mix", "nft"])
-def test_the_bare_calls_are_those_of_an_iteration_in_the_same_sizes_and_order_backward_passes_too(monkeypatch, method):
+@pytest.fixture(scope="module", autouse=True)
+def scorers_loaded_once():
+    kept, load_all = {}, rewards.load_all
+
+    def load_once(names, device, prompts):
+        key = tuple(names.items())
+        if key not in kept:
+            kept[key] = load_all(names, device, prompts)
+        return dict(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "load_all", load_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def load():
+    """train.load, by which a model of each kind is loaded once."""
+    kept = {}
+
+    def load_once(cfg):
+        kind = tuple(getattr(cfg, name) for name in bench.BUILT)
+        if kind not in kept:
+            kept[kind] = train.load(cfg)
+        return kept[kind]
+    return load_once
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """flux-small with one block of each kind, of one head, and a VAE of eight channels."""
+    blocks = dict(num_layers=1, num_single_layers=1, num_attention_heads=1)
+    vae = dict(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4)
+    monkeypatch.setitem(bench.BLOCKS, "flux-small", blocks)
+    for name, value in vae.items():
+        monkeypatch.setitem(bench.VAE, name, value)
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e12)
+    return "--prompts_per_iteration 1 --resolution 32 --group_size 4 --threads 1".split()
+
+
+# ============================================================================ iterations and calls
+
+@pytest.mark.parametrize("method", [
+    "dpm8", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mix", "nft"))])
+def test_the_bare_calls_are_those_of_an_iteration_in_the_same_sizes_and_order_backward_passes_too(
+        method, load, monkeypatch):
     replay, backward, seen, backwards = bench.replay, torch.Tensor.backward, [], []
+
     def watched(model, scorers, calls, prompts):
         backwards.clear()
         with bench.recorded(model, scorers, types.SimpleNamespace(step=None)) as (again, _):
             replay(model, scorers, calls, prompts)
         seen.append(([call for call in calls if call[0] != "step"], again))
-        assert len(backwards) == sum(trained for what, _, trained in calls if what == "velocity") > 0
+        trained = sum(trained for what, _, trained in calls if what == "velocity")
+        assert len(backwards) == trained > 0
+
     monkeypatch.setattr(bench, "replay", watched)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda x, *how: backwards.append(1) or backward(x, *how))
-    found = bench.measure({method: bench.METHODS[method]}, 1, SMALL, warm=0)[method]
-    assert len(seen) == 2 and all(calls and calls == again for calls, again in seen)                  # once for seconds, once for memory
+    monkeypatch.setattr(torch.Tensor, "backward",
+                        lambda x, *how: backwards.append(1) or backward(x, *how))
+    found = bench.measure({method: bench.METHODS[method]}, 1, SMALL, load, warm=0)[method]
+    assert len(seen) == 2                       # once for the seconds, once for the memory
+    assert all(calls and calls == again for calls, again in seen)
     assert found["ratio"] == found["iteration"] / found["bare"]
 
 
-def test_what_is_recorded_is_what_algorithm_1_asks_of_the_networks_with_two_prompts(monkeypatch):
+def test_what_is_recorded_is_what_algorithm_1_asks_of_the_networks_with_two_prompts(
+        load, monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "replay", lambda model, scorers, calls, prompts: seen.append(calls))
-    bench.measure({"dpm8": bench.METHODS["dpm8"]}, 1, SMALL, warm=0)
-    update = [("velocity", (4, 2, False), True)] * 4 + [("step", None, True)]                         # K steps; two of four anchors of each prompt
-    assert seen[0] == [("encode", 2, False), *[("velocity", (24, 2, True), False)] * 8, ("decode", 24, False), ("clip", 24, True), *update, *update]
+    bench.measure({"dpm8": bench.METHODS["dpm8"]}, 1, SMALL, load, warm=0)
+    rollout = [("velocity", (8, 2), False)] * 8                 # two prompts, G = 4
+    a_step = ("velocity", (4, 2), True)                         # two of four anchors of each prompt
+    update = [*[a_step] * 4, ("step", None, True)]              # K = 4
+    assert seen[0] == [("encode", 2, False), *rollout, ("decode", 8, False), ("clip", 8, True),
+                       *update, *update]
 
 
-def test_the_phases_make_up_an_iteration_the_first_ones_do_not_count_and_nothing_is_learnt(monkeypatch):
-    step, models = torch.optim.AdamW.step, []
-    def slowly(opt, *how):
-        time.sleep(1)
-        return step(opt, *how)
-    monkeypatch.setattr(torch.optim.AdamW, "step", slowly)
+def test_the_phases_make_up_an_iteration_the_first_ones_do_not_count_and_nothing_is_learnt(
+        monkeypatch):
+    """By a clock that stands still but for what is known to take time."""
+    clock, models = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds, call):
+        def slow(*args, **more):
+            clock[0] += seconds()
+            return call(*args, **more)
+        return slow
+
     def build(cfg):
-        models.append(train.load(cfg))
-        return models[0]
-    found = bench.measure({"dpm16": bench.METHODS["dpm16"]}, 1, [*SMALL, "--num_rollout_steps", "4"], build, bare=False, warm=1)["dpm16"]
-    assert found["nfe_old"] == 16                               # the method's own settings win
-    assert 2 < found["optimizer"] < 2.5
-    assert sum(found[phase] for phase in bench.PHASES) == pytest.approx(found["iteration"], rel=0.15)
-    assert found["iteration"] == found["tries"][1]["iteration"] != found["tries"][0]["iteration"]
-    before = Flux(train.PRESETS["tiny"]["model"], 64).trained()
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(models[0].trained(), before, strict=True))
+        models.append(model := train.load(cfg))
+        rolling = lambda: 100.0 if torch.is_grad_enabled() else 1.0     # a trained step takes more
+        monkeypatch.setattr(Flux, "velocity", takes(rolling, Flux.velocity))
+        monkeypatch.setattr(Flux, "decode", takes(lambda: 7.0, Flux.decode))
+        return model
+
+    first = iter([1000.0, 1000.0])              # two updates of the iteration that does not count
+    step = takes(lambda: next(first, 5.0), torch.optim.AdamW.step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    words = [*SMALL, "--num_rollout_steps", "4"]
+    found = bench.measure({"dpm16": bench.METHODS["dpm16"]}, 1, words, build, False, 1)["dpm16"]
+    assert found["nfe_old"] == 16               # the method's own settings win
+    assert (found["rollout"], found["decode"], found["reward"]) == (16, 7, 0)
+    assert (found["update"], found["optimizer"]) == (2 * 9 * 100, 2 * 5)
+    assert sum(found[phase] for phase in bench.PHASES) == found["iteration"]
+    before, counted = found["tries"]
+    assert before["iteration"] == counted["iteration"] + 2 * 995
+    assert found["iteration"] == counted["iteration"]
+    for now, loaded in zip(models[0].trained(), Flux(TINY, 32).trained(), strict=True):
+        assert_close(now, loaded, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method, old, theta, B, K", [("dpm8", 8, 4 / 3, 4, 4), ("dpm16", 16, 3, 4, 9), ("ddim25", 25, 4, 12, 4), ("dance", 25, 14, 12, 14), ("flash", 8, 4, 12, 4)])
-def test_evaluations_are_counted_at_the_network_and_the_columns_are_the_papers(method, old, theta, B, K):
-    found = bench.measure({method: bench.METHODS[method]}, 1, ["--prompts_per_iteration", "1"], bare=False, warm=0)[method]
-    assert (found["nfe_old"], found["nfe_theta"], found["B"], found["K"]) == (pytest.approx(old), pytest.approx(theta), B, K)
+@pytest.mark.parametrize("method, old, theta, B, K", [
+    ("dpm8", 8, 4 / 3, 4, 4),
+    pytest.param("dpm16", 16, 3, 4, 9, marks=pytest.mark.slow),
+    pytest.param("ddim25", 25, 4, 12, 4, marks=pytest.mark.slow),
+    pytest.param("dance", 25, 14, 12, 14, marks=pytest.mark.slow),
+    ("flash", 8, 4, 12, 4)])
+def test_evaluations_are_counted_at_the_network_and_the_columns_are_the_papers(
+        method, old, theta, B, K, load):
+    words = "--prompts_per_iteration 1 --resolution 32".split()
+    found = bench.measure({method: bench.METHODS[method]}, 1, words, load, False, 0)[method]
+    assert (found["nfe_old"], found["nfe_theta"]) == pytest.approx((old, theta))
+    assert (found["B"], found["K"]) == (B, K)
 
+
+def test_a_change_of_a_model_is_made_once_and_only_to_its_own_methods(load):
+    changed, own = [], bench.METHODS["dpm8"]
+    methods = {"plain": own, "changed": own, "again": own, "plain too": own}
+    change = lambda model: changed.append(model)
+    built = []
+    build = lambda cfg: built.append(load(cfg)) or built[-1]
+    words = [*SMALL, "--num_rollout_steps", "2", "--num_train_steps", "1"]
+    bench.measure(methods, 1, words, build, False, 0, dict(changed=change, again=change))
+    assert len(built) == 2 and changed == [built[1]]
+
+
+# ============================================================================ tables and rates
 
 def test_the_table_sets_seconds_and_operations_beside_dancegrpos():
     def one(iteration, rollout, update, flops):
-        return dict(solver="DDIM", nfe_old=1.0, G=12, B=4, K=4, nfe_theta=1.0, iteration=iteration, rollout=rollout, decode=1.0, reward=0.1, update=update, optimizer=0.1, flops=flops)
+        return dict(solver="DDIM", nfe_old=1.0, G=12, B=4, K=4, nfe_theta=1.0, iteration=iteration,
+                    rollout=rollout, decode=1.0, reward=0.1, update=update, optimizer=0.1,
+                    flops=flops)
     text = bench.table(dict(dance=one(20.0, 4.0, 6.0, 8e12), dpm8=one(5.0, 2.0, 3.0, 4e12)), 1e12)
     head, _, _, row = [line.split(" | ") for line in text.split("\n")]
     found = dict(zip(head, row))
-    assert (found["share"], found["of DanceGRPO's s / iter."], found["of its rollout and update"], found["of its TFLOP |"]) == ("0.80", "0.250", "0.500", "0.500 |")
+    assert found["share"] == "0.80"
+    assert found["of DanceGRPO's s / iter."] == "0.250"
+    assert found["of its rollout and update"] == "0.500"
+    assert found["of its TFLOP |"] == "0.500 |"
 
 
 def test_a_matrix_products_rate_counts_a_product_and_a_sum_for_each_of_n_cubed(monkeypatch):
@@ -79,110 +181,316 @@ def test_a_matrix_products_rate_counts_a_product_and_a_sum_for_each_of_n_cubed(m
     assert bench.matmul_rate(torch.device("cpu")) == 2 * 2048**3
 
 
-def test_batching_sets_one_forward_of_all_anchors_against_one_for_each(monkeypatch, capsys):
+def test_the_share_is_operations_over_the_iterations_seconds_and_a_matrix_products_rate():
+    assert bench.rates(dict(flops=3e12, iteration=2.0), 6e12) == ("3", "1.5", "6", "0.25")
+
+
+def test_batching_sets_one_forward_of_all_anchors_against_one_for_each(load, monkeypatch, capsys):
     calls, velocity = [], Flux.velocity
-    monkeypatch.setattr(Flux, "velocity", lambda model, x, *more: calls.append(len(x)) or velocity(model, x, *more))
-    monkeypatch.setattr(bench, "now", lambda device: len(calls))                                      # a second for each call
+    monkeypatch.setattr(Flux, "velocity", lambda model, x, *more: (
+        calls.append(len(x)) or velocity(model, x, *more)))
+    monkeypatch.setattr(bench, "now", lambda device: len(calls))        # a second for each call
     bench.batching(bench.parsed("train.py", ["--batch", "1"]), "tiny", 1)
-    assert calls == [4, 1, 1, 1, 1] * 2 and "at once 1.000 s, one by one 4.000 s: 4.00 times" in capsys.readouterr().out
+    assert calls == [4, 1, 1, 1, 1] * 2
+    assert "at once 1.000 s, one by one 4.000 s: 4.00 times" in capsys.readouterr().out
 
 
 def test_the_lines_of_scaling_are_those_through_the_points(monkeypatch, tmp_path):
-    def measure(methods, *_, **__):
-        return {name: dict(iteration=1 + 0.5 * int(name.split()[1]) ** (2 if "resolution" in name else 1)) for name in methods}
-    monkeypatch.setattr(bench, "measure", measure)
+    def seconds(name):
+        setting, value = name.split()
+        return 1 + 0.5 * int(value) ** (2 if setting == "resolution" else 1)
+
+    monkeypatch.setattr(bench, "measure", lambda methods, *_, **__: {
+        name: dict(iteration=seconds(name)) for name in methods})
     bench.scaling(3, ["--device", "cpu"], tmp_path)
     text = (tmp_path / "scaling.md").read_text()
-    assert text.startswith("`python -m paper.bench --scaling --repeats 3 --device cpu`") and text.count("| 1.00 + 0.5 x | 0% |") == 5
+    assert text.startswith("`python -m paper.bench scaling --repeats 3 --device cpu`")
+    assert text.count("| 1.00 + 0.5 x | 0% |") == 5
 
 
-def test_a_step_of_the_ladder_does_what_its_name_says():
-    for name, own in bench.LADDER.items():
-        words = own.split()
-        assert words[words.index("--checkpoint_blocks") + 1] == ("0" if "nothing" in name else "-1")
-        assert (name.startswith("compiled"), "float8" in name, "cuDNN" in name) == ("--compile" in words, "--float8" in words, "_native_cudnn" in words)
-
+# ============================================================================ operations and memory
 
 @pytest.mark.parametrize("rank, blocks", [(0, 0), (4, 0), (0, 1), (4, -1)])
 def test_operations_counted_without_numbers_are_those_of_the_network_with_them(rank, blocks):
-    model = Flux(train.PRESETS["tiny"]["model"], 64, lora_rank=rank, checkpoint_blocks=blocks)
+    model = Flux(TINY, 64, lora_rank=rank, checkpoint_blocks=blocks)
     cond = model.encode(["a dog", "a cat"])
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):                     # whose matrix products are counted
-        with torch.no_grad():
-            model.velocity(torch.randn(6, *model.latent_shape), 0.5, cond)
-        model.velocity(torch.randn(4, *model.latent_shape), 0.5, cond).mean().backward()
+    x = torch.randn(6, *model.latent_shape)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad():                   # SDPBackend.MATH: its matrix products are counted
+            model.velocity(x, 0.5, cond)
+        model.velocity(x[:4], 0.5, cond).mean().backward()
     calls = [("encode", 2, False), ("velocity", (6, 2), False), ("velocity", (4, 2), True)]
-    assert bench.flops_of(bench.operations_of(model, types.SimpleNamespace(lora_rank=rank, checkpoint_blocks=blocks)), calls) == counter.get_total_flops()
+    cfg = types.SimpleNamespace(lora_rank=rank, checkpoint_blocks=blocks)
+    assert bench.flops_of(bench.operations_of(model, cfg), calls) == counter.get_total_flops()
 
 
-def test_the_peak_of_memory_is_what_is_alive_at_once_and_neither_weights_nor_views_nor_what_was_freed():
+def test_the_peak_of_memory_is_what_is_alive_at_once_without_weights_views_and_what_was_freed():
     net = torch.nn.Linear(1000, 1000, bias=False)
-    with torch.no_grad(), bench.Live(net) as live:
+    with torch.no_grad(), counts.Live(net) as live:
         x = torch.ones(1000, 1000)
         for _ in range(5):
-            x = x @ net.weight.t()                              # the old and the new one, 4 MB each
+            x = x @ net.weight.t()              # the old and the new one, 4 MB each
         x.view(-1)[0] = 0
     assert live.peak == 8_000_000
 
 
-def test_an_iteration_and_the_ladder_go_through_at_another_geometry_twice_in_a_row(monkeypatch, capsys):
-    monkeypatch.setitem(bench.BLOCKS, "flux-small", dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
-    monkeypatch.setattr(bench, "LADDER", {"a step": "--no-compile"})
-    for argv in (["--only", "dpm8", "--warm", "1", "--no-bare"], ["--ladder"]):
-        monkeypatch.setattr(bench.sys, "argv", ["bench.py", "--geometry", "flux-small", "--repeats", "1", "--resolution", "32", "--group_size", "4", "--threads", "1", *argv])
-        bench.main()
-        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+@pytest.mark.slow
+def test_a_picture_of_flux_narrow_takes_no_more_of_an_evaluation_to_decode_than_flux_1_dev_s():
+    def share(geometry, vae, tokens):
+        with torch.device("meta"):
+            net = bench.FluxTransformer2DModel(guidance_embeds=True, **bench.BLOCKS[geometry])
+        forward, _ = counts.operations(net.config, tokens, 512)
+        return counts.decoding(vae, 2 * int(tokens**0.5)) / forward
+
+    small = Flux(TINY, 64).pipe.vae
+    with torch.device("meta"):
+        large = bench.AutoencoderKL(**bench.VAE)
+    narrow, flux = share("flux-narrow", small, 16), share("flux", large, 45 * 45)
+    assert 0.1 < narrow < flux < 0.14
+
+
+def test_flux_narrow_has_the_small_worlds_vae_and_as_many_text_tokens_as_flux_1_dev():
+    cfg = bench.parsed("train.py", bench.SIZES["flux-narrow"].split())
+    model = bench.build(cfg, "flux-narrow")
+    small = Flux(TINY, 64).pipe.vae
+    assert model.pipe.vae.config.block_out_channels == small.config.block_out_channels
+    assert model.encode(["a dog"])["txt"].shape == (1, 512, 4096)
+
+
+# ============================================================================ the ladder
+
+def test_a_step_of_the_ladder_does_what_its_name_says():
+    for name, (settings, change) in bench.LADDER.items():
+        words = settings.split()
+        blocks = words[words.index("--checkpoint_blocks") + 1]
+        assert blocks == ("0" if "nothing" in name else "-1")
+        assert name.startswith("compiled") == ("--compile" in words)
+        assert ("float8" in name) == (change is float8.prepare)
+        assert ("cuDNN" in name) == (change is bench.cudnn_attention)
+
+
+def test_cudnns_attention_reaches_every_block(load):
+    model = load(train.parse_config(["--out_dir", "never", "--lora_rank", "1"]))
+    try:
+        bench.cudnn_attention(model)
+        found = {block.attn.processor._attention_backend.value for block in model.blocks()}
+    finally:                                    # diffusers keeps it for whatever is loaded later
+        model.transformer.set_attention_backend("native")
+    assert found == {"_native_cudnn"}
+
+
+@pytest.mark.slow
+def test_an_iteration_and_the_ladder_go_through_at_another_geometry_twice_in_a_row(
+        narrow, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LADDER", {"a step": ("--no-compile", None)})
+    for command in (["methods", "--only", "dpm8", "--warm", "1", "--no-bare"], ["ladder"]):
+        bench.main([*command, "--geometry", "flux-small", "--repeats", "1", *narrow])
+        printed = capsys.readouterr().out.splitlines()
+        rows = [line.split(" | ") for line in printed if line.startswith("| ")]
         seconds = dict(zip(rows[0], rows[2]))
-        assert float(seconds["s / iter."]) >= float(seconds["rollout"]) > 0 and float(seconds["update"]) > 0
+        assert float(seconds["s / iter."]) >= float(seconds["rollout"]) > 0
+        assert float(seconds["update"]) > 0
 
 
-def test_the_share_is_the_transformers_operations_over_the_iterations_seconds_and_a_matrix_products_rate():
-    assert bench.rates(dict(flops=3e12, iteration=2.0), 6e12) == ("3", "1.5", "6", "0.25")
-
-
-@pytest.mark.parametrize("argv, told", [
-    (["--floor", "--resolution", "1024"], "--floor has no use for --resolution 1024"), (["--memory", "--geometry", "flux"], "--memory has no use for --geometry"), (["--scaling", "--geometry", "flux"], "--scaling has no use for --geometry"),
-    (["--ladder", "--warm", "3"], "--ladder has no use for --warm"), (["--ladder", "--only", "dance"], "--ladder has no use for --only"), (["--batching", "--json", "x.json"], "--batching has no use for --json"),
-    (["--repeats", "0"], "--repeats must be at least 1"), (["--only", "dpm8,foo"], "'foo', but must be of dance,"), (["--geometry", "flux"], "--geometry flux needs a GPU"), (["--json", "no/such/x.json"], "there is no folder no/such"), (["--floor", "--memory"], "not allowed with"),
-])
-def test_what_would_have_no_effect_or_fail_at_the_end_is_refused_at_once(monkeypatch, capsys, argv, told):
-    monkeypatch.setattr(bench.sys, "argv", ["bench.py", *argv])
-    with pytest.raises(SystemExit):
-        bench.main()
-    assert told in capsys.readouterr().err
-
-
-def test_a_step_of_the_ladder_that_fails_is_told_and_the_others_count(monkeypatch, capsys):
-    monkeypatch.setitem(bench.BLOCKS, "flux-small", dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
-    monkeypatch.setattr(bench, "LADDER", {"one": "--no-compile", "two": "--checkpoint_blocks -7", "three": "--max_grad_norm 1"})
+def test_a_step_of_the_ladder_that_cannot_be_had_is_one_line_and_the_others_count(
+        narrow, monkeypatch, capsys):
+    monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "LADDER", {
+        "one": ("--no-compile", None), "two": ("--checkpoint_blocks -7", None),
+        "three": ("", float8.prepare), "four": ("", bench.cudnn_attention),
+        "five": ("--max_grad_norm 1", None)})
     velocity, broken = Flux.velocity, []
+
     def watched(model, x, *more):
         v = velocity(model, x, *more)
         return v * torch.nan if broken and torch.is_grad_enabled() else v
+
     monkeypatch.setattr(Flux, "velocity", watched)
-    monkeypatch.setattr(bench, "matmul_rate", lambda device: broken.append(1) or 1e12)              # from the second step on gradients are nan
-    bench.ladder(1, "flux-small", ["--prompts_per_iteration", "1", "--resolution", "32", "--group_size", "4", "--lora_rank", "4"])
+    monkeypatch.setattr(bench, "operations_of", lambda model, cfg: (1, 3))
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: broken.append(1) or 1e12)
+    bench.ladder(1, "flux-small", [*narrow, "--lora_rank", "4"])        # nan from the second step
     out = capsys.readouterr()
-    assert [line.split(" | ")[1] == "not here, as said above |" for line in out.out.splitlines()[2:]] == [False, True, True]
-    assert "the gradient is not finite, so nothing was updated" in out.err and "checkpoint_blocks is -7" in out.err
+    failed = [line.split(" | ")[1] == "not here, as said above |"
+              for line in out.out.splitlines()[2:]]
+    assert failed == [False, True, True, True, True]
+    assert "the gradient is not finite, so nothing was updated" in out.err
+    assert "checkpoint_blocks is -7" in out.err
+    assert "three: float8 needs torchao" in out.err
+    assert "four: cuDNN's attention needs a GPU" in out.err
 
 
-def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model(monkeypatch, capsys):
+def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model_but_for_the_last(
+        monkeypatch, capsys):
     built, load = [], train.load
-    monkeypatch.setattr(bench, "LADDER", {"compiled": "--compile", "one": "--checkpoint_blocks -1", "other": "--checkpoint_blocks 0", "again": "--checkpoint_blocks 0", "last": "--checkpoint_blocks 0"})
-    monkeypatch.setattr(train, "load", lambda cfg: built.append(cfg.checkpoint_blocks) or load(dataclasses.replace(cfg, compile=False)))
-    bench.ladder(1, "tiny", SMALL)
+
+    def built_without_compiling(cfg):
+        built.append(cfg.checkpoint_blocks)
+        return load(dataclasses.replace(cfg, compile=False))
+
+    monkeypatch.setattr(bench, "LADDER", {
+        "compiled": ("--compile", None), "one": ("--checkpoint_blocks -1", None),
+        "absent": ("", bench.cudnn_attention), "other": ("--checkpoint_blocks 0", None),
+        "again": ("--checkpoint_blocks 0", None), "last": ("--checkpoint_blocks 0", None)})
+    monkeypatch.setattr(train, "load", built_without_compiling)
+    monkeypatch.setattr(bench, "operations_of", lambda model, cfg: (1, 3))
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e12)
+    bench.ladder(1, "tiny", [*SMALL, "--num_rollout_steps", "2", "--num_train_steps", "1"])
     out = capsys.readouterr()
-    assert built == [0, -1, 0, 0] and len(out.out.splitlines()) == 7                                  # "again" is "other"; the last is alone
-    assert [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))] == ["1/2 compiled", "1/2 one", "1/2 other", "1/2 again", "2/2 compiled", "2/2 one", "2/2 other", "2/2 again", "1/2 last", "2/2 last"]
+    assert built == [0, -1, 0, 0]               # "again" is "other"; the last is alone
+    assert len(out.out.splitlines()) == 8
+    said = [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))]
+    together = ["compiled", "one", "other", "again"]
+    assert said == [*(f"1/2 {name}" for name in together), *(f"2/2 {name}" for name in together),
+                    "1/2 last", "2/2 last"]
 
 
-def test_a_picture_of_flux_narrow_takes_no_more_of_an_evaluation_to_decode_than_flux_1_dev_s():
-    shares = []
-    for geometry, vae, tokens in (("flux-narrow", Flux(train.PRESETS["tiny"]["model"], 64).pipe.vae, 16), ("flux", bench.AutoencoderKL(**bench.VAE), 45 * 45)):
-        with torch.device("meta"):
-            config = bench.FluxTransformer2DModel(guidance_embeds=True, **bench.BLOCKS[geometry]).config
-        shares.append(bench.decoding(vae, 2 * int(tokens**0.5)) / bench.operations(config, tokens, 512)[0])
-    assert 0.1 < shares[0] < shares[1] < 0.14
-    model = bench.build(bench.parsed("train.py", bench.SIZES["flux-narrow"].split()), "flux-narrow")
-    assert model.pipe.vae.config.block_out_channels == Flux(train.PRESETS["tiny"]["model"], 64).pipe.vae.config.block_out_channels and model.encode(["a dog"])["txt"].shape == (1, 512, 4096)
+# ============================================================================ float8
+
+def velocity_and_gradients(model, x):
+    """The velocity without gradients, with them, and the gradients of a loss."""
+    cond = model.encode(PROMPTS)
+    with torch.no_grad():
+        rolled = model.velocity(x, 0.5, cond)
+    v = model.velocity(x, 0.5, cond)
+    v.pow(2).mean().backward()
+    return [rolled, v.detach(), *(w.grad for w in model.trained() if w.grad is not None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_compiled_blocks_in_float8_give_the_same_velocity_and_gradients_and_share_their_graphs(
+        lora_rank, monkeypatch):
+    pytest.importorskip("torchao")
+    graphs, found = [], []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()                      # of what the last case compiled
+    compile = functools.partialmethod(torch.nn.Module.compile, backend=counted)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for compiled in (False, True):
+        torch.manual_seed(0)                    # of the adapters
+        model = float8.prepare(Flux(TINY, 64, compiled=compiled, lora_rank=lora_rank))
+        x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+        found.append(velocity_and_gradients(model, x))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-6)
+    # Two kinds, with and without gradients. The first of a kind may get its input in another form.
+    assert 4 <= len(graphs) <= 7                # six blocks on their own would be twelve
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_without_gradients(
+        lora_rank):
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    plain = Flux(TINY, 64, lora_rank=lora_rank)
+    torch.manual_seed(0)
+    cheap = float8.prepare(Flux(TINY, 64, lora_rank=lora_rank))
+    x = torch.randn(2, *plain.latent_shape)
+    block = cheap.blocks()[0]
+    layer = block.attn.to_q.base_layer if lora_rank else block.attn.to_q
+    assert type(layer) is not torch.nn.Linear
+    assert type(block.norm1.linear) is torch.nn.Linear          # the norms' layers stay
+    adapters = {type(part) for name, part in block.named_modules()
+                if "lora_A." in name or "lora_B." in name}
+    assert adapters == ({torch.nn.Linear} if lora_rank else set())
+
+    def rounded(w):
+        """Each row by a scale of its own: the power of two that brings its largest number near
+        e4m3's, 448."""
+        scale = (448 / w.abs().amax(1, keepdim=True).double()).log2().floor().exp2()
+        return (w.double() * scale).to(torch.float8_e4m3fn).double() / scale
+
+    inputs = torch.randn(5, layer.in_features)
+    with torch.no_grad():
+        product = rounded(inputs) @ rounded(layer.weight).T + layer.bias
+        assert_close(layer(inputs).double(), product, rtol=2**-8, atol=1e-3)    # comes in bf16
+    rolled, *trained = velocity_and_gradients(plain, x)
+    rolled_in_float8, *still = velocity_and_gradients(cheap, x)
+    assert 0.005 < (rolled_in_float8 - rolled).norm() / rolled.norm() < 0.1
+    for a, b in zip(trained, still, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """A torchao that only notes whether gradients are on where a layer would round: a list."""
+    seen = []
+
+    class Float8Linear(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    def convert(block, module_filter_fn, config):
+        for name, layer in block.named_modules():
+            if type(layer) is torch.nn.Linear and module_filter_fn(layer, name):
+                layer.__class__ = Float8Linear
+
+    config = types.SimpleNamespace(from_recipe_name=str)
+    for name, more in (("torchao", {}), ("torchao.float8.float8_linear", dict(
+            Float8Linear=Float8Linear)), ("torchao.float8", dict(
+            convert_to_float8_training=convert, Float8LinearConfig=config))):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(more)
+        monkeypatch.setitem(sys.modules, name, module)
+    return seen
+
+
+def test_a_run_rolls_out_in_float8_and_trains_without_it(noted, monkeypatch):
+    trained, forward = [], torch.nn.Linear.forward
+
+    def watched(layer, x):
+        if torch.is_grad_enabled():
+            trained.append(type(layer).__name__)
+        return forward(layer, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    prepared = lambda cfg: float8.prepare(train.load(cfg))
+    bench.measure({"dpm8": bench.METHODS["dpm8"]}, 1, SMALL, prepared, False, 0)
+    layers = len(noted) // 8                    # 8 steps of a rollout
+    assert layers > 0 and noted == [False] * 8 * layers
+    assert trained.count("WithoutGradients") == 2 * 4 * layers          # K = 4, twice
+
+
+def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="float8 needs torchao; pip install torchao"):
+        float8.prepare(types.SimpleNamespace(device=torch.device("cpu")))
+
+
+# ============================================================================ the command line
+
+@pytest.mark.parametrize("words, said", [
+    ("floor --resolution 1024", "unrecognized arguments: --resolution 1024"),
+    ("memory --geometry flux", "unrecognized arguments: --geometry flux"),
+    ("scaling --geometry flux", "unrecognized arguments: --geometry flux"),
+    ("ladder --warm 3", "unrecognized arguments: --warm 3"),
+    ("ladder --only dance", "unrecognized arguments: --only dance"),
+    ("batching --json x.json", "unrecognized arguments: --json x.json"),
+    ("methods --repeats 0", "--repeats must be at least 1"),
+    ("methods --warm -1", "--warm at least 0"),
+    ("methods --only dpm8,foo", "'foo', but must be of dance,"),
+    ("methods --geometry flux", "--geometry flux needs a GPU"),
+    ("methods --json no/such/x.json", "there is no folder no/such"),
+    ("floor memory", "unrecognized arguments: memory"),
+    ("nothing", "invalid choice: 'nothing'")])
+def test_what_would_have_no_effect_or_fail_at_the_end_is_refused_at_once(
+        words, said, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Flux", None)
+    with pytest.raises(SystemExit):
+        bench.main(words.split())
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_command_all_methods_are_timed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "measure", lambda methods, repeats, *more: asked.append(
+        (list(methods), repeats, more[0], *more[2:])) or {})
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: 1.0)
+    bench.main([])
+    assert asked == [(list(bench.METHODS), 5, [], True, 2)]

@@ -1,0 +1,155 @@
+"""
+Operations and memory of FLUX, counted without a GPU: the networks are run with tensors that have
+shapes but no numbers. `python -m paper.bench floor` and `memory` print the tables.
+"""
+import weakref
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from model import add_lora, recompute
+
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+           down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+           use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611,
+           shift_factor=0.1159)                 # FLUX.1-dev's
+
+# ------------------------------------------------------------------------------------------------
+# Operations
+
+def operations(config, tokens, text, rank=0, recomputed=0):
+    """Floating point operations of a transformer for one latent -> (forward, forward and backward).
+    torch counts them on tensors without numbers: on a CPU it would miss those of attention. Only
+    matrix products count."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel.from_config(config).requires_grad_(not rank)
+    if rank:                                    # the backward pass then costs as much as the
+        add_lora(net, rank)                     # forward pass; with all weights twice as much
+    inputs = inputs_of(net.config, 1, tokens, text, torch.float32)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        net(**inputs)
+    recompute(net, recomputed)                  # is counted too
+    with FlopCounterMode(display=False) as both:
+        net(**inputs)[0].mean().backward()
+    return forward.get_total_flops(), both.get_total_flops()
+
+def inputs_of(config, n, tokens, text, dtype):
+    """What the network is called with for n latents, without numbers."""
+    def empty(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+    return dict(hidden_states=empty(n, tokens, config.in_channels), timestep=empty(n),
+                guidance=empty(n) if config.guidance_embeds else None,
+                encoder_hidden_states=empty(n, text, config.joint_attention_dim),
+                pooled_projections=empty(n, config.pooled_projection_dim),
+                img_ids=empty(tokens, 3), txt_ids=empty(text, 3), return_dict=False)
+
+def decoding(vae, side):
+    """Operations of making one picture from a latent of side x side."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(vae.config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
+    return counter.get_total_flops()
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are still alive. `peak`: the most that
+    there ever were."""
+
+    def __init__(self, network):
+        super().__init__()
+        weights = {w.untyped_storage()._cdata for w in network.parameters()}
+        self.now, self.peak, self.seen = 0, 0, weights          # a view of a weight is not new
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return result
+
+    def freed(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+def working_set(net, call, train):
+    """Peak bytes of a forward pass, or of one and its backward pass, beyond the weights and their
+    gradients."""
+    for w in net.parameters():
+        if w.requires_grad:
+            w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
+    with torch.set_grad_enabled(train), Live(net) as live:
+        result = call()
+        if train:
+            result.float().mean().backward()
+    return live.peak
+
+def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
+    """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev by --preset dpm8 (720x720, b
+    anchors in a forward pass), with the paper's three rewards. -> head and rows of a table."""
+    def flux(trained):
+        with torch.device("meta"):
+            net = FluxTransformer2DModel(guidance_embeds=True)
+        return net.bfloat16().requires_grad_(trained)
+
+    def call(net, M, batch):
+        """Calls for M latents, `batch` at a time."""
+        inputs = inputs_of(net.config, batch, tokens, text, torch.bfloat16)
+        return lambda: torch.cat([net(**inputs)[0] for _ in range(M // batch)])
+
+    def update_of(net):
+        return working_set(net, call(net, b, b), train=True)
+
+    frozen, whole, adapted = flux(False), flux(True), flux(False)
+    add_lora(adapted, rank)
+    adapters = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
+    n = sum(w.numel() for w in frozen.parameters())
+    block = sum(w.numel() for w in frozen.transformer_blocks[0].parameters())
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE).bfloat16()
+    z = torch.empty(G, 16, 90, 90, dtype=torch.bfloat16, device="meta")
+    rollout = working_set(frozen, call(frozen, G, G), train=False)
+    rollout_by_4 = working_set(frozen, call(frozen, 4, 4), train=False)
+    decode = working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
+    lora_kept, full_kept = update_of(adapted), update_of(whole)
+    adapted.enable_gradient_checkpointing()
+    whole.enable_gradient_checkpointing()
+    lora, full = update_of(adapted), update_of(whole)
+    lora_by_4 = working_set(adapted, call(adapted, 8 * b, 4), train=True)       # 8 prompts
+    vae_size = 2 * 0.084e9                                      # bf16
+    encoders = 2 * (4.762e9 + 0.123e9) + vae_size               # T5 and CLIP too, bf16
+    scorers = 4 * (0.986e9 + 0.986e9 + 0.478e9)     # HPSv2.1, PickScore, ImageReward, float32
+    print(f"transformer {n / 1e9:.2f} B parameters, a block up to {block / 1e9:.2f} B; LoRA {rank}:"
+          f" {adapters / 1e6:.0f} M; rollout of {G}: {rollout / 1e9:.1f} GB, decoding them "
+          f"{decode / 1e9:.1f}, {b} anchors: {lora / 1e9:.1f} (LoRA) or {full / 1e9:.1f} (all) "
+          f"with checkpointing, {lora_kept / 1e9:.0f} or {full_kept / 1e9:.0f} without\n")
+    rows = []
+
+    def row(what, gpus, weights, trained, roll, step, frozen=encoders):
+        stay, come = (weights, trained, frozen, scorers), (roll, step)
+        rows.append([what, gpus, *(f"{part / 1e9:.1f}" for part in (*stay, *come)),
+                     f"{(sum(stay) + max(come)) / 1e9:.0f}"])
+
+    weights = 2 * n + 4 * adapters
+    for gpus in (1, 8, 32):                     # with DDP its buckets hold the gradients once more
+        row(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters,
+            max(rollout, decode), lora)
+    row(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
+        lora, vae_size)
+    row("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
+        max(rollout_by_4, decode / G * 4), lora_by_4, vae_size)
+    row("all weights", 1, 4 * n, 12 * n, rollout, full)
+    for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, and
+        row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients leave in float32
+            rollout + 2 * block * 2, full + 2 * block * (2 + 4))
+        row("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
+            rollout + 2 * n, full + (2 + 4) * n)
+    return ["what", "GPUs", "weights", "gradients, moments", "encoders, VAE", "scorers", "rollout",
+            "update", "peak"], rows
