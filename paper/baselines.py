@@ -284,8 +284,8 @@ def train_branch(cfg, model, scorers, run):
                 mean = sde_mean(x, v, t, t_next, levels[k]).unflatten(0, (P, -1))
                 mean = mean.repeat_interleave(widths[k + 1] // widths[k], 1)    # (P, w', N, C)
                 std = sde_std(t, t_next, levels[k])
-                if k in splits:         # as in their code, whose log_prob does not know of it. The
-                    std = cfg.split_noise * std         # SDE's marginals are not kept then.
+                if k in splits:                 # as in their code. The SDE's marginals are not
+                    std = cfg.split_noise * std         # kept then, and log_prob has no such factor
                 nodes.append(mean + std * normal(widths[k + 1]))        # (P, w', N, C)
                 vels.append(v.unflatten(0, (P, -1)))                    # (P, w, N, C)
             x0 = x - t * v                      # of the last step, without its noise
@@ -517,21 +517,18 @@ class Config(train.Config):
                f"{f.name} is not a setting of {self.method}") for f in own),
             (not row.get("noise") or self.noise, "noise is empty, but must be dance or flow"),
             (not row.get("eta") or self.eta > 0,
-             f"eta is {self.eta:g}, but must be above 0: without noise there is nothing to learn "
-             "from"),
+             f"eta is {self.eta:g}, but must be above 0: without noise nothing can be learnt"),
         ]
 
     def rules_of_sde(self):
-        T, G, K, U = (self.num_rollout_steps, self.group_size, self.num_train_steps,
-                      self.updates_per_iteration)
+        T, G = self.num_rollout_steps, self.group_size
+        K, U = self.num_train_steps, self.updates_per_iteration
         size = self.window or T - 1
         return [
-            (self.window < T,
-             f"window is {self.window}, but must be at most T-1, {T - 1}: the last step is the "
-             "ODE's"),
-            (K <= size,
-             f"num_train_steps (K) is {K}, but must lie between 1 and {size}, the steps to draw "
-             "from"),
+            (self.window < T, f"window is {self.window}, but must be at most T-1, {T - 1}: the "
+                              "last step is the ODE's"),
+            (K <= size, f"num_train_steps (K) is {K}, but must lie between 1 and {size}, the steps "
+                        "to draw from"),
             (G % U == 0, f"updates_per_iteration is {U}, but must divide group_size (G), {G}"),
         ]
 
@@ -555,16 +552,15 @@ class Config(train.Config):
         ]
 
     def rules_of_nft(self):
-        T, K, U = self.num_rollout_steps, self.num_train_steps, self.updates_per_iteration
+        U = self.updates_per_iteration
         return [
-            (K <= T - 1, f"num_train_steps (K) is {K}, but must lie between 1 and {T - 1}, the "
-                         "steps to draw from"),
             (U == 1, f"updates_per_iteration is {U}, but nft has one"),
             (0 < self.ema <= 0.5 and self.beta > 0,
              f"ema is {self.ema:g} and beta {self.beta:g}, but nft's ema, the most that stays of "
              "the old policy, must lie in (0, 0.5], and beta must be above 0"),
             (self.clip_eps == type(self).clip_eps,
              "clip_eps is not a setting of nft, which has no ratio to clip"),
+            *self.rules_of_sde(),
         ]
 
 # As published, for FLUX.1-dev where there is such a setting. What is not as published is said.
