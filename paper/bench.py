@@ -135,7 +135,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
             for name, s in setups.items():
                 s.cfg.iterations = repeat + 1                   # one more than are done
                 calls, seconds = one_iteration(s)
-                again = lambda s=s, calls=calls: replay(s.model, s.scorers, calls, s.prompts)
+                again = lambda: replay(s.model, s.scorers, calls, s.prompts)
                 if repeat == 0:
                     found[name] = settings_of(s.cfg, calls)
                     found[name]["flops"] = flops_of(s.costs, calls)
@@ -204,12 +204,12 @@ def parsed(script, words):
 def settings_of(cfg, calls):
     """Table 3's columns. NFE: latents that the network was asked about, over images."""
     branch, images = cfg.method == "branch", cfg.prompts_per_iteration * cfg.group_size
-    nfe = {False: 0, True: 0}
+    asked = {False: 0, True: 0}                 # without gradients, and with
     for what, size, trained in calls:
-        nfe[trained] += size[0] / images if what == "velocity" else 0
-    return dict(solver=SOLVERS[cfg.solver], nfe_old=nfe[False], G=cfg.group_size,
+        asked[trained] += size[0] if what == "velocity" else 0
+    return dict(solver=SOLVERS[cfg.solver], nfe_old=asked[False] / images, G=cfg.group_size,
                 B="adapt" if branch else cfg.num_anchors or cfg.group_size,
-                K="all" if branch else cfg.num_train_steps, nfe_theta=nfe[True])
+                K="all" if branch else cfg.num_train_steps, nfe_theta=asked[True] / images)
 
 def memory_of(call, model):
     """Peak bytes; on a CPU those beyond the weights."""
@@ -496,6 +496,7 @@ def parse_args(argv):
     each = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
             for name, text in COMMANDS.items()}
     for name in ("methods", "ladder", "batching", "scaling"):
+        each[name].epilog = "Settings of train.py may follow, such as --threads 1."
         each[name].add_argument("--repeats", type=int, default=5,
                                 help="iterations that count (default 5)")
     for name in ("methods", "ladder", "batching"):

@@ -4,7 +4,7 @@ One test per sentence.
 
     python -m pytest -q tests/test_baselines.py
 """
-import dataclasses, json
+import dataclasses, json, os, subprocess, sys
 import pytest
 import torch
 from torch.distributions import (
@@ -16,7 +16,7 @@ from paper import baselines
 from paper.baselines import (
     METHODS, Config, dance_level, drift_residual, flow_level, log_prob, nft_loss, noise_estimate,
     sde_mean, sde_rollout, sde_std, tree_advantages, tree_widths)
-from run import Run
+from run import HERE, Run
 from solvers import ddim_step, rollout, schedule
 
 torch.set_num_threads(1)
@@ -539,6 +539,24 @@ def test_each_loop_aligns_the_small_flux_and_an_interrupted_run_goes_on_as_if_no
     whole = log_without_times(tmp_path / "a")
     assert len(whole) == 4 and whole == log_without_times(tmp_path / "b")
     assert (tmp_path / "a/baselines.py").read_text() == open(baselines.__file__).read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mix", "flow"])             # flow: the spread of all groups
+def test_two_processes_are_one_run_with_as_many_groups(method, tmp_path):
+    (tmp_path / "two.txt").write_text("a red apple\nan octopus\n")
+    command = ["-m", "paper.baselines", "--method", method, *SHORT, "--prompts",
+               str(tmp_path / "two.txt"), "--prompts_per_iteration", "2", "--iterations", "2",
+               "--group_size", "4", "--num_rollout_steps", "5", "--num_train_steps", "4"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("one", []), ("two", torchrun)):
+        subprocess.run([sys.executable, *start, *command, "--out_dir", str(tmp_path / name)],
+                       cwd=HERE, check=True, timeout=300,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = log_without_times(tmp_path / "one"), log_without_times(tmp_path / "two")
+    assert len(one) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("before, now", [
