@@ -410,6 +410,16 @@ def test_every_method_raises_the_reward_of_one_and_the_same_noise(method, tmp_pa
     assert gain.mean() > 5 * gain.std() / 20**0.5
 
 
+def test_every_image_of_nft_is_trained_at_k_times_of_the_rollout_that_differ(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines, "nft_loss", lambda x_t, t, *more: (
+        seen.append(t.flatten()), nft_loss(x_t, t, *more))[1])
+    train_stub(tmp_path, Stub(), "nft", prompts_per_iteration=2, num_train_steps=3)
+    drawn = [set(times.tolist()) for times in torch.stack(seen, 1)]     # of each image
+    assert len(drawn) == 2 * 12 and all(len(times) == 3 for times in drawn)
+    assert set.union(*drawn) == set(schedule(10, 3.0)[:-1].tolist())
+
+
 def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "nft_decay", lambda step: 1.0)       # it stays what it was
     model, untouched = Stub(), Stub()
