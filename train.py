@@ -246,6 +246,7 @@ class Config:
 
     method: ClassVar = "neighbor"                               # paper/baselines.py has others
     code: ClassVar = ("neighbor_grpo.py",)                      # kept with the run
+    command: ClassVar = "train.py"
 
     def __post_init__(self):
         for name in ("model", "prompts", "eval_prompts", "init_lora", "out_dir"):
@@ -311,7 +312,7 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
     paper/baselines.py has a Config of its own, and settings for each --method."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="python %(prog)s [--preset tiny|ddim25|dpm16|dpm8] [--setting value ...]")
+        usage=f"python {config.command} [--preset tiny|ddim25|dpm16|dpm8] [--setting value ...]")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(default tiny)")
     for f in fields(config):
         yes_no = dict(action=argparse.BooleanOptionalAction)

@@ -490,6 +490,7 @@ class Config(train.Config):
     prune: int = option(0, "branch: number of depths that are not trained", "[0, inf)")
     beta: float = option(0.0, "nft: distance of v+ and v- from the old policy", "[0, 100]")
 
+    command: ClassVar = "-m paper.baselines"
     code: ClassVar = ("paper/baselines.py", "neighbor_grpo.py")
     num_anchors: ClassVar = 0                   # Neighbor GRPO's own are not settings here. All
     sigma: ClassVar = 0                         # candidates are trained, they begin at one noise,
