@@ -1,0 +1,59 @@
+"""
+What several test files need: the option --slow, warnings that are not ours, short runs of the small
+world in tiny/.
+
+    python -m pytest -q             # without the tests that are marked slow
+    python -m pytest -q --slow      # all of them
+"""
+from pathlib import Path
+import pytest
+import torch
+import cpu_torchvision                                          # noqa: F401  (before diffusers)
+import train
+from model import Flux
+
+torch.set_num_threads(1)                        # the tensors are small: threads only cost time
+HERE = Path(__file__).resolve().parents[1]
+TINY = HERE / "tiny"
+SHORT = ("--prompts_per_iteration 2 --group_size 4 --num_anchors 2 --num_rollout_steps 3 "
+         "--num_train_steps 2 --updates_per_iteration 1 --eval_every 0 --save_every 2 --threads 1 "
+         "--eval_scorers").split() + [""]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long, so it runs only with --slow")
+    for ignored in ("ignore::DeprecationWarning:diffusers",
+                    "ignore:torch.distributed is disabled"):    # one process saves alone
+        config.addinivalue_line("filterwarnings", ignored)
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: python -m pytest --slow"))
+
+
+@pytest.fixture(scope="session")
+def flux():
+    """The small FLUX. Nobody changes its weights."""
+    return Flux(TINY / "flux", 64)
+
+
+@pytest.fixture(scope="session")
+def five(tmp_path_factory):
+    """Evaluations on five prompts, which do not divide among two processes."""
+    path = tmp_path_factory.mktemp("prompts") / "five.txt"
+    path.write_text("a red apple\nan octopus\na dog\na red car\nthe moon\n", encoding="utf-8")
+    return ["--eval_prompts", str(path), "--eval_every", "4"]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory, five):
+    """A run of four iterations in one process, with checkpoints after two and four."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert train.main([*SHORT, *five, "--iterations", "4", "--out_dir", str(out)]) is None
+    return out
