@@ -5,10 +5,12 @@ world in tiny/.
     python -m pytest -q             # without the tests that are marked slow
     python -m pytest -q --slow      # all of them
 """
+import json
 from pathlib import Path
 import pytest
 import torch
 import cpu_torchvision                                          # noqa: F401  (before diffusers)
+from diffusers import FluxPipeline
 import train
 from model import Flux
 
@@ -35,6 +37,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: python -m pytest --slow"))
+
+
+def lines_of(out, seconds=True):
+    """A run's log. The seconds are the only numbers that may differ between equal runs."""
+    text = (Path(out) / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{key: value for key, value in line.items() if seconds or "seconds" not in key}
+            for line in lines]
+
+
+def weights_of(out, iteration):
+    path = Path(out) / f"checkpoint-{iteration}"
+    return FluxPipeline.from_pretrained(path).transformer.state_dict()
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def test_lora_trains_adapters_alone_begins_at_the_base_and_is_loaded_by_diffuser
     pipe = FluxPipeline.from_pretrained(FLUX)
     pipe.load_lora_weights(out / "checkpoint-2")
     config, = pipe.transformer.peft_config.values()
-    assert config.r == 4 and config.lora_alpha == 8
+    assert config.r == config.lora_alpha == 4       # so programs that ignore alpha agree
     theirs = pipe.transformer(
         hidden_states=x, timestep=torch.full((2,), 0.5), guidance=torch.full((2,), 3.5),
         encoder_hidden_states=cond["txt"], pooled_projections=cond["vec"], img_ids=flux.img_ids,

@@ -1,0 +1,564 @@
+"""
+run.py: what a run refuses, writes and survives, in one process.
+
+    python -m pytest -q tests/test_run.py           # what takes long: --slow
+"""
+import dataclasses, importlib.machinery, json, math, os, shutil, signal, sys, time, types
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+import cpu_torchvision                                          # noqa: F401  (before diffusers)
+from diffusers import FluxPipeline
+import processes
+import rewards
+import run
+import train
+from model import Flux
+from run import Run, checkpoints, discard
+from test_core import Stub, brightness, stub_run, train_stub
+from tests.conftest import SHORT, TINY, lines_of, weights_of
+
+FLUX = TINY / "flux"
+
+
+# ==================================================================== settings that are refused
+
+REFUSED = [
+    ("--preset dpm9", "dpm9"),
+    ("--sigma 0", "sigma is 0, but must lie in (0, 1]"),
+    ("--sigma 1.5", "sigma is 1.5, but must lie in (0, 1]"),
+    ("--sigma nan", "sigma is nan, but must lie in (0, 1]"),
+    ("--p 0", "p is 0, but must lie in (0, 2]"),
+    ("--tau warm", "tau is warm, but must be a number above 0, or dim"),
+    ("--tau inf", "tau is inf, but must be a number above 0, or dim"),
+    ("--tau 0", "tau is 0, but must be a number above 0, or dim"),
+    ("--group_size 1", "group_size is 1, but must lie in [2, inf)"),
+    ("--group_size many", "invalid int value: 'many'"),
+    ("--num_anchors 13", "num_anchors (B) is 13, but must lie between 1 and group_size (G), 12"),
+    ("--num_train_steps 8", "num_train_steps (K) is 8, but must lie between 1 and T-1, 7"),
+    ("--updates_per_iteration 3",
+     "updates_per_iteration is 3, but must divide num_anchors (B), 4"),
+    ("--solver heun", "solver is heun, but must be ddim or dpmpp_2m"),
+    ("--lr inf", "lr is inf, but must lie in (0, 1]"),
+    ("--ema 1", "ema is 1, but must lie in [0, 1)"),
+    ("--guidance nan", "guidance is nan, but must lie in (-inf, inf)"),
+    ("--seed -1", "seed is -1, but must lie in [0, 1e18]"),
+    ("--sig 0.3", "unrecognized arguments"),
+    ("--resolution 100", "resolution is 100, but its sides must be multiples of 16"),
+    ("--resolution 832x100", "resolution is 832x100, but its sides must be multiples of 16"),
+    ("--resolution 8208", "resolution is 8208, but its sides must be multiples of 16, up to 8192"),
+    ("--resolution square", "resolution is square, but must be a number of pixels, or like"),
+    ("--text_encoder_device moon",
+     "text_encoder_device is moon, but must be empty or cpu or offload"),
+    ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
+    ("--fsdp", "fsdp divides a model among processes, and there is one"),
+    ("--gather", "gather has an effect only with fsdp"),
+    ("--wandb project", "wandb is not installed"),
+    ("--prompts nowhere.txt", "nowhere.txt is"),
+    ("--prompts {empty}", "holds no prompt"),
+    ("--prompts {latin}", "it must be a UTF-8 text file"),
+    ("--prompts hpdv2_train", "get it by: hf download"),
+    ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
+    ("--model {folder}", "is not a FluxPipeline directory"),
+    ("--model tiny/nothing", "is not a FluxPipeline directory"),
+    ("--model {file}", "is a single file; name a FluxPipeline directory"),
+    ("--init_lora {folder}", "holds no adapters; it must be a .safetensors file, or a folder"),
+    ("--init_lora {adapters} --lora_rank 4", "init_lora has its own rank; leave lora_rank out"),
+    ("--rewards beauty", "there is no scorer 'beauty'; there are hpsv2, pickscore, imagereward"),
+    ("--rewards ,", "rewards is empty"),
+    ("--rewards clip={folder}", "needs a folder with model.safetensors"),
+    ("--rewards jpeg={folder}", "nothing may follow its name"),
+    ("--rewards clip --eval_scorers clip=tiny/judge", "scorer 'clip' is named twice"),
+    ("--rewards clip,jpeg --reward_weights 1",
+     "must be one number >= 0, not all 0, for each of clip,jpeg"),
+    ("--out_dir {used}", "already holds a run; use --resume, --overwrite or another --out_dir"),
+    ("--out_dir {used} --resume --overwrite", "resume and overwrite exclude each other; give one"),
+    ("--out_dir {file}", "must be a directory in which folders can be made and renamed"),
+    ("--out_dir .", "name a directory for this run"),
+]
+
+
+@pytest.mark.parametrize("settings, sentence", REFUSED, ids=[words for words, _ in REFUSED])
+def test_a_bad_setting_gets_one_sentence_and_exit_code_2_before_anything_is_loaded(
+        settings, sentence, tmp_path, capsys, monkeypatch):
+    (tmp_path / "used").mkdir()
+    for name, text in (("empty", "\n"), ("file", "a\n"), ("used/log.jsonl", ""),
+                       ("adapters.safetensors", "")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "latin").write_bytes("é\n".encode("latin-1"))
+    names = {name: tmp_path / name for name in ("latin", "empty", "file", "used")}
+    names.update(folder=tmp_path, adapters=tmp_path / "adapters.safetensors")
+    monkeypatch.setattr(train, "Flux", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rewards, "load", lambda *a, **k: pytest.fail("a scorer was loaded"))
+    with pytest.raises(SystemExit) as exit:
+        train.main(f"--out_dir {tmp_path / 'new'} {settings}".format(**names).split())
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and not (tmp_path / "new").exists()
+    assert sentence in said.splitlines()[-1] and "Traceback" not in said
+
+
+@pytest.mark.parametrize("file, change, sentence", [
+    ("model_index.json", dict(_class_name="FluxKontextPipeline"),
+     "is a FluxKontextPipeline, but must be a FluxPipeline"),
+    ("transformer/config.json", dict(in_channels=128, out_channels=64),
+     "takes 128 channels and gives 64"),
+    ("transformer/config.json", dict(quantization_config=dict(quant_method="bitsandbytes")),
+     "is quantized"),
+])
+def test_a_model_that_cannot_be_aligned_is_refused_by_its_configuration(
+        file, change, sentence, tmp_path, capsys):
+    for name in ("model_index.json", "transformer/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(FLUX / name, tmp_path / name)
+    config = json.loads((FLUX / file).read_text(encoding="utf-8"))
+    (tmp_path / file).write_text(json.dumps({**config, **change}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        train.parse_config(["--model", str(tmp_path), "--out_dir", str(tmp_path / "run")])
+    assert sentence in capsys.readouterr().err
+
+
+def test_groups_that_do_not_divide_among_the_processes_are_refused(monkeypatch, tmp_path, capsys):
+    out, prompts = ["--out_dir", str(tmp_path / "run")], tmp_path / "p.txt"
+    monkeypatch.setattr(run, "WORLD", 2)
+    with pytest.raises(SystemExit) as exit:
+        train.parse_config(["--prompts_per_iteration", "3", *out])
+    assert exit.value.code == 2
+    sentence = "prompts_per_iteration is 3, but must be divisible among 2 processes"
+    assert sentence in capsys.readouterr().err
+    for module in (run, train):
+        monkeypatch.setattr(module, "WORLD", 8)
+    prompts.write_text("a\n", encoding="utf-8")
+    cfg = train.parse_config(["--preset", "dpm8", "--model", str(FLUX), "--rewards", "jpeg",
+                              "--prompts", str(prompts), *out])
+    assert cfg.prompts_per_iteration == 8                       # one each, as in the paper
+
+
+# ==================================================================== a run and its --resume
+
+def of_training(lines):
+    return [line for line in lines if "reward" in line]
+
+
+def test_two_runs_of_one_seed_are_bit_equal(alone, five, tmp_path):
+    assert train.main([*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path)]) is None
+    assert lines_of(tmp_path, seconds=False) == lines_of(alone, seconds=False)
+
+
+def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(alone, five, tmp_path, monkeypatch):
+    command = [*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path), "--resume"]
+    score, scored = train.score, []
+
+    def pressed(*args):                 # Ctrl-C while the third iteration is being scored
+        scored.append(1)
+        if len(scored) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return score(*args)
+
+    monkeypatch.setattr(train, "score", pressed)
+    assert train.main(command) is None
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "checkpoint-2", "checkpoint-3", "before_after.png", "curve.png", "log.jsonl"}
+    monkeypatch.setattr(train, "score", score)
+    assert train.main(command) is None
+    once, mended = (lines_of(out, seconds=False) for out in (alone, tmp_path))
+    assert [line["iter"] for line in of_training(once)] == [1, 2, 3, 4]
+    assert of_training(mended) == of_training(once) and mended[-1] == once[-1]  # an evaluation
+    a, b = (weights_of(out, 4) for out in (alone, tmp_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_command_line_with_resume_serves_a_first_and_every_later_start(
+        five, alone, tmp_path, capsys):
+    command = [*SHORT, *five, "--iterations", "2", "--out_dir", str(tmp_path), "--resume"]
+    assert train.main(command) is None
+    assert f"resume     no checkpoint in {tmp_path}, so the run begins" in capsys.readouterr().out
+    first = of_training(lines_of(tmp_path))
+    assert train.main(command) is None                          # of a run that has ended
+    assert f"resume     continues from {tmp_path}/checkpoint-2" in capsys.readouterr().out
+    assert of_training(lines_of(tmp_path)) == first
+    command[command.index("--iterations") + 1] = "3"            # and of one that is to go on
+    assert train.main(command) is None
+    assert "run        iterations 3 to 3" in capsys.readouterr().out
+    expected = of_training(lines_of(alone, seconds=False))[:3]
+    assert of_training(lines_of(tmp_path, seconds=False)) == expected
+
+
+def test_resume_begins_where_a_run_left_no_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    for name in ("log.jsonl", "config.json", "checkpoint-2/model_index.json", "curve.png",
+                 "checkpoint.new/state/config.json", "checkpoint-1.old/state/state.pt",
+                 "samples/000000.png", "thesis.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"iter": 1, "reward": 7}\n', encoding="utf-8")
+    begun = stub_run(tmp_path, Stub(), resume=True, overwrite=False)
+    run.check_out_dir(begun.cfg)
+    assert begun.iteration == 0 and begun.resumed is None and begun.lines() == []
+    names = {path.name for path in out.iterdir()} - {"tensorboard"}
+    assert names == {"config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt",
+                     "checkpoint-2"}                            # without a state: not a run's own
+    assert not any((out / "samples").iterdir())
+
+
+@pytest.mark.parametrize("how, leftover", [
+    ("--resume", "log.jsonl"), ("--overwrite", "log.jsonl"),
+    pytest.param("--overwrite", "checkpoint-2/state/state.pt", marks=pytest.mark.xfail(
+        reason="check_out_dir does not count a checkpoint without a log as a run"))])
+def test_a_base_model_that_lies_in_the_runs_folder_is_never_deleted(
+        how, leftover, tmp_path, capsys):
+    model = tmp_path / "run/checkpoint-2"
+    shutil.copytree(FLUX, model)
+    (tmp_path / "run" / leftover).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / leftover).write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        train.parse_config(["--model", str(model), "--out_dir", str(tmp_path / "run"), how])
+    assert "where a new run would delete it" in capsys.readouterr().err
+    assert (model / "model_index.json").is_file() and (tmp_path / "run" / leftover).is_file()
+
+
+def test_overwriting_a_run_leaves_what_others_put_beside_it(tmp_path):
+    out = tmp_path / "run"
+    (out / "checkpoint-1/state").mkdir(parents=True)
+    for name in ("thesis.txt", "log.jsonl", "checkpoint-1/state/state.pt"):
+        (out / name).write_text("{}\n", encoding="utf-8")
+    assert len(train_stub(tmp_path, Stub())) == 1               # the new run's one line
+    names = sorted({path.name for path in out.iterdir()} - {"tensorboard"})
+    assert names == ["config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt"]
+
+
+def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(alone, five, tmp_path, capsys):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    command = [*SHORT, *five, "--iterations", "5", "--out_dir", str(tmp_path), "--resume"]
+    with pytest.raises(SystemExit) as exit:
+        train.main([*command, "--lr", "1e-3"])
+    assert exit.value.code == 2
+    assert "lr is 0.001, but was 5e-05 in the run to resume" in capsys.readouterr().err
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"iter": 5, "rew')                           # as a kill or a full disk leaves it
+    assert train.main(command) is None
+    assert [line["iter"] for line in of_training(lines_of(tmp_path))] == [1, 2, 3, 4, 5]
+
+
+def test_only_what_changes_no_number_or_the_length_of_a_run_may_change_in_a_resumed_run(tmp_path):
+    begun = stub_run(tmp_path, Saved(), eval_every=1, save_every=1)
+    begun.iteration = 1
+    begun.save()
+    changed = {str: "other", int: 77, float: 0.123}
+    for field in dataclasses.fields(train.Config):
+        value = getattr(begun.cfg, field.name)
+        value = not value if field.type is bool else changed[field.type]
+        cfg = dataclasses.replace(begun.cfg, **{field.name: value})
+        if field.name in ("prompts", "eval_prompts"):           # their contents count, see below
+            continue
+        try:
+            run.check_resumed(cfg, begun.out / "checkpoint-1")
+        except ValueError as error:
+            assert str(error).startswith(f"{field.name} is {value}, but was ")
+        else:
+            assert field.name in (
+                "iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
+                "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads",
+                "out_dir", "resume", "overwrite")
+
+
+def test_prompts_may_move_but_not_change_until_a_run_is_resumed(tmp_path):
+    begun = stub_run(tmp_path, Saved(), eval_prompts=str(tmp_path / "prompts.txt"))
+    begun.iteration = 1
+    begun.save()
+    moved, changed = tmp_path / "moved.txt", tmp_path / "changed.txt"
+    shutil.copy(tmp_path / "prompts.txt", moved)
+    changed.write_text("a\nb\nc\nd\n", encoding="utf-8")
+    for name in ("prompts", "eval_prompts"):
+        as_now = lambda path: dataclasses.replace(begun.cfg, **{name: str(path)})
+        run.check_resumed(as_now(moved), begun.out / "checkpoint-1")
+        with pytest.raises(ValueError, match=f"^{name} names other contents than in the run"):
+            run.check_resumed(as_now(changed), begun.out / "checkpoint-1")
+
+
+def test_a_run_without_evaluations_is_not_resumed_with_them(tmp_path):
+    begun = stub_run(tmp_path, Saved(), eval_every=0)
+    begun.iteration = 1
+    begun.save()
+    with pytest.raises(ValueError, match="eval_every was 0 in the run to resume"):
+        cfg = dataclasses.replace(begun.cfg, eval_every=5)
+        run.check_resumed(cfg, begun.out / "checkpoint-1")
+
+
+# ==================================================================== the log, pictures, watchers
+
+def test_a_line_of_the_log_holds_the_weighted_reward_its_spread_and_each_scorer(tmp_path):
+    def darkness(images, prompts):
+        return -10 * brightness(images, prompts) + 1
+
+    books = stub_run(tmp_path, Stub(), reward_weights="3,1", prompts_per_iteration=2)
+    seen = []
+    spy = lambda images, prompts: seen.append(brightness(images, prompts)) or seen[-1]
+    train.train(books.cfg, books.model, {"brightness": spy, "darkness": darkness}, books)
+    r, (line,) = seen[0].view(2, 12), books.lines()
+    assert line["brightness"] == pytest.approx(r.mean().item())
+    assert line["darkness"] == pytest.approx(1 - 10 * r.mean().item())
+    reward = (3 * r + 1 - 10 * r) / 4
+    assert line["reward"] == pytest.approx(reward.mean().item())
+    assert line["reward_std"] == pytest.approx(reward.std(1).mean().item(), rel=1e-5)
+    assert list(line) == ["iter", "reward", "reward_std", "brightness", "darkness", "first_ratio",
+                          "clip_fraction", "grad_norm", "flat_groups", "skipped",
+                          "seconds_rollout", "seconds_reward", "seconds_update", "nfe_old",
+                          "nfe_theta"]
+
+
+def test_an_evaluation_compares_with_the_base_prompt_by_prompt(alone):
+    base, last = [line for line in lines_of(alone) if "eval_clip" in line]
+    assert list(base) == ["iter", "eval_clip", "eval_clip_stderr", "eval_clip_gain",
+                          "eval_clip_gain_stderr"]
+    assert (base["iter"], base["eval_clip_gain"], base["eval_clip_gain_stderr"]) == (0, 0, 0)
+    gain = last["eval_clip"] - base["eval_clip"]
+    assert last["iter"] == 4 and last["eval_clip_gain"] == pytest.approx(gain, abs=1e-6)
+
+
+def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(five, tmp_path):
+    command = [*SHORT, *five, "--eval_every", "1", "--eval_scorers", "judge", "--iterations", "2",
+               "--lr", "1e-12", "--out_dir", str(tmp_path)]
+    assert train.main(command) is None
+    names = ["000000.png", "000001.png", "000002.png"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
+    base, one, two = (np.array(Image.open(tmp_path / "samples" / name)).astype(int)
+                      for name in names)
+    pixels, height, left = 128, 134, 84         # of a row of pictures; with its gap; of its label
+    above, below = slice(0, pixels), slice(height, height + pixels)
+    assert np.array_equal(one[above], two[above])               # the base is above
+    assert np.array_equal(one[above, left:], base[above, left:])
+    moved = np.abs(two[below, left:] - base[above, left:])      # below are weights that have not
+    assert moved.max() <= 2                                     # moved: the same pictures
+    evaluations = [line for line in lines_of(tmp_path) if "eval_clip" in line]
+    assert [line["iter"] for line in evaluations] == [0, 1, 2]
+    assert all(abs(line["eval_judge_gain"]) < 1e-4 for line in evaluations)
+
+
+def fake_wandb(monkeypatch, init):
+    module = types.ModuleType("wandb")
+    module.__spec__, module.init = importlib.machinery.ModuleSpec("wandb", None), init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_every_line_of_the_log_is_sent_to_whoever_watches(tmp_path, monkeypatch):
+    seen = []
+
+    def init(project, config, dir):
+        seen.append((project, config["sigma"]))
+        return types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)))
+
+    fake_wandb(monkeypatch, init)
+    lines = train_stub(tmp_path, Stub(), iterations=2, wandb="neighbours")
+    assert seen[0] == ("neighbours", 0.3)
+    assert seen[1:] == [(line.pop("iter"), line) for line in lines]
+
+
+def test_a_watcher_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def refuses(**settings):
+        raise RuntimeError("no API key")
+
+    def log(numbers, step):
+        raise RuntimeError("no network")
+
+    fake_wandb(monkeypatch, refuses)
+    assert len(train_stub(tmp_path, Stub(), iterations=2, wandb="neighbours")) == 2
+    assert "weights_and_biases is left out: no API key" in capsys.readouterr().out
+    fake_wandb(monkeypatch, lambda **settings: types.SimpleNamespace(log=log))
+    assert len(train_stub(tmp_path, Stub(), iterations=2, wandb="neighbours")) == 2
+    said = capsys.readouterr().out
+    assert said.count("a watcher of the log is left out: no network") == 1
+
+
+# ==================================================================== checkpoints
+
+class Saved(Stub):
+    """A stub that can be saved."""
+
+    def save(self, path, weights=None):
+        (path / "model_index.json").write_text("{}", encoding="utf-8")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    books = stub_run(tmp_path, Saved(), iterations=4, save_every=1, keep=2)
+    train.train(books.cfg, books.model, {"brightness": brightness}, books)
+    books.finish()
+    names = sorted(path.name for path in books.out.glob("checkpoint*"))
+    assert names == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_what_is_deleted_is_renamed_first(tmp_path, monkeypatch):
+    def killed(path, ignore_errors=False):
+        if not ignore_errors and (path / "state").exists():
+            raise KeyboardInterrupt
+
+    (tmp_path / "checkpoint-3/state").mkdir(parents=True)
+    (tmp_path / "checkpoint-3/state/state.pt").touch()
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        discard(tmp_path / "checkpoint-3")
+    assert checkpoints(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    books = stub_run(tmp_path, Saved())
+    books.iteration, books.model.trained()[0].data[0, 0] = 1, math.inf
+    with pytest.raises(ArithmeticError, match="no longer finite, so nothing is saved"):
+        books.save()
+    assert not list(books.out.glob("checkpoint*"))
+
+
+def test_a_checkpoint_is_written_where_the_system_cannot_sync(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sync", raising=False)              # Windows
+    books = stub_run(tmp_path, Saved())
+    books.iteration = 1
+    books.save()
+    assert checkpoints(books.out) == [books.out / "checkpoint-1"]
+
+
+def test_what_was_not_trained_is_copied_from_the_base_byte_for_byte(alone):
+    files = [path for path in FLUX.rglob("*") if path.is_file()]
+    names = [path.relative_to(FLUX) for path in files if path.suffix != ".md"]
+    for name in names:
+        ours = (alone / "checkpoint-4" / name).read_bytes()
+        trained = name.parts[0] == "transformer" and name.suffix == ".safetensors"
+        assert (ours == (FLUX / name).read_bytes()) != trained, name
+    assert len(names) > 10
+
+
+@pytest.mark.parametrize("damage", ["state/state.pt", "state/config.json",
+                                    "state/sharded/.metadata", "state/sharded/__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named_and_what_to_do_about_it(
+        damage, alone, five, tmp_path, capsys):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / "checkpoint-4" / damage, 10)
+    command = [*SHORT, *five, "--iterations", "5", "--out_dir", str(tmp_path), "--resume"]
+    try:
+        assert train.main(command) == 1
+    except SystemExit as exit:
+        assert exit.code == 2
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is broken" in said
+    assert "--resume goes on from the checkpoint before it" in said
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_whatever_a_crash_left_in_the_log(
+        alone, five, tmp_path):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with open(tmp_path / "log.jsonl", "ab") as log:
+        log.write(b'{"iter": 3, "reward": 7}\n\nnull\n\xff\xfe\n{"iter": 4, "rew')
+    command = [*SHORT, *five, "--iterations", "5", "--out_dir", str(tmp_path), "--resume"]
+    assert train.main(command) is None
+    ours, theirs = of_training(lines_of(tmp_path)), of_training(lines_of(alone))
+    assert [line["iter"] for line in ours] == [1, 2, 3, 4, 5]
+    assert ours[3]["reward"] == theirs[3]["reward"]
+
+
+def test_a_checkpoint_that_cannot_be_written_whole_ends_the_run_and_leaves_what_was_saved(
+        alone, five, tmp_path, capsys):
+    """The disk is full: no file may grow beyond 1 MB, which the second checkpoint's would."""
+    resource = pytest.importorskip("resource")                  # not on Windows
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    files = [path for path in (tmp_path / "checkpoint-2").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    command = [*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path), "--resume"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        assert train.main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "checkpoint-4 could not be written" in said
+    assert "checkpoint-2 is whole, and --resume goes on from there" in said
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+    assert {path: path.read_bytes() for path in files} == before
+    assert train.main(command) is None                          # with room again
+    assert lines_of(tmp_path)[-2]["reward"] == lines_of(alone)[-2]["reward"]
+
+
+def check_loads(out):
+    """Every checkpoint that is there can be sampled from and resumed from."""
+    for path in checkpoints(out):
+        FluxPipeline.from_pretrained(path)
+        iteration = int(path.name.removeprefix("checkpoint-"))
+        assert torch.load(path / "state/state.pt")["iteration"] == iteration
+        reader = dcp.FileSystemReader(path / "state/sharded")
+        entries = reader.read_metadata().state_dict_metadata
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                 for name, entry in entries.items() if hasattr(entry, "size")}
+        dcp.load(state, storage_reader=reader)
+        assert sum(name.startswith("weights.") for name in state) > 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_killed_at_any_moment_of_a_save_never_leaves_a_checkpoint_that_does_not_load(
+        tmp_path):
+    cfg = train.parse_config([*SHORT, "--keep", "2", "--out_dir", str(tmp_path / "run")])
+    books, killed, took = Run(cfg, Flux(FLUX, 64), {}), 0, 1.0
+    for attempt in range(13):
+        books.iteration = 1 + attempt
+        begun = time.perf_counter()
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                books.save()
+                status = 0
+            finally:
+                os._exit(status)                # or a failed save would go on with pytest
+        if attempt:                             # the first one shows how long it takes
+            time.sleep(took * attempt / 12)
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        took = took if attempt else time.perf_counter() - begun
+        killed += os.WIFSIGNALED(status)
+        assert status in (0, signal.SIGKILL)
+        assert checkpoints(tmp_path / "run"), attempt
+    check_loads(tmp_path / "run")
+    assert killed >= 6
+
+
+# ==================================================================== errors and signals
+
+def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(
+        five, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "check_option", lambda *_: None)     # which refuses lr above 1
+    out = tmp_path / "run"
+    command = [*SHORT, *five, "--iterations", "3", "--lr", "1e30", "--out_dir", str(out)]
+    assert train.main(command) == 1
+    said = capsys.readouterr().err
+    assert "no longer finite; lower lr, now 1e+30; no checkpoint was written before" in said
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monkeypatch, capsys):
+    def velocity(self, x, t, cond):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(Flux, "velocity", velocity)
+    assert train.main([*SHORT, "--iterations", "1", "--out_dir", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "Tried to allocate 20 GiB" in said
+    for setting in ("text_encoder_device", "checkpoint_blocks", "batch", "gather", "fsdp",
+                    "lora_rank", "resolution"):
+        assert setting in said
+        assert setting in {field.name for field in dataclasses.fields(train.Config)}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_lets_the_iteration_in_hand_end_and_the_second_ctrl_c_does_not(
+        name, monkeypatch):
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} on this system")
+    monkeypatch.setattr(processes.os, "dup2", lambda *_: None)  # the terminal of SIGHUP is ours
+    before = signal.getsignal(signal.SIGINT)
+    stopped = []
+    with processes.stopping(lambda: stopped.append(1)):
+        signal.raise_signal(getattr(signal, name))
+        assert stopped == [1]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
