@@ -12,10 +12,11 @@ import torch
 from torch.testing import assert_close
 import cpu_torchvision                                          # noqa: F401  (before diffusers)
 import diffusers
+import peft
 import transformers
 from diffusers import FluxPipeline
 import train
-from model import Flux
+from model import Flux, is_lora
 from run import Run, read_log
 from solvers import rollout, schedule
 from tests.conftest import SHORT, TINY
@@ -45,6 +46,27 @@ def test_a_ddim_rollout_gives_the_latents_and_pictures_of_diffusers_own_pipeline
     latents, pictures = (theirs(output_type=kind).images for kind in ("latent", "pt"))
     assert_close(traj[-1], latents, rtol=0, atol=1e-5)
     assert_close(flux.decode(traj[-1]), pictures, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pictures_that_are_not_square_are_those_of_diffusers_own_pipeline():
+    wide = Flux(FLUX, "96x64")                                  # width x height
+    noise, cond = torch.randn(2, *wide.latent_shape), wide.encode(PROMPTS)
+    traj, _ = rollout(lambda x, t: wide.velocity(x, t, cond), noise, schedule(3))
+    theirs = wide.pipe(PROMPTS, latents=noise, height=64, width=96, num_inference_steps=3,
+                       guidance_scale=3.5, max_sequence_length=16, output_type="pt").images
+    assert theirs.shape == (2, 3, 64, 96)
+    assert_close(wide.decode(traj[-1]), theirs, rtol=0, atol=1e-5)
+
+
+def test_prompts_that_are_too_long_for_an_encoder_are_counted(flux):
+    most = flux.pipe.tokenizer.model_max_length
+    assert flux.pipe.tokenizer_2.model_max_length == most       # of the small world
+    words = lambda n: "a " * (n - 2) + "dog"                    # n - 1 tokens, and an end
+    for name, tokenizer in (("CLIP", flux.pipe.tokenizer), ("T5", flux.pipe.tokenizer_2)):
+        short = [n for n in range(2, 2 * most) if len(tokenizer(words(n)).input_ids) <= most]
+        prompts = [words(2), words(short[-1]), words(short[-1] + 1), words(short[-1] + 9)]
+        assert flux.cut(prompts)[name] == 2
 
 
 @torch.no_grad()
@@ -179,6 +201,40 @@ def test_lora_trains_adapters_alone_begins_at_the_base_and_is_loaded_by_diffuser
     assert_close(model.velocity(x, 0.5, cond), theirs, rtol=0, atol=1e-5)
     frozen = Flux(FLUX, 64, frozen=True, lora=str(out / "checkpoint-2"))        # from the adapters
     assert_close(frozen.velocity(x, 0.5, cond), theirs, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_adapters_are_loaded_from_a_folder_or_a_file_and_trained_on_from_there(flux, tmp_path):
+    x, cond, model = torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS), None
+    model = Flux(FLUX, 64, lora_rank=4)
+    for w in model.trained():
+        w.add_(0.1 * torch.randn_like(w))
+    model.save(tmp_path)
+    expected = model.velocity(x, 0.5, cond)
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        assert is_lora(path)
+        loaded = Flux(FLUX, 64, lora=str(path))
+        assert_close(loaded.velocity(x, 0.5, cond), expected, rtol=0, atol=1e-5)
+        for a, b in zip(loaded.trained(), model.trained(), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="could not be loaded as adapters|holds no adapters"):
+        Flux(FLUX, 64, lora=str(FLUX / "vae/diffusion_pytorch_model.safetensors"))
+
+
+@torch.no_grad()
+def test_adapters_that_peft_wrote_have_the_strength_that_peft_gives_them(flux, tmp_path):
+    x, cond = torch.randn(2, *flux.latent_shape), flux.encode(PROMPTS)
+    theirs = Flux(FLUX, 64)
+    adapted = peft.get_peft_model(theirs.transformer, peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["to_q", "to_out.0"]))
+    for name, w in adapted.named_parameters():
+        if "lora_" in name:
+            w.copy_(0.1 * torch.randn_like(w))
+    adapted.save_pretrained(tmp_path)
+    ours = Flux(FLUX, 64, lora=str(tmp_path))
+    moved = theirs.velocity(x, 0.5, cond)
+    assert_close(ours.velocity(x, 0.5, cond), moved, rtol=0, atol=1e-5)
+    assert (moved - flux.velocity(x, 0.5, cond)).abs().max() > 1e-2
 
 
 # ==================================================================== FLUX.1-dev's own shapes

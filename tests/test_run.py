@@ -3,7 +3,7 @@ run.py: what a run refuses, writes and survives, in one process.
 
     python -m pytest -q tests/test_run.py           # what takes long: --slow
 """
-import dataclasses, importlib.machinery, json, math, os, shutil, signal, sys, time, types
+import dataclasses, importlib.machinery, json, math, os, shutil, signal, stat, sys, time, types
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ import train
 from model import Flux
 from run import Run, checkpoints, discard
 from test_core import Stub, brightness, stub_run, train_stub
-from tests.conftest import SHORT, TINY, lines_of, weights_of
+from tests.conftest import HERE, SHORT, TINY, lines_of, weights_of
 
 FLUX = TINY / "flux"
 
@@ -135,6 +135,22 @@ def test_groups_that_do_not_divide_among_the_processes_are_refused(monkeypatch, 
     assert cfg.prompts_per_iteration == 8                       # one each, as in the paper
 
 
+def test_a_folder_in_which_folders_cannot_be_renamed_is_refused(tmp_path, monkeypatch, capsys):
+    def refuses(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", refuses)                 # as where a bucket is mounted
+    with pytest.raises(SystemExit):
+        train.parse_config(["--out_dir", str(tmp_path / "run")])
+    assert "renamed, and that failed: Operation not permitted" in capsys.readouterr().err
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))            # Windows
+    assert train.parse_config(["--out_dir=~/run"]).out_dir == str(tmp_path / "run")
+
+
 # ==================================================================== a run and its --resume
 
 def of_training(lines):
@@ -225,6 +241,14 @@ def test_overwriting_a_run_leaves_what_others_put_beside_it(tmp_path):
     assert len(train_stub(tmp_path, Stub())) == 1               # the new run's one line
     names = sorted({path.name for path in out.iterdir()} - {"tensorboard"})
     assert names == ["config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt"]
+
+
+def test_a_run_from_a_read_only_checkout_can_be_replaced(tmp_path, monkeypatch):
+    shutil.copy(HERE / "neighbor_grpo.py", tmp_path)
+    (tmp_path / "neighbor_grpo.py").chmod(0o444)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    books = stub_run(tmp_path, Stub())
+    assert (books.out / "neighbor_grpo.py").stat().st_mode & stat.S_IWUSR
 
 
 def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(alone, five, tmp_path, capsys):
@@ -546,6 +570,15 @@ def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monke
                     "lora_rank", "resolution"):
         assert setting in said
         assert setting in {field.name for field in dataclasses.fields(train.Config)}
+
+
+def test_an_error_of_the_compiler_names_the_setting_that_does_without(capsys):
+    def work():
+        raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler")
+
+    assert processes.explain_errors(work) == 1
+    said = capsys.readouterr().err
+    assert "--no-compile" in said and "no C++ compiler" in said
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

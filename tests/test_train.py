@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 import cpu_torchvision                                          # noqa: F401  (before diffusers)
 from diffusers import FluxPipeline
+import processes
 import run
 import train
 from processes import RANK, exit_process, merge
@@ -254,6 +255,18 @@ def test_log_lines_of_processes_are_merged_by_what_they_count():
                   first_ratio=0.3, seconds_rollout=1.0, nfe_old=8, clip_fraction=None)]
     assert merge(lines) == dict(iter=3, reward=4.0, flat_groups=3, skipped=1, first_ratio=0.3,
                                 seconds_rollout=2.0, nfe_old=8, clip_fraction=None)
+
+
+def test_a_launcher_need_not_say_more_than_rank_and_world_size(monkeypatch):
+    joined = []
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
+    processes.init_processes()
+    (backend, settings), = joined
+    assert "gloo" in backend[0] and list(settings) == ["timeout"]       # the rest: MASTER_ADDR, ...
 
 
 def test_processes_exchange_gradients_at_the_last_step_of_an_update(tmp_path, monkeypatch):
