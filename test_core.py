@@ -129,9 +129,8 @@ def test_leaping_keeps_the_marginal_as_the_temperature_falls():
 
 
 def test_log_ratio_of_two_candidates_worked_out_by_hand():
-    x = torch.tensor([[0.0], [1.0]])                    # the anchor walks from the first to the
-    there = log_ratio(x, x[1], x[0])                    # second: their probabilities change places
-    assert_close(there, torch.tensor([-1.0, 1.0]))
+    x = torch.tensor([[0.0], [1.0]])                # the anchor walks from the first candidate to
+    assert_close(log_ratio(x, x[1], x[0]), torch.tensor([-1.0, 1.0]))   # the second: p exchanged
     assert_close(log_ratio(x, x[1], x[0], tau=4), torch.tensor([-0.25, 0.25]))
 
 
@@ -180,8 +179,7 @@ def test_log_ratio_stays_float32_under_autocast():
 
 def test_rounding_the_anchor_to_bf16_moves_the_ratio_a_thousand_times_past_the_published_clip():
     x = flux_sized_group()                                              # hence float32
-    moved = log_ratio(x, x[0].bfloat16().float(), x[0])
-    assert moved.abs().max() > 1000 * PUBLISHED_CLIP
+    assert log_ratio(x, x[0].bfloat16().float(), x[0]).abs().max() > 1000 * PUBLISHED_CLIP
 
 
 # ================================================================= the loss: objective, Eq. 9
@@ -342,6 +340,7 @@ def test_combined_reward_is_the_weighted_mean_of_sample_z_scores():
     expected = torch.tensor([-1 - 3 / r3, -3 / r3, 1 + 6 / r3]) / 4     # weights 1/4 and 3/4
     assert_close(combine_rewards(rewards, torch.tensor([1.0, 3.0])), expected)
     assert_close(combine_rewards(rewards, torch.tensor([10.0, 30.0])), expected)
+    assert_close(combine_rewards(rewards, torch.tensor([1.0, 0.0])), torch.tensor([-1.0, 0, 1]))
     other_units = rewards * torch.tensor([[100.0], [0.01]]) - 7
     in_other_units = combine_rewards(other_units, torch.tensor([1.0, 3.0]))
     assert_close(in_other_units, expected, rtol=1e-4, atol=1e-4)
@@ -414,7 +413,7 @@ def mixture_velocity(x, t, means, sd):
     """E[eps - x_0 | x_t = x], exact for data that are Gaussians of width sd around `means`."""
     variance = ((1 - t) * sd) ** 2 + t**2
     away = x[..., None, :] - (1 - t) * means                            # (..., modes, 2)
-    mode = torch.softmax(-away.pow(2).sum(-1) / (2 * variance), -1)     # (..., modes), of x
+    mode = torch.softmax(-away.pow(2).sum(-1) / (2 * variance), -1)     # (..., modes)  P(mode | x)
     return (mode[..., None] * ((t - (1 - t) * sd**2) / variance * away - means)).sum(-2)
 
 
@@ -457,8 +456,9 @@ def test_schedule_falls_from_one_to_zero_and_shift_moves_it_towards_the_noise():
     assert_close(schedule(4, shift=3), shifted)
     assert_close(schedule(3, shift=3, start=0.75), shifted[1:])
     for steps in (1, 8, 1000):
-        ts = schedule(steps, shift=3)
-        assert ts[0] == 1 and ts[-1] == 0 and (ts.diff() < 0).all() and len(ts) == steps + 1
+        ts, even = schedule(steps, shift=3), [1 - k / steps for k in range(steps + 1)]
+        assert ts[0] == 1 and ts[-1] == 0 and (ts.diff() < 0).all()
+        assert torch.equal(ts, torch.tensor([3 * u / (1 + 2 * u) for u in even]))
 
 
 @pytest.mark.parametrize("steps", [8, 25])

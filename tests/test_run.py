@@ -99,6 +99,18 @@ def test_a_bad_setting_gets_one_sentence_and_exit_code_2_before_anything_is_load
     assert sentence in said.splitlines()[-1] and "Traceback" not in said
 
 
+@pytest.mark.parametrize("settings", [
+    "--sigma 1 --p 2 --num_anchors 12 --num_train_steps 7 --updates_per_iteration 12 --lr 1",
+    "--group_size 2 --num_anchors 1 --updates_per_iteration 1 --num_rollout_steps 2 "
+    "--num_train_steps 1 --weight_decay 0 --ema 0 --tau 1e-9 --resolution 16 --seed 0",
+    "--weight_decay 1 --resolution 8192 --eval_every 0 --keep 0 --checkpoint_blocks -1"])
+def test_the_limits_of_a_setting_are_allowed(settings, tmp_path):
+    given = settings.split()
+    cfg = train.parse_config([*given, "--out_dir", str(tmp_path / "run")])
+    for name, value in zip(given[::2], given[1::2]):
+        assert float(getattr(cfg, name.removeprefix("--"))) == float(value)
+
+
 @pytest.mark.parametrize("file, change, sentence", [
     ("model_index.json", dict(_class_name="FluxKontextPipeline"),
      "is a FluxKontextPipeline, but must be a FluxPipeline"),

@@ -236,6 +236,19 @@ def test_the_same_seed_draws_the_same_numbers_in_every_version():
     assert_close(delta.flatten(), expected, rtol=0, atol=1e-4)
 
 
+def test_the_settings_are_the_published_ones_unless_others_are_given():
+    c = train.Config()
+    assert (c.group_size, c.sigma, c.p, c.clip_eps) == (12, 0.3, 0.8, 1e-4)
+    assert (c.iterations, c.lr, c.weight_decay, c.max_grad_norm) == (300, 1e-5, 1e-4, 1.0)
+    assert (c.resolution, c.guidance, c.shift) == ("720", 3.5, 3.0)
+    assert (c.tau, c.old_anchor, c.updates_per_iteration) == ("dim", "replay", 2)       # ours
+    table_3 = {name: [row.get(key, getattr(c, key)) for key in (
+        "solver", "num_rollout_steps", "num_anchors", "num_train_steps")]
+        for name, row in train.PRESETS.items() if name != "tiny"}
+    assert table_3 == dict(ddim25=["ddim", 25, 12, 4], dpm16=["dpmpp_2m", 16, 4, 9],
+                           dpm8=["dpmpp_2m", 8, 4, 4])
+
+
 # ======================================================================== several processes
 
 def test_what_is_drawn_for_a_group_does_not_depend_on_the_number_of_processes():
