@@ -165,6 +165,19 @@ def test_a_tilde_after_an_equals_sign_is_the_home_directory(tmp_path, monkeypatc
 
 # ==================================================================== a run and its --resume
 
+@pytest.fixture
+def signals():
+    """As in a terminal. A shell lets what it starts in the background ignore Ctrl-C."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    for name in names:
+        usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(getattr(signal, name), usual)
+    yield names
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 def of_training(lines):
     return [line for line in lines if "reward" in line]
 
@@ -174,7 +187,8 @@ def test_two_runs_of_one_seed_are_bit_equal(alone, five, tmp_path):
     assert lines_of(tmp_path, seconds=False) == lines_of(alone, seconds=False)
 
 
-def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(alone, five, tmp_path, monkeypatch):
+def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(
+        alone, five, tmp_path, monkeypatch, signals):
     command = [*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path), "--resume"]
     score, scored = train.score, []
 
@@ -593,17 +607,20 @@ def test_an_error_of_the_compiler_names_the_setting_that_does_without(capsys):
     assert "--no-compile" in said and "no C++ compiler" in said
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_lets_the_iteration_in_hand_end_and_the_second_ctrl_c_does_not(
-        name, monkeypatch):
-    if not hasattr(signal, name):
-        pytest.skip(f"no {name} on this system")
+        monkeypatch, signals):
     monkeypatch.setattr(processes.os, "dup2", lambda *_: None)  # the terminal of SIGHUP is ours
-    before = signal.getsignal(signal.SIGINT)
-    stopped = []
-    with processes.stopping(lambda: stopped.append(1)):
-        signal.raise_signal(getattr(signal, name))
-        assert stopped == [1]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
+    for name in signals:
+        stopped, before = [], signal.getsignal(getattr(signal, name))
+        with processes.stopping(lambda: stopped.append(1)):
+            signal.raise_signal(getattr(signal, name))
+            assert stopped == [1]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_signal_that_is_ignored_stays_so(signals):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # nohup, a shell's background
+    with processes.stopping(lambda: pytest.fail("stopped")):
+        signal.raise_signal(signal.SIGINT)
