@@ -17,6 +17,7 @@ import run
 import train
 from model import Flux
 from run import Run, checkpoints, discard
+from solvers import schedule
 from test_core import Stub, brightness, stub_run, train_stub
 from tests.conftest import HERE, SHORT, TINY, lines_of, weights_of
 
@@ -364,6 +365,43 @@ def test_an_evaluation_compares_with_the_base_prompt_by_prompt(alone):
     assert (base["iter"], base["eval_clip_gain"], base["eval_clip_gain_stderr"]) == (0, 0, 0)
     gain = last["eval_clip"] - base["eval_clip"]
     assert last["iter"] == 4 and last["eval_clip_gain"] == pytest.approx(gain, abs=1e-6)
+
+
+@pytest.mark.parametrize("eval_steps, solver", [(0, "ddim"), (5, "dpmpp_2m")])
+def test_evaluations_sample_as_rollouts_do_or_by_so_many_steps_of_dpm_solver(
+        eval_steps, solver, tmp_path, monkeypatch):
+    def evaluated(model, scorers, prompts, ts, by, **more):
+        assert torch.equal(ts, schedule(eval_steps or 6, 2.0)) and by == solver
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "evaluate", evaluated)
+    books = stub_run(tmp_path, Stub(), eval_steps=eval_steps, num_rollout_steps=6, shift=2.0,
+                     solver="ddim")
+    with pytest.raises(KeyboardInterrupt):
+        books.evaluate()
+
+
+def test_a_run_trains_on_its_rewards_watches_the_others_and_evaluates_the_base_once(
+        tmp_path, monkeypatch):
+    class Loaded(Saved):
+        cut = lambda self, prompts: {}
+
+    seeds, trained_on, evaluated = [], [], []
+    monkeypatch.setattr(train, "load", lambda cfg: seeds.append(torch.initial_seed()) or Loaded())
+    monkeypatch.setattr(rewards, "load_all", lambda names, *_: dict.fromkeys(names, brightness))
+    monkeypatch.setattr(Run, "evaluate", lambda books: evaluated.append(books.iteration))
+
+    def algorithm(cfg, model, scorers, books):
+        trained_on.append(list(scorers))
+        assert list(books.scorers) == ["clip", "judge"]
+        books.iteration, books.before = cfg.iterations, books.before or dict(scores={}, images=[])
+
+    command = ["--rewards", "clip", "--eval_scorers", "judge", "--seed", "7", "--resume",
+               "--out_dir", str(tmp_path)]
+    for iterations in ("3", "4"):
+        train.main([*command, "--iterations", iterations], algorithm=algorithm)
+    assert seeds == [7, 7] and trained_on == [["clip"], ["clip"]]       # 7: of adapters
+    assert [n for n in evaluated if n == 0] == [0]                      # the second run goes on
 
 
 def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(five, tmp_path):

@@ -48,7 +48,7 @@ def match(images, prompts):
 
 def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
     """One iteration in float64, with Eq. 3 and 7 to 11 as the paper writes them -> the average of
-    the weights, and the gradients' norms."""
+    the weights, the gradients' norms, the ratios."""
     prompts, eps_star, delta, anchors, steps = train.draw(cfg, 0, ["a", "b", "c"], (4, 3))
     ts, U = schedule(cfg.num_rollout_steps, cfg.shift).double(), cfg.updates_per_iteration
     tau, groups, norms = 12 if cfg.tau == "dim" else float(cfg.tau), [], []
@@ -62,7 +62,7 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
         A = A / (A.abs() ** cfg.p).sum() ** (1 / cfg.p)                         # Eq. 11
         groups.append((cond, traj, vels, A))
     opt = torch.optim.AdamW(model.trained(), cfg.lr, (0.9, 0.999), weight_decay=cfg.weight_decay)
-    average, b = model.weights(), anchors.shape[1] // U
+    average, b, ratios = model.weights(), anchors.shape[1] // U, []
     for u in range(U):
         for (cond, traj, vels, A), chosen in zip(groups, anchors.tolist()):
             for j in chosen[u * b : (u + 1) * b]:
@@ -74,6 +74,7 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
                         (-(traj[k + 1] - a).pow(2).sum((1, 2)) / tau).log_softmax(0)
                         for a in (anchor, old))
                     rho = (log_pi - log_pi_old).exp()                           # Eq. 10
+                    ratios.append(rho.detach())
                     cut = rho.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
                     J = torch.minimum(A * rho, A * cut).sum()                   # Eq. 9
                     (-J / (len(groups) * b * len(steps))).backward()
@@ -83,7 +84,7 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
         opt.step()
         opt.zero_grad()
         average = cfg.ema * average + (1 - cfg.ema) * model.weights()
-    return average, norms
+    return average, norms, torch.stack(ratios)
 
 
 @pytest.mark.parametrize("solver, old_anchor, tau", [
@@ -96,12 +97,14 @@ def test_an_iteration_of_train_is_algorithm_1_written_out(tmp_path, solver, old_
                      updates_per_iteration=2, max_grad_norm=0.005, ema=0.8, reward_weights="3,1")
     scorers = dict(brightness=brightness, match=match)
     train.train(books.cfg, model, scorers, books)
-    average, norms = algorithm_1_in_plain_loops(books.cfg, double, scorers.values(), (0.75, 0.25))
+    average, norms, ratios = algorithm_1_in_plain_loops(
+        books.cfg, double, scorers.values(), (0.75, 0.25))
     assert_close(model.weights().double(), double.weights(), rtol=0, atol=1e-5)
     assert_close(torch.cat([w.flatten() for w in books.ema]).double(), average, rtol=0, atol=1e-5)
     assert_close(torch.stack(books.norms).double(), torch.stack(norms), rtol=1e-3, atol=0)
-    line, = books.lines()
-    assert max(norms) > 0.005 and 0.05 < line["clip_fraction"] < 0.95   # both cut
+    clipped = ((ratios - 1).abs() > 5e-4).double().mean().item()
+    assert books.lines()[0]["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
+    assert max(norms) > 0.005 and 0.05 < clipped < 0.95         # gradients and ratios are cut
 
 
 def test_every_anchor_is_pulled_by_the_candidates_and_rewards_of_its_own_group_alone(tmp_path):
@@ -148,28 +151,42 @@ def test_training_raises_the_reward_of_one_and_the_same_noise(tmp_path):
 
 def test_a_reward_that_is_not_finite_skips_the_update_and_the_next_one_counts_again(
         tmp_path, capsys):
-    def broken(images, prompts):
-        of_a = torch.tensor([prompt == "a" for prompt in prompts])
-        return torch.where(of_a, torch.nan, brightness(images, prompts))
+    def broken(images, prompts):                                # for one picture of prompt "c"
+        r = brightness(images, prompts)
+        if "c" in prompts:
+            r[prompts.index("c") + 3] = torch.nan
+        return r
 
     model, start = Stub(), Stub().weights()
-    line, = train_stub(tmp_path, model, broken, prompts_per_iteration=3)        # one of them is "a"
+    prompts = train.draw(train.Config(prompts_per_iteration=3), 0, ["a", "b", "c"], (4, 3))[0]
+    assert prompts.index("c") > 0
+    line, = train_stub(tmp_path, model, broken, prompts_per_iteration=3)
     assert line["skipped"] == 1 and line["flat_groups"] == 0
     assert math.isfinite(line["reward"]) and line["grad_norm"] is None
     assert torch.equal(model.weights(), start)
-    assert capsys.readouterr().out.count("a reward for 'a' is not finite") == 1
+    assert capsys.readouterr().out.count("a reward for 'c' is not finite") == 1
     lines = train_stub(tmp_path, model, broken, iterations=3)           # each of the three, alone
     assert sorted(line["skipped"] for line in lines) == [0, 0, 1]
     assert model.weights().isfinite().all() and not torch.equal(model.weights(), start)
 
 
 class Exploding(Stub):
+    """A stub whose gradients are nan, or so large that their norm is infinite."""
+
+    def __init__(self, gradient=math.nan):
+        super().__init__()
+        self.gradient = gradient
+
     def velocity(self, x, t, cond):
-        return super().velocity(x, t, cond) * (math.inf if torch.is_grad_enabled() else 1)
+        v = super().velocity(x, t, cond)
+        if v.requires_grad:
+            v.register_hook(lambda g: torch.full_like(g, self.gradient))
+        return v
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
-    model = Exploding()
+@pytest.mark.parametrize("gradient", [math.nan, 1e30])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, gradient):
+    model = Exploding(gradient)
     lines = train_stub(tmp_path, model, iterations=2)
     assert [line["skipped"] for line in lines] == [1, 1]
     assert torch.equal(model.weights(), Stub().weights())
@@ -195,6 +212,25 @@ def test_groups_of_equal_rewards_are_counted_and_move_nothing_even_by_momentum(t
     lines = train_stub(tmp_path, thrice, flat_after_the_first, iterations=3)
     assert [line["flat_groups"] for line in lines] == [0, 1, 1]
     assert torch.equal(once.weights(), thrice.weights())
+    around_its_mean = lambda images, prompts: torch.tensor([1.0, 2.0, 3.0])
+    line, = train_stub(tmp_path, Stub(), around_its_mean, group_size=3, num_anchors=1)
+    assert line["flat_groups"] == 0
+
+
+def test_the_prompts_of_evaluations_are_not_trained_on(tmp_path):
+    seen, other = set(), tmp_path / "other.txt"
+    other.write_text("d\n", encoding="utf-8")
+    spy = lambda images, prompts: seen.update(prompts) or brightness(images, prompts)
+    train_stub(tmp_path, Stub(), spy, iterations=3, eval_prompts=str(other))
+    assert seen == {"a", "b", "c"}
+
+
+def test_the_log_keeps_no_graph_of_gradients_alive(tmp_path, monkeypatch):
+    kept, log = [], run.Run.log
+    monkeypatch.setattr(run.Run, "log", lambda self, it, scores, A, log_rhos, *more, **counts: (
+        kept.extend(log_rhos), log(self, it, scores, A, log_rhos, *more, **counts)))
+    train_stub(tmp_path, Stub())
+    assert kept and not any(log_rho.requires_grad for log_rho in kept)
 
 
 def test_every_prompt_comes_once_before_any_comes_twice():
@@ -461,6 +497,17 @@ def test_the_average_of_weights_is_what_is_evaluated_and_it_is_taken_out_again_e
         books.evaluate()
     assert torch.equal(seen[0], average) and not torch.equal(average, raw)
     assert torch.equal(books.model.weights(), raw)
+
+
+def test_an_update_may_be_given_the_decay_of_the_average(tmp_path):
+    books = stub_run(tmp_path, Stub(), ema=0.9)
+    books.norms, books.skipped, before = [], 0, Stub().weights()
+    for w in books.model.trained():
+        w.grad = torch.ones_like(w)
+    train.update(books.cfg, books.model, books, decay=0.25)
+    average = torch.cat([w.flatten() for w in books.ema])
+    assert_close(average, 0.25 * before + 0.75 * books.model.weights())
+    assert not torch.equal(average, before)
 
 
 @pytest.mark.slow
