@@ -323,7 +323,7 @@ def test_prompts_may_move_but_not_change_until_a_run_is_resumed(tmp_path):
     for name in ("prompts", "eval_prompts"):
         as_now = lambda path: dataclasses.replace(begun.cfg, **{name: str(path)})
         run.check_resumed(as_now(moved), begun.out / "checkpoint-1")
-        with pytest.raises(ValueError, match=f"^{name} names other contents than in the run"):
+        with pytest.raises(ValueError, match=f"^{name} differs from the run to resume"):
             run.check_resumed(as_now(changed), begun.out / "checkpoint-1")
 
 
