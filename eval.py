@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 import rewards
+from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
 from model import Flux, check_model, is_lora, parse_resolution
-from processes import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
 from prompts import evenly_spaced, read_prompts
 from solvers import rollout, schedule
 

@@ -8,7 +8,7 @@ a token, L text tokens.
 """
 import json, logging, re, shutil
 from pathlib import Path
-import cpu_torchvision                                          # noqa: F401  (before diffusers)
+import machine                                                  # noqa: F401  (before diffusers)
 import diffusers
 import torch
 import transformers

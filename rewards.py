@@ -22,7 +22,7 @@ Scores are formed in float32, also under the caller's autocast: near 0.3, bf16 h
 and a group's HPSv2.1 scores spread over 0.01. On a GPU the two largest networks, but not their
 scores, run in float16 (`half` in HPSv2 and ClipScore).
 """
-import cpu_torchvision                          # noqa: F401  (before transformers and open_clip)
+import machine                                  # noqa: F401  (before transformers and open_clip)
 import functools, hashlib, importlib, io, json, os, re, sys, traceback, types
 from pathlib import Path
 import torch

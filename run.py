@@ -4,7 +4,7 @@ What a run refuses (settings that cannot work, in one sentence, before anything 
 survives (Ctrl-C, kill -9, a full disk: --resume continues from the newest whole checkpoint, on a
 CPU to the last bit). No formula of the method is in this file.
 """
-import atexit, contextlib, hashlib, importlib.util, json, math, os, shutil, tempfile, time, warnings
+import contextlib, hashlib, importlib.util, json, math, os, shutil, tempfile, warnings
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -12,10 +12,10 @@ import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 import rewards
 from eval import draw_curve, evaluate, mean_and_stderr, picture_grid
+from machine import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
+                     share_work, start_watchers, state_of, stopping, whole_weights)
 from model import check_model, is_lora, parse_resolution
 from neighbor_grpo import clip_fraction
-from processes import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
-                       share_work, state_of, stopping, whole_weights)
 from prompts import evenly_spaced, read_prompts
 from rewards import ScorerError, one_line, parse_weights
 from solvers import schedule
@@ -75,7 +75,7 @@ def check_out_dir(cfg):
     out, found = Path(cfg.out_dir), checkpoints(cfg.out_dir)
     if cfg.resume and found:
         check_resumed(cfg, found[-1])
-    elif any((out / name).exists() for name in RUN_FILES):
+    elif found or any((out / name).exists() for name in RUN_FILES):
         if not (cfg.overwrite or cfg.resume):
             raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another "
                              "--out_dir")
@@ -152,16 +152,6 @@ def discard(path):
         os.replace(path, aside)
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
-def stopwatch(device):
-    """A dict of seconds per phase, and a function that ends a phase (one host synchronisation)."""
-    seconds, last = {}, [time.perf_counter()]
-    def lap(name):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        key, now = f"seconds_{name}", time.perf_counter()
-        seconds[key], last[0] = seconds.get(key, 0) + now - last[0], now
-    return seconds, lap
-
 class Run:
     """The optimizer, the counters, and everything that is written.
 
@@ -178,7 +168,7 @@ class Run:
         if not cfg.eval_prompts:
             self.prompts = [self.prompts[i] for i in evenly_spaced(len(self.prompts), 8)]
         self.iteration, self.before, self.evaluated = 0, None, None
-        self.stop, self.skips, self.watchers = False, 0, []
+        self.stop, self.skips = False, 0
         self.resumed = path = ([None] + checkpoints(self.out))[-1] if cfg.resume else None
         if path:
             try:
@@ -211,31 +201,10 @@ class Run:
         (self.out / "samples").mkdir(exist_ok=True)
         for name in self.cfg.code:              # the loss that this run was made with; not its mode
             shutil.copyfile(HERE / name, self.out / Path(name).name)
-        if importlib.util.find_spec("tensorboard"):             # used where it is installed
-            self.watch(self.tensorboard)
-        if self.cfg.wandb:
-            self.watch(self.weights_and_biases)
+        self.send = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
 
     def settings(self):
         return json.dumps({**asdict(self.cfg), "contents": contents(self.cfg)}, indent=1)
-
-    def tensorboard(self):
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(self.out / "tensorboard", purge_step=self.iteration + 1)
-        atexit.register(board.close)
-        return lambda numbers, step: [board.add_scalar(name, number, step)
-                                      for name, number in numbers.items()]
-
-    def weights_and_biases(self):
-        import wandb
-        return wandb.init(project=self.cfg.wandb, config=asdict(self.cfg), dir=self.out).log
-
-    def watch(self, start):
-        """Add a watcher of the log. One that fails is left out: it must not end the run."""
-        try:
-            self.watchers.append(start())
-        except Exception as error:
-            tqdm.write(f"{start.__name__} is left out: {one_line(error)}")
 
     # ---------------------------------------------------------------------- the loop's frame
 
@@ -321,12 +290,7 @@ class Run:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "iter" and value is not None}
-        for watcher in list(self.watchers):
-            try:
-                watcher(numbers, step=line["iter"])
-            except Exception as error:
-                self.watchers.remove(watcher)
-                tqdm.write(f"a watcher of the log is left out: {one_line(error)}")
+        self.send(numbers, line["iter"])
 
     def log(self, it, scores, A, log_rhos, seconds, nfe_old, nfe_theta):
         """One line for all processes, in log.jsonl and on the screen. It has no loss, which is 0

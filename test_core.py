@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 from torch.testing import assert_close
-import cpu_torchvision                                          # noqa: F401  (before diffusers)
+import machine                                                  # noqa: F401  (before diffusers)
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 import train
 from neighbor_grpo import (advantages, clip_fraction, clipped_objective, combine_rewards,

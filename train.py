@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
+from machine import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
+                     gather_objects, init_processes, stopwatch, wrap_for_processes)
 from model import Flux
 from neighbor_grpo import advantages, clipped_objective, combine_rewards, log_ratio, perturb_noise
-from processes import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
-                       gather_objects, init_processes, wrap_for_processes)
 from prompts import read_prompts
 from rewards import parse_weights
-from run import HERE, Run, check, stopwatch
+from run import HERE, Run, check
 from solvers import ddim_step, rollout, schedule
 
 def train(cfg, model, scorers, run):
@@ -383,7 +383,7 @@ def start(cfg, algorithm):
 def main(argv=None, parse_config=parse_config, algorithm=train):
     init_processes()
     cfg = parse_config(argv)
-    return explain_errors(lambda: start(cfg, algorithm))
+    return explain_errors(lambda: start(cfg, algorithm), rewards.ScorerError)
 
 if __name__ == "__main__":
     exit_process(main())

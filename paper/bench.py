@@ -34,7 +34,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import rewards, train
-from eval import SOLVERS, read_prompts
+from eval import SOLVERS
+from prompts import read_prompts
 from paper import baselines, float8
 from paper.counts import VAE, Live, decoding, memory, operations
 from run import Run

@@ -35,7 +35,8 @@ from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import rewards, train
-from eval import diversity, evenly_spaced, label_of, picture_grid, read_prompts, sample
+from eval import diversity, label_of, picture_grid, sample
+from prompts import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from paper import bench

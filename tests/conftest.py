@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 import pytest
 import torch
-import cpu_torchvision                                          # noqa: F401  (before diffusers)
+import machine                                                  # noqa: F401  (before diffusers)
 from diffusers import FluxPipeline
 import train
 from model import Flux

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-import cpu_torchvision                                          # noqa: F401  (before diffusers)
+import machine                                                  # noqa: F401  (before diffusers)
 import diffusers
 import peft
 import transformers

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.testing import assert_close
-import cpu_torchvision                                          # noqa: F401  (before torchvision)
+import machine                                                  # noqa: F401  (before torchvision)
 import open_clip
 import timm
 import torchvision.transforms.functional as TF

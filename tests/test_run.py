@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
-import cpu_torchvision                                          # noqa: F401  (before diffusers)
 from diffusers import FluxPipeline
-import processes
+import machine
 import rewards
 import run
 import train
@@ -246,8 +245,7 @@ def test_resume_begins_where_a_run_left_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("how, leftover", [
     ("--resume", "log.jsonl"), ("--overwrite", "log.jsonl"),
-    pytest.param("--overwrite", "checkpoint-2/state/state.pt", marks=pytest.mark.xfail(
-        reason="check_out_dir does not count a checkpoint without a log as a run"))])
+    ("--overwrite", "checkpoint-2/state/state.pt")])
 def test_a_base_model_that_lies_in_the_runs_folder_is_never_deleted(
         how, leftover, tmp_path, capsys):
     model = tmp_path / "run/checkpoint-2"
@@ -640,17 +638,17 @@ def test_an_error_of_the_compiler_names_the_setting_that_does_without(capsys):
     def work():
         raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler")
 
-    assert processes.explain_errors(work) == 1
+    assert machine.explain_errors(work) == 1
     said = capsys.readouterr().err
     assert "--no-compile" in said and "no C++ compiler" in said
 
 
 def test_a_signal_lets_the_iteration_in_hand_end_and_the_second_ctrl_c_does_not(
         monkeypatch, signals):
-    monkeypatch.setattr(processes.os, "dup2", lambda *_: None)  # the terminal of SIGHUP is ours
+    monkeypatch.setattr(machine.os, "dup2", lambda *_: None)  # the terminal of SIGHUP is ours
     for name in signals:
         stopped, before = [], signal.getsignal(getattr(signal, name))
-        with processes.stopping(lambda: stopped.append(1)):
+        with machine.stopping(lambda: stopped.append(1)):
             signal.raise_signal(getattr(signal, name))
             assert stopped == [1]
             with pytest.raises(KeyboardInterrupt):
@@ -660,5 +658,5 @@ def test_a_signal_lets_the_iteration_in_hand_end_and_the_second_ctrl_c_does_not(
 
 def test_a_signal_that_is_ignored_stays_so(signals):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # nohup, a shell's background
-    with processes.stopping(lambda: pytest.fail("stopped")):
+    with machine.stopping(lambda: pytest.fail("stopped")):
         signal.raise_signal(signal.SIGINT)

@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-import cpu_torchvision                                          # noqa: F401  (before diffusers)
 from diffusers import FluxPipeline
-import processes
+import machine
 import run
 import train
-from processes import RANK, exit_process, merge
+from machine import RANK, exit_process, merge
 from run import checkpoints
 from solvers import rollout, schedule
 from test_core import G, Stub, brightness, stub_run, train_stub
@@ -311,9 +310,9 @@ def test_a_launcher_need_not_say_more_than_rank_and_world_size(monkeypatch):
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "WORLD", 2)
-    monkeypatch.setattr(processes.dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
-    processes.init_processes()
+    monkeypatch.setattr(machine, "WORLD", 2)
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
+    machine.init_processes()
     (backend, settings), = joined
     assert "gloo" in backend[0] and list(settings) == ["timeout"]       # the rest: MASTER_ADDR, ...
 

@@ -20,7 +20,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0,
 import argparse, json, math, os, time
 from collections import Counter
 from pathlib import Path
-import cpu_torchvision                                                     # noqa: F401  (before diffusers and open_clip)
+import machine                                                             # noqa: F401  (before diffusers and open_clip)
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,18 @@
 """
-Several processes, as torchrun starts them: who this one is, how it joins the others, what they
-share, and how it ends. With one process almost all of this does nothing.
+What depends on the machine, and not on the method. Import it before transformers, diffusers and
+open_clip, because of the first point.
+
+  torchvision   open_clip needs it, and its wheel for Linux is built for a CUDA torch. Over a CPU
+                torch its library of compiled operators does not load. Then `import torchvision`
+                dies with "operator torchvision::nms does not exist", and takes transformers and
+                diffusers down with it. Nothing here calls those operators, so it is enough to
+                declare their names. Where the library does load (CUDA, ROCm, macOS, two CPU
+                builds), it declares them itself; a second declaration would abort the process.
+  processes     as torchrun or another launcher starts them: who this one is, how it joins the
+                others, and what they share. With one process almost all of this does nothing.
+  clock, end    seconds, and watchers of the log; Ctrl-C, errors, and how a process ends.
 """
-import atexit, contextlib, datetime, os, signal, stat, sys, warnings
+import atexit, contextlib, datetime, importlib.util, os, signal, stat, sys, time, warnings
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -16,7 +26,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from rewards import ScorerError, one_line
+
+found = importlib.util.find_spec("torchvision")                 # finds it, and does not import it
+library = found and next(Path(found.origin).parent.glob("_C.*"), None)
+try:
+    if library:
+        torch.ops.load_library(library)                         # as `import torchvision` will do
+except OSError:                                                 # it misses CUDA's libraries
+    for name in ("nms", "qnms"):
+        try:
+            torch.library.define(f"torchvision::{name}",
+                                 "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:                                    # somebody has declared it before us
+            pass
 
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
                (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -60,6 +82,54 @@ def merge(lines):
             return torch.cat(values).nanmean().item()
         return None if values[0] is None else sum(values) if key == "flat_groups" else max(values)
     return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
+
+
+def start_watchers(out, project, settings, iteration):
+    """A function that sends numbers {name: value} of a step to TensorBoard, where it is installed,
+    and to Weights & Biases, if a project is named. Those that fail are left out: watching must not
+    end a run."""
+    def tensorboard():
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
+        atexit.register(board.close)
+        return lambda numbers, step: [board.add_scalar(name, number, step)
+                                      for name, number in numbers.items()]
+
+    def wandb():
+        import wandb
+        return wandb.init(project=project, config=settings, dir=out).log
+
+    def attempt(name, work):
+        try:
+            return work()
+        except Exception as error:
+            found.pop(name, None)
+            print(f"{name} is left out: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+
+    found, installed = {}, importlib.util.find_spec("tensorboard")
+    for name, start, wanted in ("tensorboard", tensorboard, installed), ("wandb", wandb, project):
+        watcher = attempt(name, start) if wanted else None
+        if watcher:
+            found[name] = watcher
+
+    def send(numbers, step):
+        for name, watcher in list(found.items()):
+            attempt(name, lambda: watcher(numbers, step=step))
+
+    return send
+
+
+def stopwatch(device):
+    """A dict of seconds per phase, and a function that ends a phase (one host synchronisation)."""
+    seconds, last = {}, [time.perf_counter()]
+
+    def lap(name):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        key, now = f"seconds_{name}", time.perf_counter()
+        seconds[key], last[0] = seconds.get(key, 0) + now - last[0], now
+
+    return seconds, lap
 
 
 def share_work(n, work):
@@ -142,20 +212,20 @@ def stopping(stop):
             signal.signal(sign, handler)
 
 
-def explain_errors(work):
-    """Call work(). An error that its user can do something about: one sentence and status 1."""
+def explain_errors(work, *expected):
+    """Call work(). An error that its user can do something about, one of `expected` among them,
+    becomes one sentence and status 1."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
         said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
                 "offload, --checkpoint_blocks -1, --batch 6 or less, --no-gather, --fsdp on more "
-                f"GPUs, --lora_rank 64, a smaller --resolution. {one_line(error)}")
+                f"GPUs, --lora_rank 64, a smaller --resolution. {error}")
     except torch._dynamo.exc.TorchDynamoException as error:
-        said = ("the transformer could not be compiled; --no-compile runs without. "
-                f"{one_line(error)}")
-    except (ScorerError, ArithmeticError, OSError) as error:
+        said = f"the transformer could not be compiled; --no-compile runs without. {error}"
+    except (*expected, ArithmeticError, OSError) as error:
         said = str(error)
-    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:600]}", file=sys.stderr)
     return 1
 
 
