@@ -449,11 +449,11 @@ def test_a_watcher_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
 
     fake_wandb(monkeypatch, refuses)
     assert len(train_stub(tmp_path, Stub(), iterations=2, wandb="neighbours")) == 2
-    assert "weights_and_biases is left out: no API key" in capsys.readouterr().out
+    assert "wandb is left out: no API key" in capsys.readouterr().err
     fake_wandb(monkeypatch, lambda **settings: types.SimpleNamespace(log=log))
     assert len(train_stub(tmp_path, Stub(), iterations=2, wandb="neighbours")) == 2
-    said = capsys.readouterr().out
-    assert said.count("a watcher of the log is left out: no network") == 1
+    said = capsys.readouterr().err
+    assert said.count("wandb is left out: no network") == 1
 
 
 # ==================================================================== checkpoints
