@@ -250,7 +250,8 @@ class Config:
 
     def __post_init__(self):
         for name in ("model", "prompts", "eval_prompts", "init_lora", "out_dir"):
-            setattr(self, name, os.path.expanduser(getattr(self, name)))    # "~" after "=", too
+            if str(getattr(self, name))[:1] == "~":             # after "=" the shell leaves it
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         self.prompts_per_iteration = self.prompts_per_iteration or WORLD
         self.device = f"cuda:{LOCAL_RANK}" if self.device == "cuda" else self.device
 

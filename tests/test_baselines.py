@@ -576,10 +576,11 @@ def test_a_run_is_not_resumed_as_one_of_another_method(before, now, tmp_path, ca
         script = baselines if "--method" in words else train
         return script.parse_config([*words.split(), "--out_dir", str(tmp_path)])
 
+    settings = json.dumps(dataclasses.asdict(parse(before)))
     state = tmp_path / "checkpoint-1/state"
     state.mkdir(parents=True)
     (state / "state.pt").touch()
-    (state / "config.json").write_text(json.dumps(dataclasses.asdict(parse(before))))
+    (state / "config.json").write_text(settings, encoding="utf-8")
     with pytest.raises(SystemExit):
         parse(f"{now} --resume")
     old, new = (words.removeprefix("--method ") or "neighbor" for words in (before, now))

@@ -201,7 +201,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_makes_nothing_twice(
     assert len(sampled) == 10                                   # five prompts, two models
     before = len(scored)
     assert numbers(run(tmp_path, aligned)[1]) == numbers(whole[1]) and len(sampled) == 10
-    assert len(scored) == before + 1                            # tried on one grey picture
+    assert len(scored) == before + 2                            # tried on one picture, and on two
     results = run(tmp_path, aligned, "--scorers", "clip,judge,jpeg")[1]
     assert len(sampled) == 10 and "jpeg" in results[0]          # one scorer more, no picture more
 

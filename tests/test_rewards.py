@@ -1440,7 +1440,7 @@ def test_a_run_with_ones_own_reward_is_resumed_with_the_same_file_or_not_at_all(
     with pytest.raises(SystemExit):
         run(2, "--resume")
     error = capsys.readouterr().err
-    assert f"SHA-256 of {path} is " in error and "in the run to resume" in error
+    assert f"SHA-256 of {path} differs from the run to resume" in error
     own(code)
     assert run(2, "--resume") is None
     lines = log_of(out)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
+import machine                                                  # before diffusers
 from diffusers import FluxPipeline
-import machine
 import rewards
 import run
 import train

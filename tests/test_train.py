@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+import machine                                                  # before diffusers
 from diffusers import FluxPipeline
-import machine
 import run
 import train
 from machine import RANK, exit_process, merge
