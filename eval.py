@@ -147,7 +147,7 @@ def draw_curve(lines, path):
                            label="mean of 10")
                 panel.legend()
         else:
-            stderr = [line[f"{key}_stderr"] for line in some]
+            stderr = np.array([line[f"{key}_stderr"] for line in some], float)      # None: nan
             panel.errorbar(x, y, stderr, marker="o", markersize=3, capsize=2)
         where = "on held-out prompts" if key in evaluated else "in training"
         panel.set(title=f"{key.removeprefix('eval_')} {where}", xlabel="iteration")

@@ -5,6 +5,17 @@ v ~ eps - x_0. FLUX has the same convention, so nothing is flipped or rescaled h
 Whatever `diffusers.FluxPipeline` can load is loaded by the same lines: the small one in tiny/flux
 and FLUX.1-dev alike. Letters: P prompts, M latents (a multiple of P), N image tokens, C channels of
 a token, L text tokens.
+
+What train() asks of a model, FLUX or not (examples/own_model.py has another one):
+
+    device, latent_shape    a torch.device; the shape of one latent, here (N, C)
+    encode(prompts)         P strings -> what `velocity` needs of them, of any type
+    velocity(x, t, cond)    x (M, *latent_shape), t in [0, 1], one for all or (M,) -> v like x; each
+                            prompt owns M/P rows in turn; float32 in and out; differentiable
+    decode(x)               latents at t = 0 -> images (M, 3, H, W), float32 in [0, 1]
+    trained()               the list of trained parameters, float32
+    transformer             the module that has them; its state goes into the checkpoints
+    save(path, weights)     write into the folder `path` what is needed to sample again
 """
 import json, logging, re, shutil
 from pathlib import Path

@@ -730,3 +730,15 @@ def load_all(specs, device, prompts):
         for count in (1, 2):
             scorer(torch.full((count, 3, 64, 64), 0.5), prompts[:1] * count)
     return {name: scorers[name] for name in specs}
+
+
+def forgiving(scorer):
+    """The scorer, but nan where it fails. For those that only watch: they must not end a run."""
+    def score(images, prompts):
+        try:
+            return scorer(images, prompts)
+        except ScorerError as error:
+            print(f"{error}; it only watches, so the run goes on", file=sys.stderr)
+            return torch.full((len(images),), torch.nan)
+
+    return score

@@ -247,9 +247,26 @@ class Run:
             self.evaluate()
         if RANK == 0:
             draw_curve(self.lines(), self.out / "curve.png")
+            if self.cfg.eval_every:
+                self.print_table()
             print(f"wrote {self.out}/: " + f"checkpoint-{self.iteration}, " * bool(self.iteration) +
                   "log.jsonl, " + "before_after.png, samples, " * bool(self.cfg.eval_every) +
                   "curve.png")
+
+    def print_table(self):
+        """The base and what became of it; and real pictures of the held-out prompts, where their
+        scores lie beside the prompts, as tiny/prompts/test_concept.real.json does."""
+        path = Path(self.cfg.eval_prompts or "none").with_suffix(".real.json")
+        real = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        evaluations = [line for line in self.lines() if "reward" not in line]
+        first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+        print(f"\n{'':14}    base  aligned" + "     real   of the way" * bool(real))
+        for name in self.scorers:
+            base, now = first.get(f"eval_{name}"), last.get(f"eval_{name}")
+            if base is not None and now is not None:
+                way = (f"{real[name]:9.3f}  {(now - base) / (real[name] - base):10.0%}"
+                       if name in real else "")
+                print(f"{name:14}{base:8.3f}{now:9.3f}{way}")
 
     def diverged(self, what):
         return ArithmeticError(f"iteration {self.iteration + 1}: {what}; lower lr, now "
@@ -350,7 +367,8 @@ class Run:
             gain, gain_stderr = mean_and_stderr(scores[name] - self.before["scores"][name])
             line |= {f"eval_{name}": mean, f"eval_{name}_stderr": stderr,
                      f"eval_{name}_gain": gain, f"eval_{name}_gain_stderr": gain_stderr}
-            said.append(f"{name} {mean:.4f} +- {stderr:.4f}, gain {gain:+.4f} +- {gain_stderr:.4f}")
+            said.append(f"{name} {mean:.4f} +- {stderr:.4f}, gain {gain:+.4f} +- {gain_stderr:.4f}"
+                        if math.isfinite(mean) else f"{name} missing")
         if RANK:
             return
         if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):
@@ -362,7 +380,9 @@ class Run:
             rows[f"aligned, {self.iteration} iterations"] = images[show, 0]
         picture = self.out / f"samples/{self.iteration:06d}.png"
         picture_grid(picture, rows, [self.prompts[i] for i in show])
-        shutil.copy(picture, self.out / "before_after.png")
+        shutil.copyfile(picture, self.out / "before_after.png")
+        if not self.iteration:
+            tqdm.write(f"pictures of the base: {picture}")
 
     # ---------------------------------------------------------------------- checkpoints
 

@@ -368,6 +368,7 @@ def start(cfg, algorithm):
     names, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_scorers)
     try:
         scorers = rewards.load_all(names | watched, cfg.device, prompts)
+        scorers |= {name: rewards.forgiving(scorers[name]) for name in watched}
         model = load(cfg)
     except ValueError as error:                                 # a broken file
         raise OSError(rewards.one_line(error)) from error

@@ -28,7 +28,8 @@ def start(folder, library, then=""):
     code = code.replace("torchvision::{name}", "_TorchScriptTesting::{name}")
     code = code.replace('("nms", "qnms")', '("takes_foo",)') + "\nprint('imported')\n" + then
     (folder / "program.py").write_text(code, encoding="utf-8")
-    return subprocess.run([sys.executable, "program.py"], cwd=folder, capture_output=True, text=True)
+    run = [sys.executable, "program.py"]
+    return subprocess.run(run, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="this torch brings no library to test with")

@@ -456,6 +456,44 @@ def test_a_watcher_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
     assert said.count("wandb is left out: no network") == 1
 
 
+def test_a_scorer_that_only_watches_never_ends_a_run_and_is_missing_where_it_failed(
+        five, tmp_path, monkeypatch, capsys):
+    calls, score = [], rewards.Judge.score
+
+    def fails_once(self, pixels, prompts):
+        calls.append(len(pixels))
+        if len(calls) == 5:                             # two trials, the base, a first evaluation
+            raise RuntimeError("the server is down")
+        return score(self, pixels, prompts)
+
+    monkeypatch.setattr(rewards.Judge, "score", fails_once)
+    out = tmp_path / "run"
+    short = [word for word in SHORT if word != ""]      # watch the judge, which SHORT does not
+    command = [*short, "judge", *five, "--eval_every", "1", "--iterations", "3"]
+    assert train.main([*command, "--out_dir", str(out)]) is None
+    evals = [line for line in lines_of(out) if "eval_clip" in line]
+    missing = [line["eval_judge"] is None for line in evals]
+    assert missing == [False, False, True, False]
+    assert all(line["eval_clip"] is not None for line in evals)
+    said = capsys.readouterr()
+    assert "judge missing" in said.out and "it only watches, so the run goes on" in said.err
+
+
+def test_the_table_at_the_end_has_base_aligned_real_and_the_share_of_the_way(
+        tmp_path, capsys):
+    prompts = tmp_path / "held_out.txt"
+    prompts.write_text("a\n", encoding="utf-8")
+    (tmp_path / "held_out.real.json").write_text(json.dumps({"clip": 0.8}), encoding="utf-8")
+    books = stub_run(tmp_path, Stub(), eval_prompts=str(prompts))
+    books.scorers = {"clip": None, "judge": None}
+    for it, clip, judge in ((0, 0.4, 0.1), (5, 0.5, None), (9, 0.6, 0.3)):
+        books.write(dict(iter=it, eval_clip=clip, eval_judge=judge))
+    books.write(dict(iter=9, reward=0.7))
+    books.print_table()
+    table = [line.split() for line in capsys.readouterr().out.strip().split("\n")[-2:]]
+    assert table == [["clip", "0.400", "0.600", "0.800", "50%"], ["judge", "0.100", "0.300"]]
+
+
 # ==================================================================== checkpoints
 
 class Saved(Stub):

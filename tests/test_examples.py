@@ -1,0 +1,54 @@
+"""
+The examples do what they say. One test per sentence.
+
+    python -m pytest -q tests/test_examples.py
+"""
+import inspect, re
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from examples import own_model, toy
+from examples.own_reward import redness
+from tests.conftest import HERE
+
+
+def test_the_toys_loop_is_the_one_that_readme_offers():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    offered = re.search(r"```python\nimport torch\n.*?\n\n(def .*?)```", readme, re.S).group(1)
+    assert offered == inspect.getsource(toy.neighbor_grpo_step)
+
+
+def test_the_toys_velocity_is_the_conditional_mean_of_noise_less_data():
+    torch.manual_seed(0)
+    x0 = toy.MODES[torch.randint(6, (400_000,))] + toy.STD * torch.randn(400_000, 2)
+    eps, t = torch.randn_like(x0), torch.tensor(0.6)
+    x_t, corner = torch.lerp(x0, eps, t), torch.tensor([0.4, 0.3])
+    near = (x_t - corner).abs().amax(1) < 0.1                           # a small square
+    mean = (eps - x0)[near].mean(0)
+    within = toy.exact_velocity(x_t[near], t).mean(0)
+    stderr = ((eps - x0)[near].std(0) / near.sum().sqrt()).max().item()
+    assert_close(within, mean, rtol=0, atol=5 * stderr)
+
+
+def test_the_toy_learns_and_draws_its_picture_and_its_movie(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "ASSETS", tmp_path)
+    toy.main(iterations=48)
+    rewards = [float(r) for r in re.findall(r"mean reward (-?[\d.]+)", capsys.readouterr().out)]
+    assert len(rewards) == 6 and rewards[-1] > rewards[0] + 0.2
+    assert Image.open(tmp_path / "method.png").width > 1000
+    assert Image.open(tmp_path / "method.gif").n_frames > 6
+
+
+def test_a_model_that_is_not_flux_is_aligned_by_the_same_train(tmp_path, capsys):
+    own_model.main(str(tmp_path), steps=10, iterations=2)
+    before, after = map(float, re.search(r"samples: (\S+) -> (\S+);", capsys.readouterr().out).groups())
+    assert after > before + 0.005
+    saved = torch.load(tmp_path / "checkpoint-2/model.pt")              # what its `save` wrote
+    assert saved.keys() == own_model.Net().state_dict().keys()
+    assert Image.open(tmp_path / "samples.png").height > 256
+
+
+def test_redness_is_one_for_red_zero_for_grey_and_negative_for_cyan():
+    pixels = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0, 1.0, 1.0]])
+    images = pixels[:, :, None, None].expand(3, 3, 4, 4)
+    assert_close(redness(images, ["", "", ""]), torch.tensor([1.0, 0.0, -1.0]))
