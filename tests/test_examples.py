@@ -41,7 +41,8 @@ def test_the_toy_learns_and_draws_its_picture_and_its_movie(tmp_path, monkeypatc
 
 def test_a_model_that_is_not_flux_is_aligned_by_the_same_train(tmp_path, capsys):
     own_model.main(str(tmp_path), steps=10, iterations=2)
-    before, after = map(float, re.search(r"samples: (\S+) -> (\S+);", capsys.readouterr().out).groups())
+    said = capsys.readouterr().out
+    before, after = map(float, re.search(r"samples: (\S+) -> (\S+);", said).groups())
     assert after > before + 0.005
     saved = torch.load(tmp_path / "checkpoint-2/model.pt")              # what its `save` wrote
     assert saved.keys() == own_model.Net().state_dict().keys()
