@@ -1,9 +1,9 @@
 """
 The other side of the paper's comparison: methods that explore by turning the ODE into an SDE, and
-DiffusionNFT, which does not. Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps,
-v ~ eps - x_0.
+DiffusionNFT and FDFO, which do not. Time t runs from 1 (noise) to 0 (image):
+x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
-    python -m paper.baselines --method dance    # DanceGRPO; or flow, mix, flash, branch, nft
+    python -m paper.baselines --method dance    # DanceGRPO; or flow, mix, flash, branch, nft, fdfo
     python -m paper.baselines --method mix --window_every 10 --lr 1e-4 --out_dir out/mix-1e-4
     torchrun --nproc_per_node 8 -m paper.baselines --method flow --preset dpm8 --model ...
 
@@ -124,10 +124,13 @@ def global_advantages(rewards, everywhere=None):
 # MixGRPO (arXiv 2507.21802; Tencent-Hunyuan/MixGRPO): the SDE only inside a window of a few steps,
 # which slides towards the image
 
-def window_start(iteration, T, size, every):
-    """The first step of the window. It moves on by one step every so many iterations, and starts
-    anew when it has reached the last step, which is the ODE's."""
-    return iteration // every % (T - size) if every else 0
+def window_at(iteration, T, size, every):
+    """The steps [start, end) of the window. Its start moves on by one step every so many
+    iterations, from 0 to T - 2, and then begins anew. As in their code, the last two steps are
+    never in it. So it shrinks at the end, and is empty at its last place: for that long all
+    candidates are one, and nothing is trained."""
+    start = iteration // every % (T - 1) if every else 0
+    return start, min(start + size, T - 2)
 
 def flash_schedule(T, shift, end, compress):
     """MixGRPO-Flash: of the T - end steps behind the window, where nothing is trained, only
@@ -164,9 +167,10 @@ def tree_advantages(rewards, width):
 
 def pruned_depths(iteration, T, count, earliest, every):
     """Depth pruning: `count` depths are not trained. At first they are T - count to T - 1; they
-    move one depth earlier every so many iterations, until they begin at `earliest`. (Their paper
-    lets the window move the other way.) With 5 of them NFE_theta is the published 8.625."""
-    moved = iteration // every if every else 0
+    move one depth earlier every so many iterations, counted from 1, until they begin at `earliest`,
+    that of the last split. (Their paper lets the window move the other way.) With 5 of them
+    NFE_theta is the published 8.625; at the end 9.125, as the last split has half the nodes."""
+    moved = (iteration + 1) // every if every else 0
     start = max(T - count - moved, earliest)
     return range(start, start + count)
 
@@ -198,24 +202,92 @@ def nft_decay(step):
     return min(0.001 * step, 0.5)
 
 # ------------------------------------------------------------------------------------------------
+# FDFO, finite difference flow optimization (arXiv 2603.12893). Its code may not be used
+# commercially; nothing here was copied from it. It is the nearest relative of Neighbor GRPO: pairs
+# (G = 2) that begin at almost the same noise, and at theta_old a gradient along the difference of
+# the two candidates. But it is the difference of their end points, at all times alike, and a
+# penalty takes the place of the clip.
+
+def churn(x, t, noise, c):
+    """Mix a little fresh noise into x_t: (x + t sqrt((1+c)^2 - 1) noise) / (1 + c t), which lies at
+    the time t' = (1+c) t / (1 + c t). t' / (1 - t'), the noise over the image, is 1+c times what it
+    was at t. -> x_t', t'.
+
+    At t = 1 it is Eq. 7 with sqrt(1 - sigma^2) = 1 / (1+c), and t' = 1. That is their formula. Its
+    form at other times is our reading: the churn of EDM (arXiv 2206.00364, Algorithm 2).
+    """
+    x = (x + t * ((1 + c) ** 2 - 1) ** 0.5 * noise) / (1 + c * t)
+    return x, (1 + c) * t / (1 + c * t)
+
+def churned_rollout(velocity, x, ts, c, noise):
+    """Euler's steps of the ODE, with churn before each.
+
+    x (M, ...), ts (T+1,), noise (T, M, ...) standard normal. -> x_0 (M, ...), and where the
+    velocity was asked for: states (T, M, ...), state_ts (T,), vels (T, M, ...).
+    """
+    states, state_ts, vels = [], [], []
+    for t, t_next, fresh in zip(ts[:-1], ts[1:], noise):
+        x, t = churn(x, t, fresh, c)
+        v = velocity(x, t)
+        states.append(x)
+        state_ts.append(t)
+        vels.append(v)
+        x = ddim_step(x, v, t, t_next)
+    return x, torch.stack(states), torch.stack(state_ts), torch.stack(vels)
+
+def half_difference(x):
+    """Half the difference of each from its partner. x (M, ...), where 0 and 1 are partners, 2 and
+    3, ... -> (M, ...)."""
+    pairs = x.unflatten(0, (-1, 2))                                     # (M / 2, 2, ...)
+    return ((pairs - pairs.flip(1)) / 2).flatten(0, 1)                  # (M, ...)
+
+def end_point_direction(x0):
+    """d / mean(d^2), where d is the half difference of two partners' x_0. (M, ...) -> (M, ...).
+
+    Thus the half difference of the rewards, times this, is D times the central difference of the
+    reward along d, whatever the length of d.
+    """
+    d = half_difference(x0)
+    return d / d.pow(2).flatten(1).mean(1).view(-1, *[1] * (d.ndim - 1))
+
+def fdfo_log_ratio(v, v_old, d):
+    """l - l_old with l = -mean((v - (v_old - d))^2): as if the velocity were Gaussian around one
+    that leads to x_0 + t d. v, v_old, d (M, ...) -> (M,). Like `log_ratio` of neighbor_grpo.py it
+    is formed from the displacement v - v_old, so it is exactly 0 at theta_old."""
+    u = v - v_old
+    return -(u * (u + 2 * d)).flatten(1).mean(1)                        # (M,)
+
+def spo_objective(log_rho, A, eps):
+    """sum_i A_i rho_i - |A_i| / (2 eps) (rho_i - 1)^2, to be MAXIMISED; its gradient at theta_old
+    is that of `clipped_objective`. log_rho (M,), A (M,) -> scalar. It is largest at
+    rho = 1 + eps where A > 0, and at 1 - eps where A < 0.
+
+    Source: Simple Policy Optimization, arXiv 2401.16025. rho is cut at e^40: its square must not
+    overflow.
+    """
+    gain = log_rho.clamp(max=40).expm1()                                # (M,)          rho - 1
+    return (A * (1 + gain) - A.abs() / (2 * eps) * gain**2).sum()       # ()
+
+# ------------------------------------------------------------------------------------------------
 # The loops, to be read beside train.py's
 
 def train_sde(cfg, model, scorers, run):
-    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash: one loop. They differ in `times`."""
+    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash: one loop. They differ in `times`, and
+    Flow-GRPO in that every candidate begins at a noise of its own."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
-    K, U = cfg.num_train_steps, cfg.updates_per_iteration
+    U = cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     row = torch.arange(P)[:, None]                                      # (P, 1)  goes with chosen
 
     for it in run.iterations():
-        # Draw prompts, one noise for each, the SDE's noise, and K of its steps for each candidate
+        # Draw prompts, a noise for each, the SDE's noise, and K of its steps for each candidate
         seconds, lap = stopwatch(model.device)
         ts, start, end, levels = times(cfg, it)                         # (T+1,), ..., (T,)
-        prompt, eps_star, noise, steps = draw_sde(cfg, it, prompts, model.latent_shape, start, end)
+        prompt, x1, noise, steps = draw_sde(cfg, it, prompts, model.latent_shape, start, end)
+        K = steps.shape[-1]                                             # fewer in a short window
 
         # Roll out G candidates, which the noise drives apart
-        x1 = eps_star.repeat_interleave(G, 0).to(model.device)          # (P G, N, C)
-        noise = noise.to(model.device)                                  # (S, P G, N, C)
+        x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (S, P G, ...)
         with torch.no_grad():
             cond = model.encode(prompt)
             traj, vels = sde_rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, levels,
@@ -261,14 +333,12 @@ def train_branch(cfg, model, scorers, run):
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = schedule(T, cfg.shift)                                         # (T+1,)
     levels, splits = LEVELS[cfg.noise](ts, cfg.eta), split_steps(cfg)   # (T,)
-    groups = range(RANK * P, RANK * P + P)
 
     for it in run.iterations():
         # Draw prompts here; noise, node by node, in the rollout
         seconds, lap = stopwatch(model.device)
         widths, edges = tree(cfg, it)
-        prompt = [pick(cfg, it, group, prompts) for group in groups]
-        rngs = [generator(cfg.seed, 2, it, group) for group in groups]
+        prompt, rngs = groups(cfg, it, prompts)
         def normal(width):
             each = [torch.randn(width, *model.latent_shape, generator=rng) for rng in rngs]
             return torch.stack(each).to(model.device)                   # (P, w, N, C)
@@ -328,7 +398,8 @@ def train_branch(cfg, model, scorers, run):
 def train_nft(cfg, model, scorers, run):
     """DiffusionNFT: the old policy, a slow average of the trained one, rolls out by any ODE solver.
     Then flow matching on its images, towards those with a positive advantage and away from the
-    others. The average is run.ema, so it is also what is evaluated and saved."""
+    others. The average is run.ema, so it is also what is evaluated and saved. Their code evaluates
+    a second average, with decay 0.9, which lags some ten iterations behind. A run has one here."""
     K = cfg.num_train_steps
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                     # (T+1,)
@@ -367,46 +438,108 @@ def train_nft(cfg, model, scorers, run):
         lap("update")
         run.log(it, scores, A, [], seconds, nfe_old=len(vels) + K, nfe_theta=float(K))
 
+def train_fdfo(cfg, model, scorers, run):
+    """FDFO: G / 2 pairs of each prompt. A little noise drives the two of a pair apart. At every
+    step of both, the velocity is pulled towards the image that scored better and away from the
+    other. The reward is the weighted sum of all, as it is: nothing is standardised."""
+    P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
+    T, U = cfg.num_rollout_steps, cfg.updates_per_iteration
+    prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
+    ts = schedule(T, cfg.shift)                                         # (T+1,)
+
+    for it in run.iterations():
+        # Draw prompts, one noise for each pair, and fresh noise for each step
+        seconds, lap = stopwatch(model.device)
+        prompt, x1, noise = draw_fdfo(cfg, it, prompts, model.latent_shape)
+
+        # Roll out the pairs
+        x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (T, P G, ...)
+        with torch.no_grad():
+            cond = model.encode(prompt)
+            x0, states, state_ts, vels = churned_rollout(
+                lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.churn, noise)
+            images = model.decode(run.finite(x0))                       # (P G, 3, H, W)
+        states, vels = states.unflatten(1, (P, G)), vels.unflatten(1, (P, G))   # (T, P, G, N, C)
+        lap("rollout")
+
+        # Score them, and take the half differences of scores and of end points
+        scores = score(scorers, images, prompt)                         # {name: (P, G)}
+        A = by_group(scores, prompt, lambda r: half_difference(weights.to(r) @ r))      # (P, G)
+        d = end_point_direction(x0).unflatten(0, (P, G))                # (P, G, N, C)
+        lap("reward")
+
+        # Update: at every step of both trajectories, along the difference of their end points
+        log_rhos, trained = [], 0
+        for chosen in torch.arange(G).chunk(U):                         # (g,)          g = G / U
+            each_A, each_d = A[:, chosen].flatten(), d[:, chosen].flatten(0, 1)     # (P g, ...)
+            for k in range(T):
+                average_gradients(cfg, model, last=k == T - 1)
+                x_t = states[k][:, chosen].flatten(0, 1)                # (P g, N, C)
+                v_old = vels[k][:, chosen].flatten(0, 1)
+                v = model.velocity(x_t, state_ts[k], cond)              # the only gradient
+                log_rho = fdfo_log_ratio(v, v_old, each_d)              # (P g,)
+                J = spo_objective(log_rho, each_A, cfg.clip_eps)        # ()
+                loss = -J / (len(log_rho) * T)
+                loss.backward()
+                log_rhos.append(log_rho.detach())
+                trained += len(log_rho)
+            update(cfg, model, run)
+        lap("update")
+        run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
+
 # ------------------------------------------------------------------------------------------------
 # What the loops call. Draws depend on the seed, the iteration and the group, as in train.py.
 
+def groups(cfg, it, prompts):
+    """The prompts of this process's P groups, and a generator for the draws of each."""
+    P = cfg.prompts_per_iteration // WORLD
+    mine = range(RANK * P, RANK * P + P)
+    return ([pick(cfg, it, group, prompts) for group in mine],
+            [generator(cfg.seed, 2, it, group) for group in mine])
+
 def draw_sde(cfg, it, prompts, latent_shape, start, end):
-    """P prompts, eps* (P, N, C), the noise (S, P G, N, C) of the SDE's S steps [start, end), and
-    for each candidate K of these steps, (P, G, K)."""
-    P, G, S = cfg.prompts_per_iteration // WORLD, cfg.group_size, end - start
-    chosen, eps_star, noise, steps = [], [], [], []
-    for group in range(RANK * P, RANK * P + P):
-        rng = generator(cfg.seed, 2, it, group)
-        chosen.append(pick(cfg, it, group, prompts))
-        eps_star.append(torch.randn(latent_shape, generator=rng))
-        noise.append(torch.randn(S, G, *latent_shape, generator=rng))
-        orders = [torch.randperm(S, generator=rng) for _ in range(G)]
-        steps.append(torch.stack([start + order[: cfg.num_train_steps].sort().values
-                                  for order in orders]))
-    return chosen, torch.stack(eps_star), torch.cat(noise, 1), torch.stack(steps)
+    """P prompts, x_1 (P G, N, C), the noise (S, P G, N, C) of the SDE's S steps [start, end), and
+    for each candidate K of these steps but the rollout's last, (P, G, K)."""
+    G, K = cfg.group_size, cfg.num_train_steps
+    count = min(end, cfg.num_rollout_steps - 1) - start
+    chosen, rngs = groups(cfg, it, prompts)
+    x1, noise, steps = [], [], []
+    for rng in rngs:
+        begin = torch.randn(G if cfg.own_noise else 1, *latent_shape, generator=rng)
+        x1.append(begin.expand(G, *latent_shape))                       # (G, N, C)
+        noise.append(torch.randn(end - start, G, *latent_shape, generator=rng))
+        orders = [torch.randperm(count, generator=rng)[:K] for _ in range(G)]
+        steps.append(start + torch.stack(orders).sort(1).values)        # (G, K)
+    return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps)
 
 def draw_nft(cfg, it, prompts, latent_shape):
     """P prompts, x_1 (P G, N, C), fresh noise (K, P G, N, C), and for each image K of the rollout's
     steps, (K, P G)."""
-    P, G, K = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.num_train_steps
-    chosen, x1, noise, steps = [], [], [], []
-    for group in range(RANK * P, RANK * P + P):
-        rng = generator(cfg.seed, 2, it, group)
-        chosen.append(pick(cfg, it, group, prompts))
-        x1.append(torch.randn(G, *latent_shape, generator=rng))
-        noise.append(torch.randn(K, G, *latent_shape, generator=rng))
-        for _ in range(G):
-            steps.append(torch.randperm(cfg.num_rollout_steps, generator=rng)[:K])
+    G, K, T = cfg.group_size, cfg.num_train_steps, cfg.num_rollout_steps
+    chosen, rngs = groups(cfg, it, prompts)
+    x1 = [torch.randn(G, *latent_shape, generator=rng) for rng in rngs]
+    noise = [torch.randn(K, G, *latent_shape, generator=rng) for rng in rngs]
+    steps = [torch.randperm(T, generator=rng)[:K] for rng in rngs for _ in range(G)]
     return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps, 1)
+
+def draw_fdfo(cfg, it, prompts, latent_shape):
+    """P prompts, x_1 (P G, N, C), the same for the two of a pair, and the noise (T, P G, N, C) that
+    is mixed in before each step."""
+    G, T = cfg.group_size, cfg.num_rollout_steps
+    chosen, rngs = groups(cfg, it, prompts)
+    x1 = [torch.randn(G // 2, *latent_shape, generator=rng) for rng in rngs]
+    noise = [torch.randn(T, G, *latent_shape, generator=rng) for rng in rngs]
+    return chosen, torch.cat(x1).repeat_interleave(2, 0), torch.cat(noise, 1)
 
 def times(cfg, it):
     """An iteration's schedule, its SDE steps [start, end), and every step's noise level, which is 0
-    where the step is the ODE's. The last step always is: DanceGRPO too decodes the x_0 that it
-    predicts, and Flow-GRPO trains all steps but that one."""
+    where the step is the ODE's. The last step is the ODE's in DanceGRPO, which decodes the x_0 that
+    it predicts, and in MixGRPO. In Flow-GRPO it has noise (`noisy_end`), so the image has it too,
+    but it is not trained: their timestep_fraction of 0.99 takes 5 steps of 6."""
     T = cfg.num_rollout_steps
-    size = cfg.window or T - 1
-    start = window_start(it, T, size, cfg.window_every)
-    end = start + size
+    start, end = 0, T if cfg.noisy_end else T - 1
+    if cfg.window:
+        start, end = window_at(it, T, cfg.window, cfg.window_every)
     if cfg.compress < 1:
         ts = flash_schedule(T, cfg.shift, end, cfg.compress)
     else:
@@ -420,7 +553,7 @@ def tree(cfg, it):
     trained in an iteration, as (step, parent, child)."""
     T, splits = cfg.num_rollout_steps, split_steps(cfg)
     widths = tree_widths(T, splits)
-    pruned = pruned_depths(it, T, cfg.prune, max(splits) + 1, cfg.window_every)
+    pruned = pruned_depths(it, T, cfg.prune, max(splits), cfg.window_every)
     edges = [(k, child * widths[k] // widths[k + 1], child)
              for k in range(T) if k + 1 not in pruned
              for child in range(widths[k + 1])]
@@ -456,8 +589,10 @@ def nfe(cfg, it=0):
         return sum(widths[:-1]) / G, len(edges) / G
     if cfg.method == "nft":                     # also asks the old policy about every trained point
         return T + K, K
-    ts, *_ = times(cfg, it)
-    return len(ts) - 1, K
+    if cfg.method == "fdfo":
+        return T, T
+    ts, start, end, _ = times(cfg, it)
+    return len(ts) - 1, min(K, end - start)
 
 # ------------------------------------------------------------------------------------------------
 # Settings: defaults < preset < method < command line
@@ -465,7 +600,7 @@ def nfe(cfg, it=0):
 @dataclass
 class Config(train.Config):
     method: str = option("", "which of the baselines",
-                         ("dance", "flow", "mix", "flash", "branch", "nft"))
+                         ("dance", "flow", "mix", "flash", "branch", "nft", "fdfo"))
     num_rollout_steps: int = option(25, "T, steps of a rollout", "[2, inf)")
     num_train_steps: int = option(4, "K, steps that are trained, drawn for each candidate from the "
                                   "SDE's steps, or from those of nft's rollout", "[1, inf)")
@@ -476,7 +611,10 @@ class Config(train.Config):
     noise: str = option("", "noise level. dance: eta at all times; flow: eta sqrt(t / (1 - t))",
                         ("", "dance", "flow"))
     eta: float = option(0.0, "strength of the noise (Eq. 12)", "[0, 100]")
-    window: int = option(0, "SDE steps; 0: all but the last", "[0, inf)")
+    own_noise: bool = option(False, "every candidate begins at a noise of its own, not its group's")
+    noisy_end: bool = option(False, "the last step has noise, too; it is not trained")
+    window: int = option(0, "SDE steps in a window, which ends before T-1; 0: all but the last",
+                         "[0, inf)")
     window_every: int = option(0, "iterations after which the window, or that of the pruned "
                                "depths, moves on by a step; 0: it stays", "[0, inf)")
     compress: float = option(1.0, "flash: the share of the steps behind the window that stay",
@@ -488,12 +626,14 @@ class Config(train.Config):
     split_noise: float = option(1.0, "branch: factor of the noise in those steps", "[0, 100]")
     prune: int = option(0, "branch: number of depths that are not trained", "[0, inf)")
     beta: float = option(0.0, "nft: distance of v+ and v- from the old policy", "[0, 100]")
+    churn: float = option(0.0, "fdfo: by how much the share of noise grows before each step",
+                          "[0, 1]")
 
     command: ClassVar = "-m paper.baselines"
     code: ClassVar = ("paper/baselines.py", "neighbor_grpo.py")
     num_anchors: ClassVar = 0                   # Neighbor GRPO's own are not settings here. All
-    sigma: ClassVar = 0                         # candidates are trained, they begin at one noise,
-    p: ClassVar = 0                             # and there is no quasi-norm
+    sigma: ClassVar = 0                         # candidates are trained, they begin at one noise or
+    p: ClassVar = 0                             # at unrelated ones, and there is no quasi-norm
     tau: ClassVar = ""                          # and no distance
     old_anchor: ClassVar = ""
 
@@ -505,7 +645,8 @@ class Config(train.Config):
 
     def rules(self):
         """[(holds, the sentence if it does not)] for the settings of the method."""
-        rules = {"branch": self.rules_of_branch, "nft": self.rules_of_nft}
+        rules = {"branch": self.rules_of_branch, "nft": self.rules_of_nft,
+                 "fdfo": self.rules_of_fdfo}
         return [*self.rules_of_all(), *rules.get(self.method, self.rules_of_sde)()]
 
     def rules_of_all(self):
@@ -525,8 +666,8 @@ class Config(train.Config):
         K, U = self.num_train_steps, self.updates_per_iteration
         size = self.window or T - 1
         return [
-            (self.window < T, f"window is {self.window}, but must be at most T-1, {T - 1}: the "
-                              "last step is the ODE's"),
+            (self.window <= max(0, T - 2), f"window is {self.window}, but must be at most T-2, "
+                                           f"{T - 2}: the last two steps are never in it"),
             (K <= size, f"num_train_steps (K) is {K}, but must lie between 1 and {size}, the steps "
                         "to draw from"),
             (G % U == 0, f"updates_per_iteration is {U}, but must divide group_size (G), {G}"),
@@ -563,32 +704,49 @@ class Config(train.Config):
             *self.rules_of_sde(),
         ]
 
+    def rules_of_fdfo(self):
+        G, U = self.group_size, self.updates_per_iteration
+        return [
+            (self.num_train_steps == 4,
+             "num_train_steps is not a setting of fdfo, which trains every step"),
+            (G % 2 == 0, f"group_size (G) is {G}, but must be even: fdfo has pairs"),
+            (G // 2 % U == 0, f"updates_per_iteration is {U}, but must divide the pairs of a "
+                              f"prompt, {G // 2}"),
+            (self.churn > 0, f"churn is {self.churn:g}, but must be above 0: the two of a pair "
+                             "would be the same"),
+            (self.solver == "ddim", "solver is not a setting of fdfo, whose steps are Euler's"),
+        ]
+
 # As published, for FLUX.1-dev where there is such a setting. What is not as published is said.
 METHODS = {
     # T and K as this paper has them; their code has 16 and 9
     "dance": dict(noise="dance", eta=0.3, num_rollout_steps=25, num_train_steps=14,
                   updates_per_iteration=3, window=0, solver="ddim"),
     # G is 12 here, not 24; they train adapters and keep an average
-    "flow": dict(noise="flow", eta=0.9, num_rollout_steps=6, num_train_steps=5,
-                 updates_per_iteration=2, window=0, global_std=True, solver="ddim"),
+    "flow": dict(noise="flow", eta=0.9, num_rollout_steps=6, num_train_steps=5, own_noise=True,
+                 noisy_end=True, updates_per_iteration=2, global_std=True, solver="ddim"),
     "mix": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4,
                 updates_per_iteration=4, window=4, window_every=25, solver="ddim"),
     # Flash*; Flash has window_every 20 and compress 0.4
     "flash": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4,
                   updates_per_iteration=4, window=4, window_every=0, compress=0.2,
                   solver="dpmpp_2m"),
-    # 18 updates: one every 12 edges of a whole tree, every 7.7 of a pruned one. The pruned window
-    # ends at depth 10, where theirs goes on to 9.
+    # 18 updates: one every 12 edges of a whole tree, every 7.7 of a pruned one
     "branch": dict(noise="dance", eta=0.3, num_rollout_steps=20, num_train_steps=4, group_size=16,
                    splits="0,3,6,9", split_noise=4.0, prune=0, window_every=30, clip_eps=1e-3,
                    updates_per_iteration=18, solver="ddim"),
-    # G is 12 here, not 24; they train adapters
+    # G is 12 here, not 24; they train adapters, and evaluate another average (`train_nft`)
     "nft": dict(num_rollout_steps=10, num_train_steps=9, updates_per_iteration=1, beta=1.0,
                 ema=0.5, global_std=True, solver="dpmpp_2m"),
+    # For SD3.5-M. A prompt has 6 pairs here, in 3 updates; they have one pair of each of 432
+    # prompts, in 4. They train adapters, without guidance. clip_eps is the penalty's eps. As in
+    # branch, every step is trained, and num_train_steps has no effect.
+    "fdfo": dict(num_rollout_steps=40, num_train_steps=4, updates_per_iteration=3, churn=0.0025,
+                 clip_eps=0.03, solver="ddim"),
 }
 LEVELS = {"dance": dance_level, "flow": flow_level}
 LOOPS = {"dance": train_sde, "flow": train_sde, "mix": train_sde, "flash": train_sde,
-         "branch": train_branch, "nft": train_nft}
+         "branch": train_branch, "nft": train_nft, "fdfo": train_fdfo}
 
 def loop(cfg, model, scorers, run):
     LOOPS[cfg.method](cfg, model, scorers, run)

@@ -35,9 +35,9 @@ import numpy as np
 import torch
 import rewards, train
 from eval import SOLVERS
-from prompts import read_prompts
 from paper import baselines, float8
 from paper.counts import VAE, Live, decoding, memory, operations
+from prompts import read_prompts
 from run import Run
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
@@ -50,6 +50,7 @@ METHODS = {                                                     # name: (label, 
     "branch": ("BranchGRPO", BASELINES, "--method branch"),
     "prune": ("BranchGRPO, pruned", BASELINES, "--method branch --prune 5"),
     "nft": ("DiffusionNFT", BASELINES, "--method nft"),
+    "fdfo": ("FDFO", BASELINES, "--method fdfo"),
     "ddim25": ("Neighbor GRPO, 25 steps", TRAIN,
                "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4"),
     "dpm16": ("Neighbor GRPO, 16 steps", TRAIN, "--num_rollout_steps 16 --num_train_steps 9"),
@@ -204,13 +205,14 @@ def parsed(script, words):
 
 def settings_of(cfg, calls):
     """Table 3's columns. NFE: latents that the network was asked about, over images."""
-    branch, images = cfg.method == "branch", cfg.prompts_per_iteration * cfg.group_size
+    images = cfg.prompts_per_iteration * cfg.group_size
     asked = {False: 0, True: 0}                 # without gradients, and with
     for what, size, trained in calls:
         asked[trained] += size[0] if what == "velocity" else 0
     return dict(solver=SOLVERS[cfg.solver], nfe_old=asked[False] / images, G=cfg.group_size,
-                B="adapt" if branch else cfg.num_anchors or cfg.group_size,
-                K="all" if branch else cfg.num_train_steps, nfe_theta=asked[True] / images)
+                B="adapt" if cfg.method == "branch" else cfg.num_anchors or cfg.group_size,
+                K="all" if cfg.method in ("branch", "fdfo") else cfg.num_train_steps,
+                nfe_theta=asked[True] / images)
 
 def memory_of(call, model):
     """Peak bytes; on a CPU those beyond the weights."""

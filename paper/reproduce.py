@@ -13,8 +13,8 @@ compares it with.
     figure4            which groups the quasi-norm turns up and which it turns down
     figure5            reward against iterations and against seconds
     figure8            a rollout group before and after
-    tune               learning rate and clip of each method, from eight pairs (DiffusionNFT: four
-                       learning rates, as it has no clip)
+    tune               learning rate and clip of each method, from eight pairs (DiffusionNFT and
+                       FDFO: four learning rates, as they have no clip)
 
 Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8
 steps, by the times of table3, so that other work on the machine does not count. Tables 4 to 6 have
@@ -36,11 +36,11 @@ import numpy as np
 import torch
 import rewards, train
 from eval import diversity, label_of, picture_grid, sample
-from prompts import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from paper import bench
 from paper.jobs import cached, commands, run_all, stop, threads
+from prompts import evenly_spaced, read_prompts
 from run import HERE, checkpoints
 from solvers import rollout, schedule
 
@@ -59,6 +59,7 @@ LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 # As published, and for fewer dimensions: a log ratio that is a mean over D of them goes with
 # 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11.
 CLIPS = (1e-4, 1e-3)
+NO_CLIP = {"nft": 1e-4, "fdfo": 0.03}   # --clip_eps: no effect; the published eps of its penalty
 TABLE1 = [label for label in METHODS if "sigma" not in label]
 TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", OURS_2, OURS_08]
 START = dict(sigma=0.5, num_anchors=4, p=2.0)                   # Sec. 4.2
@@ -151,16 +152,20 @@ def table3(args):
     caption = (f"Medians of {args.repeats} iterations of each method, in turn, in one process. The "
                "paper counts 14 trained steps for MixGRPO, whose code and paper have 4; for "
                "BranchGRPO it has NFE_old 20, K 4 and NFE_theta 13.68. DiffusionNFT's NFE_old "
-               "includes the old policy's velocity at the 9 trained points.")
+               "includes the old policy's velocity at the 9 trained points. FDFO trains all of its "
+               "40 steps.")
     head = ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s",
             "paper: s / iter.", f"of {RIVAL}'s"]
     return head, rows, found, caption
+
+def clips_of(family):
+    return (NO_CLIP[family],) if family in NO_CLIP else CLIPS
 
 @cached(lambda args: [METHODS, threads(args), args.repeats, LEARNING_RATES, CLIPS, args.iterations])
 def tuned(args):
     """{whose: (learning rate, clip)}: the best of the sweep over the whole seconds."""
     if args.quick:
-        return {family: (5e-5, 1e-3 if family == "branch" else 1e-4)
+        return {family: (5e-5, 1e-3 if family == "branch" else clips_of(family)[0])
                 for _, _, family in METHODS.values()}
     whole = lambda cell: cell["clip"].get("whole", -math.inf)
     return {family: max(cells, key=whole)["setting"] for family, cells in sweep(args).items()}
@@ -174,11 +179,8 @@ def sweep(args):
     for label, (_, _, family) in METHODS.items():
         labels.setdefault(family, label)        # of variants, the first
     labels["neighbor"] = OURS
-    found = {}
-    for family in labels:
-        clips = CLIPS[:1] if family == "nft" else CLIPS         # nft has no ratio to clip
-        found[family] = [dict(setting=(lr, clip), clip={}, judge={})
-                         for clip in clips for lr in LEARNING_RATES]
+    found = {family: [dict(setting=(lr, clip), clip={}, judge={})
+                      for clip in clips_of(family) for lr in LEARNING_RATES] for family in labels}
 
     def attempt(part, share, seed, tried):
         prompts = ("--eval_prompts", "tiny/prompts/test_pair.txt")
@@ -215,13 +217,13 @@ def tune(args):
         return text
 
     for i, (family, cells) in enumerate(found.items()):
-        for clip, style in zip(CLIPS, ("-", "--")):
+        for clip, style in zip(clips_of(family), ("-", "--")):
+            shown_clip = "none" if family in NO_CLIP else f"{clip:g}"
             row = [cell for cell in cells if cell["setting"][1] == clip]
-            if row:
-                rows.append([family, f"{clip:g}" if family != "nft" else "none",
-                             *(told(cell, cell["setting"] == tuple(best[family])) for cell in row)])
-                axes.plot(LEARNING_RATES, [cell["clip"]["third"] for cell in row], style,
-                          color=f"C{i}", marker="o", label=f"{family}, clip {clip:g}")
+            rows.append([family, shown_clip,
+                         *(told(cell, cell["setting"] == tuple(best[family])) for cell in row)])
+            axes.plot(LEARNING_RATES, [cell["clip"]["third"] for cell in row], style,
+                      color=f"C{i}", marker="o", label=f"{family}, clip {shown_clip}")
     axes.set(xscale="log", xlabel="learning rate", ylim=(-0.03, None),
              ylabel="reward gain after a third of the seconds")
     axes.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])

@@ -11,11 +11,12 @@ from torch.distributions import (
     Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal)
 from torch.testing import assert_close
 import train
-from neighbor_grpo import clipped_objective
+from neighbor_grpo import clipped_objective, log_ratio, perturb_noise
 from paper import baselines
 from paper.baselines import (
-    METHODS, Config, dance_level, drift_residual, flow_level, log_prob, nft_loss, noise_estimate,
-    sde_mean, sde_rollout, sde_std, tree_advantages, tree_widths)
+    METHODS, Config, churn, dance_level, drift_residual, end_point_direction, fdfo_log_ratio,
+    flow_level, half_difference, log_prob, nft_loss, noise_estimate, sde_mean, sde_rollout, sde_std,
+    spo_objective, tree_advantages, tree_widths)
 from run import HERE, Run
 from solvers import ddim_step, rollout, schedule
 
@@ -197,10 +198,21 @@ def test_mixgrpo_leaves_the_ode_only_inside_its_window():
         assert torch.equal(landed, traj[k + 1]) == (k not in (2, 3, 4, 5))
 
 
-def test_mixgrpos_window_visits_every_step_but_the_last_and_begins_anew():
-    visited = [baselines.window_start(it, 25, 4, 25) for it in range(25 * 22)]
-    assert visited[0] == 0 and max(visited) == 20               # 20 + 4 = 24, the last step
-    assert visited[25 * 21] == 0 and sorted(set(visited)) == list(range(21))
+def test_mixgrpos_window_leaves_out_the_last_two_steps_shrinks_is_empty_once_and_begins_anew():
+    """Written out from the loop of their grpo_states.py, with max_timesteps = T - 2: 24 places."""
+    theirs, start, count = [], 0, 0
+    for _ in range(25 * 26):
+        theirs.append(list(range(start, min(start + 4, 23))))
+        count += 1
+        if count == 25:
+            start, count = start + 1, 0
+        if start > 23:
+            start = 0
+    ours = [list(range(*baselines.window_at(it, 25, 4, 25))) for it in range(25 * 26)]
+    assert ours == theirs
+    assert ours[24] == [0, 1, 2, 3] and ours[25] == [1, 2, 3, 4] and ours[25 * 24] == ours[0]
+    assert [len(steps) for steps in ours[25 * 19 : 25 * 24 : 25]] == [4, 3, 2, 1, 0]
+    assert baselines.window_at(10_000, 25, 4, 0) == (0, 4)      # Flash*'s stays
 
 
 def test_flashs_tail_runs_evenly_in_unshifted_time_from_the_window_to_the_image():
@@ -229,12 +241,13 @@ def test_branchgrpos_tree_shares_its_first_steps_and_costs_what_is_published():
     assert widths == [1, 2, 2, 2, 4, 4, 4, 8, 8, 8] + 11 * [16]
     assert round(sum(widths) / 16, 2) == 13.69  # 13.68 published, root and leaves counted too
     pruned = Config(**{**METHODS["branch"], "method": "branch", "prune": 5})
-    assert {baselines.nfe(pruned, it)[1] for it in (0, 30, 150, 300)} == {8.625}
+    assert {baselines.nfe(pruned, it)[1] for it in (0, 30, 150)} == {8.625}
+    assert baselines.nfe(pruned, 299)[1] == 9.125       # the last split's depth has half the nodes
 
 
 def test_pruning_leaves_out_the_last_five_depths_at_first_then_earlier_ones_to_the_last_splits():
     pruned = Config(**{**METHODS["branch"], "method": "branch", "prune": 5})
-    for it, first in ((0, 15), (29, 15), (30, 14), (150, 10), (300, 10)):
+    for it, first in ((0, 15), (28, 15), (29, 14), (148, 11), (149, 10), (179, 9), (300, 9)):
         _, edges = baselines.tree(pruned, it)
         trained = set(range(1, 21)) - set(range(first, first + 5))
         assert {step + 1 for step, _, _ in edges} == trained
@@ -281,6 +294,117 @@ def test_nft_at_full_advantage_is_flow_matching_on_the_rollouts_images():
 
 def test_nfts_old_policy_follows_the_trained_one_ever_more_slowly_up_to_half():
     assert [baselines.nft_decay(step) for step in (1, 100, 500, 9000)] == [0.001, 0.1, 0.5, 0.5]
+
+
+# ============================================================================ FDFO
+
+def test_fdfos_perturbation_is_equation_7_so_churned_noise_stays_standard_normal():
+    x, noise, c = torch.randn(20_000, 3), torch.randn(20_000, 3), 0.4
+    churned, t = churn(x, torch.ones(()), noise, c)
+    sigma = (1 - 1 / (1 + c) ** 2) ** 0.5
+    assert_close(churned, torch.stack([perturb_noise(e, n[None], sigma)[0]
+                                       for e, n in zip(x, noise)]))
+    assert t == 1
+    assert_close(churned.T.cov(), torch.eye(3), atol=0.04, rtol=0)
+    assert_close((churned * x).mean(0), torch.full((3,), 1 / (1 + c)), atol=0.04, rtol=0)
+
+
+def test_at_any_other_time_a_churned_state_is_one_of_the_flow_at_the_later_time_it_is_given():
+    zero, one = torch.zeros(()).double(), torch.ones(()).double()
+    for t in torch.linspace(0.05, 0.95, 7).double():
+        image, later = churn(1 - t, t, zero, 0.3)               # what is left of x_0
+        kept, fresh = churn(t, t, zero, 0.3)[0], churn(zero, t, one, 0.3)[0]
+        assert_close(image, 1 - later)
+        assert_close(kept**2 + fresh**2, later**2)              # the variance of the noise
+        assert_close(later / (1 - later), 1.3 * t / (1 - t))
+
+
+def test_with_churn_eulers_steps_still_keep_a_gaussians_distribution():
+    M, T, var = 40_000, 100, 0.3
+    velocity = lambda x, t: (t - (1 - t) * var) / ((1 - t) ** 2 * var + t**2) * x       # exact
+    noise = torch.randn(T, M, 1)
+    x0, states, ts, vels = baselines.churned_rollout(velocity, torch.randn(M, 1), schedule(T), 0.02,
+                                                     noise)
+    assert x0.var().item() == pytest.approx(var, abs=0.012)
+    for k in (T // 4, T // 2):
+        expected = (1 - ts[k]) ** 2 * var + ts[k] ** 2
+        assert states[k].var().item() == pytest.approx(expected.item(), abs=0.02)
+        assert_close(vels[k], velocity(states[k], ts[k]))
+    plain = rollout(velocity, states[0], schedule(T))[0][-1]
+    assert (x0 - plain).abs().mean() > 0.1                      # another image of the same noise
+
+
+def a_pair(D=6):
+    """Rewards and end points of a pair, and the velocity of both."""
+    return normal(2), normal(2, D), normal(2, D)
+
+
+def slope(objective, v_old, x0, r, eps=0.03):
+    """Of FDFO's objective, where v is v_old. (2, D)"""
+    v = v_old.clone().requires_grad_()
+    log_rho = fdfo_log_ratio(v, v_old, end_point_direction(x0))
+    assert not log_rho.any()
+    return torch.autograd.grad(objective(log_rho, half_difference(r), eps), v)[0]
+
+
+def test_fdfos_log_ratio_is_that_of_the_negative_mean_squared_distances_to_the_target():
+    _, x0, v_old = a_pair()
+    v, d = v_old + 0.1 * normal(2, 6), end_point_direction(x0)
+    target = v_old - d
+    distance = lambda velocity: (velocity - target).pow(2).mean(1)
+    assert_close(fdfo_log_ratio(v, v_old, d), distance(v_old) - distance(v))
+
+
+def test_fdfos_direction_is_a_central_difference_of_the_reward_along_the_end_points_difference():
+    """A quadratic reward, of which a central difference is exact: at theta_old each of the pair is
+    pulled by twice the part of the gradient, at the middle, that lies along the difference. Its
+    length does not matter."""
+    B, b = normal(6, 6), normal(6)
+    reward = lambda x: x @ b + ((x @ B) * x).sum(-1)
+    middle, h, v_old = normal(6).requires_grad_(), normal(6), normal(2, 6)
+    gradient, = torch.autograd.grad(reward(middle), middle)
+    along = h / h.norm()
+    for length in (1.0, 0.01):
+        x0 = (middle + torch.stack([h, -h]) * length).detach()
+        pulled = -slope(spo_objective, v_old, x0, reward(x0))   # x_0 rises where v falls
+        for of_one in pulled:
+            assert_close(of_one, length * 2 * (gradient @ along) * along / length)
+
+
+@pytest.mark.parametrize("objective", [spo_objective, clipped_objective])
+def test_at_theta_old_fdfo_is_neighbor_grpo_with_g_2_whose_candidates_are_the_end_points(objective):
+    """By the penalty as by PPO's clip, neither of which acts there. Of Neighbor GRPO: r - mean(r),
+    Eq. 3, for advantages, and tau = 2 (t - t_next) |h|^2 with h the half difference of the end
+    points. With its own candidates, those at t_next, the direction is another one."""
+    r, x0, v_old = a_pair()
+    t, t_next = 0.7, 0.45
+    tau = 2 * (t - t_next) * half_difference(x0)[0].pow(2).sum().item()
+
+    def neighbor(candidates):
+        x_t, slopes = normal(2, 6), []
+        for i in range(2):                                      # each of them as the anchor
+            v = v_old[i].clone().requires_grad_()
+            anchor = ddim_step(x_t[i], v, t, t_next)
+            log_rho = log_ratio(candidates, anchor, anchor.detach(), tau)
+            J = clipped_objective(log_rho, r - r.mean(), 1e-4)
+            slopes += torch.autograd.grad(J, v)
+        return torch.stack(slopes)
+
+    fdfo = slope(objective, v_old, x0, r)
+    assert_close(fdfo, neighbor(x0))
+    assert torch.cosine_similarity(fdfo, neighbor(normal(2, 6))).abs().max() < 0.99
+
+
+@pytest.mark.parametrize("advantage", [0.7, -0.002])
+def test_spos_optimum_lies_at_a_ratio_of_one_plus_or_minus_eps(advantage):
+    log_rho = torch.linspace(-0.2, 0.2, 4001).double()
+    A = torch.tensor([advantage]).double()
+    J = torch.stack([spo_objective(each[None], A, 0.03) for each in log_rho])
+    best = log_rho[J.argmax()].exp().item()
+    assert best == pytest.approx(1 + 0.03 * A.sign().item(), abs=1e-4)
+    at_best = (1 + 0.03 * A.sign()).log().requires_grad_()
+    spo_objective(at_best, A, 0.03).backward()
+    assert at_best.grad.abs() < 1e-12
 
 
 # ============================================================================ the loops
@@ -336,12 +460,13 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
 
 @pytest.mark.parametrize("method, nfe_old, nfe_theta", [
     ("dance", 25, 14), ("flow", 6, 5), ("mix", 25, 4), ("flash", 8, 4),
-    ("branch", 203 / 16, 218 / 16), ("nft", 19, 9)])
+    ("branch", 203 / 16, 218 / 16), ("nft", 19, 9), ("fdfo", 40, 40)])
 def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(
         method, nfe_old, nfe_theta, tmp_path):
     """MixGRPO trains 4 steps by its code and paper (14 in this paper's Table 3). BranchGRPO: the
     network sees 203 nodes, and 218 edges are trained; published are 13.68 for both. DiffusionNFT
-    has 10 steps and 9 trained points, about which the old policy is asked too."""
+    has 10 steps and 9 trained points, about which the old policy is asked too. FDFO trains every
+    step."""
     model = Stub()
     line, = train_stub(tmp_path, model, method, prompts_per_iteration=2)
     images = 2 * METHODS[method].get("group_size", 12)
@@ -349,10 +474,10 @@ def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(
     assert (line["nfe_old"], line["nfe_theta"]) == (nfe_old, nfe_theta)
 
 
-@pytest.mark.parametrize("method", ["dance", "flow", "mix", "flash", "branch"])
+@pytest.mark.parametrize("method", ["dance", "flow", "mix", "flash", "branch", "fdfo"])
 def test_the_first_ratio_is_one_in_every_iteration(method, tmp_path):
     for line in train_stub(tmp_path, Stub(), method, iterations=4):
-        assert line["first_ratio"] < 1e-5 and line["clip_fraction"] > 0
+        assert line["first_ratio"] < 1e-5 and (line["clip_fraction"] > 0 or method == "fdfo")
 
 
 @pytest.mark.parametrize("method", ["dance", "branch"])
@@ -396,8 +521,42 @@ def test_every_candidate_trains_k_steps_of_its_own(tmp_path, monkeypatch):
     assert len(set.union(*drawn)) == 24         # every step but the last, though each trains 14
 
 
+@pytest.mark.parametrize("method", ["dance", "flow", "mix"])
+def test_only_flow_grpo_begins_at_unrelated_noises_and_ends_with_a_noisy_step_that_is_not_trained(
+        method, tmp_path, monkeypatch):
+    begun, levels, trained = [], [], []
+    plain_rollout, plain_ratio = baselines.sde_rollout, baselines.sde_log_ratio
+    monkeypatch.setattr(baselines, "sde_rollout", lambda velocity, x, ts, each, *more: (
+        begun.append(x), levels.append(each), plain_rollout(velocity, x, ts, each, *more))[2])
+    monkeypatch.setattr(baselines, "sde_log_ratio", lambda x_next, x, v, v_old, t, *more: (
+        trained.append(t.flatten()), plain_ratio(x_next, x, v, v_old, t, *more))[1])
+    train_stub(tmp_path, Stub(), method, prompts_per_iteration=2)
+    x1, flow = begun[0], method == "flow"
+    noises = {tuple(x.flatten().tolist()) for x in x1}
+    assert len(noises) == (24 if flow else 2) and (levels[0][-1] > 0) == flow
+    if flow:                                    # every candidate trains the first five of six
+        correlation = x1.flatten(1).corrcoef().fill_diagonal_(0)
+        assert correlation.mean().abs() < 0.1
+        drawn = torch.cat(trained).tolist()
+        assert sorted(drawn) == sorted(24 * schedule(6, 3.0)[:5].tolist())
+
+
+def test_mixgrpo_trains_what_is_in_its_window_and_nothing_while_it_is_empty(tmp_path):
+    model, before = Stub(), []
+    scorer = lambda images, prompts: (before.append(model.weights()), brightness(images, None))[1]
+    settings = dict(num_rollout_steps=5, window=3, window_every=1, num_train_steps=3, iterations=5)
+    lines = train_stub(tmp_path, model, "mix", scorer, **settings)
+    assert [line["nfe_theta"] for line in lines] == [3, 2, 1, 0, 3]
+    assert lines[3]["reward_std"] < 1e-6 and lines[3]["grad_norm"] == 0     # all candidates are one
+    assert lines[3]["first_ratio"] is None
+    moved = [bool((b - a).any()) for a, b in zip(before, before[1:])]
+    assert moved == [True, True, True, False]
+    cfg = Config(**{**METHODS["mix"], "method": "mix", **settings})
+    assert [baselines.nfe(cfg, it)[1] for it in range(5)] == [3, 2, 1, 0, 3]
+
+
 @pytest.mark.parametrize("method", [
-    pytest.param(method, marks=[pytest.mark.slow] * (method in ("mix", "flash", "flow")))
+    pytest.param(method, marks=[pytest.mark.slow] * (method in ("mix", "flash", "flow", "fdfo")))
     for method in METHODS])
 def test_every_method_raises_the_reward_of_one_and_the_same_noise(method, tmp_path):
     def rewards_of_twenty_groups(model):
@@ -450,6 +609,56 @@ def test_nfts_loss_compares_with_the_old_policy_which_then_follows_by_its_decay_
     for average, now, before in zip(averages[0], model.trained(), Stub().trained(), strict=True):
         assert_close(average, stays * before + (1 - stays) * now, atol=1e-7, rtol=1e-6)
         assert (now - before).abs().max() > 0.01
+
+
+def test_fdfos_pairs_begin_at_one_noise_and_both_are_trained_at_every_churned_state_along_it(
+        tmp_path, monkeypatch):
+    """`along it`: the difference of the pair's own end points, by the difference of its own
+    rewards, from the velocity that the old policy had at exactly that state and time."""
+    asked, ratios, weighed, begun, images = [], [], [], [], []
+    plain = baselines.churned_rollout
+
+    class Watched(Stub):
+        def velocity(self, x, t, cond):
+            if torch.is_grad_enabled():
+                asked.append((x, t))
+            return super().velocity(x, t, cond)
+
+        def decode(self, x):
+            images.append(x)
+            return x
+
+    monkeypatch.setattr(baselines, "churned_rollout", lambda velocity, x, *more: (
+        begun.append(x), plain(velocity, x, *more))[1])
+    monkeypatch.setattr(baselines, "fdfo_log_ratio", lambda v, v_old, d: (
+        ratios.append((v_old, d)), fdfo_log_ratio(v, v_old, d))[1])
+    monkeypatch.setattr(baselines, "spo_objective", lambda log_rho, A, eps: (
+        weighed.append(A), spo_objective(log_rho, A, eps))[1])
+    train_stub(tmp_path, Watched(), "fdfo", prompts_per_iteration=2, num_rollout_steps=5)
+    x1, x0 = begun[0].unflatten(0, (-1, 2)), images[0].unflatten(0, (-1, 2))    # 12 pairs
+    assert torch.equal(x1[:, 0], x1[:, 1])
+    assert x1[:, 0].flatten(1).corrcoef().fill_diagonal_(0).abs().max() < 0.95
+    r = brightness(images[0], None).view(-1, 2)
+    half_x, half_r = (x0[:, 0] - x0[:, 1]) / 2, (r[:, 0] - r[:, 1]) / 2
+    found = []
+    for (x, t), (v_old, d), A in zip(asked, ratios, weighed, strict=True):
+        assert_close(v_old, Stub().velocity(x, t, None).detach())
+        for i in range(0, len(x), 2):           # the two of a pair, in one update
+            pair = (half_r - A[i]).abs().argmin().item()
+            assert_close(A[i : i + 2], torch.stack([half_r[pair], -half_r[pair]]))
+            expected = half_x[pair] / half_x[pair].pow(2).mean()
+            assert_close(d[i : i + 2], torch.stack([expected, -expected]))
+            assert (x[i] - x[i + 1]).abs().max() > 0            # churn has driven them apart
+            found.append((pair, round(float(t), 4)))
+    ts = [round(float(churn(0.0, t, 0.0, 0.0025)[1]), 4) for t in schedule(5, 3.0)[:-1]]
+    assert sorted(found) == sorted((pair, t) for pair in range(12) for t in ts)
+
+
+def test_fdfos_penalty_holds_back_what_leaves_its_trust_region(tmp_path):
+    narrow, wide, start = Stub(), Stub(), Stub().weights()
+    for model, eps in ((narrow, 1e-7), (wide, 1e9)):
+        train_stub(tmp_path, model, "fdfo", num_rollout_steps=8, clip_eps=eps)
+    assert 0 < (narrow.weights() - start).norm() < 0.9 * (wide.weights() - start).norm()
 
 
 SMALL_TREE = dict(num_rollout_steps=4, splits="0,2", group_size=4)
@@ -508,11 +717,11 @@ def test_branchgrpos_edges_begin_at_the_parent_of_the_node_they_lead_to(tmp_path
     assert 0.5 < deviations[~zero].mean() < 1.5 and deviations[~zero].max() < 4
 
 
-def test_mixgrpo_with_a_full_window_is_flow_grpo(tmp_path):
+def test_mixgrpo_without_a_window_is_flow_grpo_if_candidates_and_the_last_step_have_noise(tmp_path):
     mix, flow = Stub(), Stub()
     train_stub(tmp_path, flow, "flow", iterations=3)
-    train_stub(tmp_path, mix, "mix", iterations=3, num_rollout_steps=6, window=5, window_every=25,
-               num_train_steps=5, eta=0.9, updates_per_iteration=2, global_std=True)
+    train_stub(tmp_path, mix, "mix", iterations=3, num_rollout_steps=6, window=0, num_train_steps=5,
+               eta=0.9, updates_per_iteration=2, global_std=True, own_noise=True, noisy_end=True)
     assert torch.equal(mix.weights(), flow.weights())
     assert not torch.equal(flow.weights(), Stub().weights())
 
@@ -524,7 +733,8 @@ SHORT = ("--prompts_per_iteration 1 --resolution 32 --iterations 4 --eval_every 
 SMALL = dict(
     flash="--num_rollout_steps 12 --window 2 --num_train_steps 2 --group_size 4 --window_every 1",
     branch="--num_rollout_steps 4 --splits 0,2 --group_size 4 --updates_per_iteration 4",
-    nft="--num_rollout_steps 4 --num_train_steps 3 --group_size 4")
+    nft="--num_rollout_steps 4 --num_train_steps 3 --group_size 4",
+    fdfo="--num_rollout_steps 4 --group_size 4 --updates_per_iteration 2")
 
 
 def main(argv):
@@ -557,7 +767,7 @@ def test_two_processes_are_one_run_with_as_many_groups(method, tmp_path):
     (tmp_path / "two.txt").write_text("a red apple\nan octopus\n")
     command = ["-m", "paper.baselines", "--method", method, *SHORT, "--prompts",
                str(tmp_path / "two.txt"), "--prompts_per_iteration", "2", "--iterations", "2",
-               "--group_size", "4", "--num_rollout_steps", "5", "--num_train_steps", "4"]
+               "--group_size", "4", "--num_rollout_steps", "6", "--num_train_steps", "4"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, start in (("one", []), ("two", torchrun)):
         subprocess.run([sys.executable, *start, *command, "--out_dir", str(tmp_path / name)],
@@ -590,7 +800,10 @@ def test_a_run_is_not_resumed_as_one_of_another_method(before, now, tmp_path, ca
 @pytest.mark.parametrize("settings, sentence", [
     ("", "method is , but must be dance or flow"),
     ("--method dance --window_every 3", "window_every is not a setting of dance"),
-    ("--method mix --window 25", "window is 25, but must be at most T-1, 24"),
+    ("--method mix --window 24", "window is 24, but must be at most T-2, 23"),
+    ("--method dance --own_noise", "own_noise is not a setting of dance"),
+    ("--method mix --noisy_end", "noisy_end is not a setting of mix"),
+    ("--method flow --num_train_steps 6", "num_train_steps (K) is 6, but must lie between 1 and 5"),
     ("--method mix --num_train_steps 5", "num_train_steps (K) is 5, but must lie between 1 and 4"),
     ("--method nft --num_train_steps 10",
      "num_train_steps (K) is 10, but must lie between 1 and 9"),
@@ -609,6 +822,12 @@ def test_a_run_is_not_resumed_as_one_of_another_method(before, now, tmp_path, ca
     ("--method nft --ema 0", "must lie in (0, 0.5]"),
     ("--method nft --ema 0.9", "must lie in (0, 0.5]"),
     ("--method nft --clip_eps 0.1", "clip_eps is not a setting of nft"),
+    ("--method nft --churn 0.1", "churn is not a setting of nft"),
+    ("--method fdfo --churn 0", "churn is 0, but must be above 0"),
+    ("--method fdfo --group_size 9", "group_size (G) is 9, but must be even"),
+    ("--method fdfo --updates_per_iteration 4", "must divide the pairs of a prompt, 6"),
+    ("--method fdfo --num_train_steps 9", "num_train_steps is not a setting of fdfo"),
+    ("--method fdfo --solver dpmpp_2m", "solver is not a setting of fdfo"),
     ("--method flow --updates_per_iteration 5",
      "updates_per_iteration is 5, but must divide group_size (G), 12"),
     ("--method dance --eta 0", "eta is 0, but must be above 0"),

@@ -139,6 +139,7 @@ def test_the_phases_make_up_an_iteration_the_first_ones_do_not_count_and_nothing
     pytest.param("dpm16", 16, 3, 4, 9, marks=pytest.mark.slow),
     pytest.param("ddim25", 25, 4, 12, 4, marks=pytest.mark.slow),
     pytest.param("dance", 25, 14, 12, 14, marks=pytest.mark.slow),
+    pytest.param("fdfo", 40, 40, 12, "all", marks=pytest.mark.slow),
     ("flash", 8, 4, 12, 4)])
 def test_evaluations_are_counted_at_the_network_and_the_columns_are_the_papers(
         method, old, theta, B, K, load):

@@ -108,6 +108,7 @@ def test_every_row_runs_its_method_with_the_settings_it_is_named_for(tmp_path):
         "DanceGRPO": (25, 14, 0), "Flow-GRPO": (6, 5, 0), "MixGRPO": (25, 4, 8),
         "MixGRPO-Flash*": (8, 4, 0), "BranchGRPO": (203 / 16, 13.625, 30),
         "BranchGRPO, pruned": (203 / 16, 8.625, 10), "DiffusionNFT": (19, 9, 0),
+        "FDFO": (40, 40, 0),
         "Neighbor GRPO, 25 steps": (25, 4, 0.8), "Neighbor GRPO, 16 steps": (16, 3, 0.8),
         "Neighbor GRPO, 8 steps": (8, 1.333, 0.8), "Neighbor GRPO, sigma 0.5, p = 2": (8, 1.333, 2),
         "Neighbor GRPO, sigma 0.5, p = 0.8": (8, 1.333, 0.8)}
@@ -179,11 +180,13 @@ def test_the_sweep_tries_each_methods_two_best_rates_over_the_whole_seconds_and_
     monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(2.0))
     found = reproduce.tuned(settings(tmp_path))
     methods = ("dance", "flow", "mix", "flash", "branch", "neighbor")
-    assert found == {**dict.fromkeys(methods, [5e-5, 1e-3]), "nft": [5e-5, 1e-4]}
-    assert len(calls) == 2 and len(calls[0]) == 6 * 8 + 4
+    assert found == {**dict.fromkeys(methods, [5e-5, 1e-3]), "nft": [5e-5, 1e-4],
+                     "fdfo": [5e-5, 0.03]}
+    assert len(calls) == 2 and len(calls[0]) == 6 * 8 + 2 * 4
     assert {seed for *_, seed in calls[0]} == {"1000"}
-    assert calls[1] == {(method, lr, "0.0001" if method == "nft" else "0.001", "1001")
-                        for method in (*methods, "nft") for lr in ("5e-05", "0.0001")}
+    clips = {**dict.fromkeys(methods, "0.001"), "nft": "0.0001", "fdfo": "0.03"}
+    assert calls[1] == {(method, lr, clip, "1001")
+                        for method, clip in clips.items() for lr in ("5e-05", "0.0001")}
 
 
 @pytest.mark.parametrize("table", reproduce.SWEEPS)
