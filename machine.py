@@ -1,6 +1,6 @@
 """
 What depends on the machine, and not on the method. Import it before transformers, diffusers and
-open_clip, because of the first point.
+open_clip: it lets torchvision be imported over a CPU build of torch.
 
   torchvision   open_clip needs it, and its wheel for Linux is built for a CUDA torch. Over a CPU
                 torch its library of compiled operators does not load. Then `import torchvision`
@@ -8,9 +8,9 @@ open_clip, because of the first point.
                 diffusers down with it. Nothing here calls those operators, so it is enough to
                 declare their names. Where the library does load (CUDA, ROCm, macOS, two CPU
                 builds), it declares them itself; a second declaration would abort the process.
-  processes     as torchrun or another launcher starts them: who this one is, how it joins the
-                others, and what they share. With one process almost all of this does nothing.
-  clock, end    seconds, and watchers of the log; Ctrl-C, errors, and how a process ends.
+  processes     as torchrun or another launcher starts them: rank and world size, joining, sharing,
+                DDP and FSDP2. With one process almost all of this does nothing.
+  the rest      seconds, TensorBoard and Weights & Biases, signals, errors, the end of a process
 """
 import atexit, contextlib, datetime, importlib.util, os, signal, stat, sys, time, warnings
 from pathlib import Path
@@ -27,30 +27,33 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-found = importlib.util.find_spec("torchvision")                 # finds it, and does not import it
-library = found and next(Path(found.origin).parent.glob("_C.*"), None)
-try:
-    if library:
-        torch.ops.load_library(library)                         # as `import torchvision` will do
-except OSError:                                                 # it misses CUDA's libraries
-    for name in ("nms", "qnms"):
-        try:
-            torch.library.define(f"torchvision::{name}",
-                                 "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:                                    # somebody has declared it before us
-            pass
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
-               (("RANK", 0), ("WORLD_SIZE", 1)))
+def declare_operators():
+    """See above, torchvision."""
+    spec = importlib.util.find_spec("torchvision")              # finds it, and does not import it
+    library = spec and next(Path(spec.origin).parent.glob("_C.*"), None)
+    try:
+        if library:
+            torch.ops.load_library(library)                     # as `import torchvision` will do
+    except OSError:                                             # it misses CUDA's libraries
+        for name in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):             # somebody has declared it before us
+                torch.library.define(f"torchvision::{name}",
+                                     "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+declare_operators()
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK % (torch.cuda.device_count() or 1)))
 
 
 def init_processes():
     """Join the other processes, if torchrun or another launcher started several."""
+    # A log file shows each line at once, and a terminal without UTF-8 shows "?" for an arrow.
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                      # a log file shows lines at once; a
-            stream.reconfigure(line_buffering=True, errors="replace")   # terminal without UTF-8
-    if WORLD == 1 or dist.is_initialized():                     # shows "?" for an arrow
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="replace")
+    if WORLD == 1 or dist.is_initialized():
         return
     env, where = os.environ, {}
     one_node = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
@@ -62,7 +65,7 @@ def init_processes():
         where = dict(store=dist.PrefixStore(prefix, store), rank=RANK, world_size=WORLD)
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    patience = datetime.timedelta(hours=2)                      # all wait while one saves
+    patience = datetime.timedelta(hours=2)                      # the others wait while one saves
     dist.init_process_group(backend, timeout=patience, **where)
 
 
@@ -70,17 +73,20 @@ def gather_objects(mine):
     """A small object of every process, as a list in the order of ranks. It is also a barrier."""
     if not dist.is_initialized():
         return [mine]
-    dist.all_gather_object(every := [None] * WORLD, mine)
+    every = [None] * WORLD
+    dist.all_gather_object(every, mine)
     return every
 
 
 def merge(lines):
     """One line of the log out of those of all processes: means over groups, the sum of flat groups,
-    the slowest clock, the largest ratio. The other entries are equal everywhere."""
+    and the largest of everything else (the slowest clock, the ratio furthest from 1)."""
     def one(key, values):
+        if values[0] is None:
+            return None
         if isinstance(values[0], torch.Tensor):
             return torch.cat(values).nanmean().item()
-        return None if values[0] is None else sum(values) if key == "flat_groups" else max(values)
+        return sum(values) if key == "flat_groups" else max(values)
     return {key: one(key, [line[key] for line in lines]) for key in lines[0]}
 
 
@@ -120,7 +126,7 @@ def start_watchers(out, project, settings, iteration):
 
 
 def stopwatch(device):
-    """A dict of seconds per phase, and a function that ends a phase (one host synchronisation)."""
+    """A dict of seconds per phase, and a function that ends a phase (one GPU synchronisation)."""
     seconds, last = {}, [time.perf_counter()]
 
     def lap(name):
@@ -134,8 +140,8 @@ def stopwatch(device):
 
 def share_work(n, work):
     """Divide items 0 to n-1 among the processes. work(my items) -> {name: (items, ...)}; returns
-    the same of all n items, in order, to every process. FSDP wants as many for each process, so a
-    few items come twice."""
+    the same of all n items, in order, to every process. With FSDP all must make the same number of
+    forward passes, so each gets as many items, and a few come twice."""
     mine = [(RANK + WORLD * k) % n for k in range(-(-n // WORLD))]
     parts = gather_objects(work(mine))
     return {name: torch.stack([part[name] for part in parts], 1).flatten(0, 1)[:n]
@@ -168,7 +174,7 @@ def whole_weights(model):
 
 
 def state_of(model, opt, ema):
-    """What torch.distributed.checkpoint writes and reads, each process its part: the trained
+    """What torch.distributed.checkpoint writes and reads, each process its own shards: trained
     weights, AdamW's moments, the average of weights."""
     weights, moments = get_state_dict(model.transformer, opt,
                                       options=StateDictOptions(ignore_frozen_params=True))
@@ -180,7 +186,7 @@ def restore(path, model, opt, ema):
     dcp.load(state := state_of(model, opt, ema), checkpoint_id=path)
     set_state_dict(model.transformer, opt, model_state_dict=state["weights"],
                    optim_state_dict=state["moments"],
-                   options=StateDictOptions(strict=False))      # LoRA's frozen weights are missing
+                   options=StateDictOptions(strict=False))      # frozen weights are not in it
 
 
 def cause_of(error):
@@ -195,8 +201,8 @@ def stopping(stop):
     Ctrl-C ends the process at once."""
     def handle(sign, _):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if sign != signal.SIGINT and sign != signal.SIGTERM:
-            for stream in (1, 2):                               # nothing can be printed any more
+        if sign not in (signal.SIGINT, signal.SIGTERM):         # SIGHUP: there is no terminal to
+            for stream in (1, 2):                               # print on any more
                 if not stat.S_ISREG(os.fstat(stream).st_mode):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         stop()
@@ -213,10 +219,12 @@ def stopping(stop):
 
 
 def explain_errors(work, *expected):
-    """Call work(). An error that its user can do something about, one of `expected` among them,
-    becomes one sentence and status 1."""
+    """Call work(). Errors that a user can do something about, and those of the kinds `expected`,
+    become one line and exit status 1."""
     try:
         return work()
+    except KeyboardInterrupt:
+        said = "stopped at once"
     except torch.OutOfMemoryError as error:
         said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
                 "offload, --checkpoint_blocks -1, --batch 6 or less, --no-gather, --fsdp on more "
@@ -230,10 +238,11 @@ def explain_errors(work, *expected):
 
 
 def exit_process(status):
-    """End this process. One of several skips the interpreter's own end: gloo's threads outlive it
-    now and then, and abort the process (pytorch issue 190489)."""
+    """End this process. With several, skip the interpreter's own shutdown: gloo's threads outlive
+    it now and then, and abort the process (pytorch issue 190489)."""
     if dist.is_initialized():
         atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)

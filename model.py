@@ -1,5 +1,5 @@
 """
-FLUX behind a few calls. Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps,
+FLUX behind a few methods. Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps,
 v ~ eps - x_0. FLUX has the same convention, so nothing is flipped or rescaled here.
 
 Whatever `diffusers.FluxPipeline` can load is loaded by the same lines: the small one in tiny/flux
@@ -10,12 +10,13 @@ What train() asks of a model, FLUX or not (examples/own_model.py has another one
 
     device, latent_shape    a torch.device; the shape of one latent, here (N, C)
     encode(prompts)         P strings -> what `velocity` needs of them, of any type
-    velocity(x, t, cond)    x (M, *latent_shape), t in [0, 1], one for all or (M,) -> v like x; each
-                            prompt owns M/P rows in turn; float32 in and out; differentiable
+    velocity(x, t, cond)    x (M, *latent_shape), t in [0, 1], one for all or (M,) -> v like x; the
+                            rows are grouped by prompt, M/P each; float32; differentiable
     decode(x)               latents at t = 0 -> images (M, 3, H, W), float32 in [0, 1]
     trained()               the list of trained parameters, float32
     transformer             the module that has them; its state goes into the checkpoints
     save(path, weights)     write into the folder `path` what is needed to sample again
+    net, blocks()           for several processes: the module that `velocity` calls, and its parts
 """
 import json, logging, re, shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
 transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
-# It warns of every prompt that is cut. `Flux.cut` counts them once.
+# diffusers warns of every prompt that is cut. `Flux.cut` counts them once.
 logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0",                # where LoRA goes
@@ -53,7 +54,8 @@ def check_model(path):
 
 
 def check_configs(path, find):
-    """Refuse another pipeline, and a transformer that cannot be trained. `find` gives a file."""
+    """Refuse another pipeline, and a transformer that cannot be trained here. find(name) ->
+    path."""
     def read(file):
         return json.loads(find(file).read_text(encoding="utf-8"))
 
@@ -106,8 +108,9 @@ def lora_file(path):
 
 
 def add_lora(transformer, rank):
-    """Add adapters of this rank to all attention projections: float32, alpha equal to the rank, so
-    that programs which ignore alpha agree, and zero at first. Nothing else is trained."""
+    """Add adapters of this rank to all attention projections. They are zero at first, and nothing
+    else is trained. Alpha equals the rank, so programs that ignore alpha apply the same
+    strength."""
     from peft import LoraConfig
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                        target_modules=ATTENTION))
@@ -117,10 +120,10 @@ def load_lora(pipe, path):
     """Load adapters, in any layout that diffusers knows or in PEFT's own."""
     file = lora_file(path)
     try:
-        state, peft = load_file(file), "base_model.model."
-        if all(name.startswith(peft) and "transformer_blocks" in name for name in state):
+        state, prefix = load_file(file), "base_model.model."    # PEFT's
+        if all(name.startswith(prefix) and "transformer_blocks" in name for name in state):
             settings = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
-            state = {name.replace(peft, "transformer."): w for name, w in state.items()}
+            state = {name.replace(prefix, "transformer."): w for name, w in state.items()}
             for name in [name for name in state if name.endswith(".lora_A.weight")]:
                 alpha = torch.tensor(float(settings["lora_alpha"]))
                 state[name.replace(".lora_A.weight", ".alpha")] = alpha
@@ -137,7 +140,7 @@ def load_lora(pipe, path):
 # the transformer's blocks
 
 def blocks(transformer):
-    """The parts that are gathered, recomputed and compiled one at a time."""
+    """What is gathered, recomputed and compiled one at a time."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
@@ -153,46 +156,47 @@ def recompute(transformer, count):
 
 class Flux:
     """
-    path         a FluxPipeline directory or a hub id; or a FluxPipeline, which `save` refuses
+    path         a FluxPipeline directory or a hub id; or a FluxPipeline, if it is not to be saved
     resolution   pixels, multiples of 16: a side, or "832x640" for width x height
     guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
     checkpoint_blocks  number of blocks whose activations are recomputed in the backward pass, -1:
                  all; it saves memory and costs up to half of an update's time
     compiled     compile the blocks: one graph for each kind of block and size of batch
-    frozen       only to be sampled from
+    frozen       only sample from it
     lora_rank    train only adapters of this rank on the attention projections; 0: all weights
-    lora         adapters, a file or a folder: to sample with if frozen, else to train on from there
+    lora         adapters, a file or a folder: to sample with if frozen, else to train further
     text_device  where the text encoders are: "" beside the transformer, "cpu", or "offload", on the
                  CPU between uses
-    sharded      leave the transformer on the CPU; the one who shards it moves it
-    batch        at most so many latents in one call of a network, to save memory; 0: all
+    sharded      leave the transformer on the CPU; FSDP moves it
+    batch        at most this many latents in one call of a network, to save memory; 0: all
 
     Trained weights are float32. On a GPU the network runs in bf16 by autocast, and frozen weights
-    are bf16. Latents and velocities that cross this border are float32. ValueError: a resolution or
-    adapters that do not fit.
+    are bf16. Latents and velocities go in and come out as float32. Raises ValueError for a
+    resolution or adapters that do not fit.
     """
 
     def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0,
                  compiled=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False,
                  batch=0):
         self.device, self.text_device, self.batch = torch.device(device), text_device, batch
-        every = not (frozen or lora_rank or lora)               # all weights are trained
+        train_all = not (frozen or lora_rank or lora)
         self.pipe, self.folder = path, None
         if not isinstance(path, FluxPipeline):
             self.folder = find_folder(path)
             small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            dtype = {"transformer": torch.float32 if every else small, "default": small}
+            dtype = {"transformer": torch.float32 if train_all else small, "default": small}
             self.pipe = FluxPipeline.from_pretrained(self.folder, dtype=dtype)
         self.pipe.set_progress_bar_config(disable=True)
-        self.transformer = self.pipe.transformer.requires_grad_(every)
-        self.net = self.transformer                             # is called; DDP wraps it
+        self.transformer = self.pipe.transformer.requires_grad_(train_all)
+        self.net = self.transformer                             # what is called; DDP wraps it
         if lora:
             load_lora(self.pipe, lora)
         elif lora_rank:
             add_lora(self.transformer, lora_rank)
         for name, w in self.transformer.named_parameters():
             if "lora_" in name and not frozen:
-                w.data = w.requires_grad_().data.float()
+                w.requires_grad_()
+                w.data = w.data.float()
         if not sharded:
             self.transformer.to(self.device)
         self.encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)      # CLIP, T5
@@ -203,10 +207,11 @@ class Flux:
             part.to("cpu" if text_device else self.device)
         recompute(self.transformer, checkpoint_blocks)
         if compiled:
-            torch._dynamo.config.recompile_limit = 64           # graphs: one for each batch size,
-            for block in self.blocks():                         # with gradients and without
-                block.compile(dynamic=False)                    # blocks of a kind share theirs
-        step = 2 * self.pipe.vae_scale_factor                   # a token's pixels: 8, packed 2 x 2
+            # A graph for each batch size, with gradients and without; blocks of a kind share them.
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.blocks():
+                block.compile(dynamic=False)
+        step = 2 * self.pipe.vae_scale_factor                   # pixels per token: 8, packed 2 x 2
         self.height, self.width = (side // step for side in parse_resolution(resolution))
         self.latent_shape = (self.height * self.width, self.transformer.config.in_channels)
         self.img_ids = FluxPipeline._prepare_latent_image_ids(
@@ -237,14 +242,14 @@ class Flux:
 
     def cut(self, prompts):
         """How many prompts are too long: {"CLIP": for CLIP's 77 tokens, "T5": for T5's 512}."""
-        limits = dict(CLIP=(self.pipe.tokenizer, self.pipe.tokenizer.model_max_length),
-                      T5=(self.pipe.tokenizer_2, self.text_length()))
-        return {name: sum(len(ids) > most for ids in read(list(prompts), verbose=False).input_ids)
-                for name, (read, most) in limits.items()}
+        encoders = dict(CLIP=(self.pipe.tokenizer, self.pipe.tokenizer.model_max_length),
+                        T5=(self.pipe.tokenizer_2, self.text_length()))
+        return {name: sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False).input_ids)
+                for name, (tokenizer, limit) in encoders.items()}
 
     def velocity(self, x, t, cond):
-        """v_theta(x, t): x (M, N, C), t a number or (M,), cond of P prompts, each of which owns M/P
-        rows in turn -> (M, N, C)."""
+        """v_theta(x, t): x (M, N, C), t a number or (M,), cond of P prompts; the rows are grouped
+        by prompt, M/P each -> (M, N, C)."""
         each, M = len(x) // len(cond["vec"]), len(x)
         if not (torch.is_tensor(t) and t.ndim):
             t = torch.full((M,), float(t))
@@ -255,9 +260,10 @@ class Flux:
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             for some in self.parts(M):
                 scale = None if self.guidance is None else torch.full_like(t[some], self.guidance)
-                v += self.net(hidden_states=x[some], timestep=t[some], guidance=scale,
-                              encoder_hidden_states=txt[some], pooled_projections=vec[some],
-                              img_ids=self.img_ids, txt_ids=txt_ids, return_dict=False)
+                v.append(self.net(
+                    hidden_states=x[some], timestep=t[some], guidance=scale,
+                    encoder_hidden_states=txt[some], pooled_projections=vec[some],
+                    img_ids=self.img_ids, txt_ids=txt_ids, return_dict=False)[0])
         return torch.cat(v).float()
 
     def parts(self, M, most=None):
@@ -284,7 +290,7 @@ class Flux:
 
     def save(self, path, weights=None):
         """Write a directory for `FluxPipeline.from_pretrained`, or adapters for its
-        `load_lora_weights`. `weights`: {name: tensor}, whole, where the transformer has shards."""
+        `load_lora_weights`. `weights`: {name: full tensor}, if the transformer is sharded."""
         if hasattr(self.transformer, "peft_config"):
             from diffusers.training_utils import _collate_lora_metadata
             from peft import get_peft_model_state_dict

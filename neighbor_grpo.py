@@ -5,30 +5,32 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 The method in one paragraph. Perturb one noise into G neighbours (Eq. 7) and follow each down the
 deterministic ODE. Score the images, and turn the scores into advantages (Eq. 3, 11). Then, at a
 time t, let the model being trained take one ODE step from one of the rollouts, the anchor. A
-softmax over the squared distances from where it lands to the G rollouts is a policy (Eq. 8). Its
-ratio to the same softmax before the update is a likelihood ratio (Eq. 10), and PPO's clipped
-objective (Eq. 9) pulls the anchor towards the candidates that scored well. There is no SDE, and no
-noise after the first.
+softmax over the squared distances from the point it reaches to the G rollouts at that time is a
+policy (Eq. 8). Its ratio to the same softmax before the update is a likelihood ratio (Eq. 10), and
+PPO's clipped objective (Eq. 9) pulls the anchor towards the candidates that scored well. There is
+no SDE, and no noise after the first.
 
-Every function is pure (tensors in, tensors out, torch alone), so each can be pasted elsewhere.
+Every function is pure: tensors in, tensors out, and torch is the only import. So each can be pasted
+elsewhere.
 Letters as in the paper:
 
     G    candidates in a group                      sigma  strength of the perturbation, in (0, 1]
     B    anchors drawn from them                    p      exponent of the quasi-norm, in (0, 2]
-    D    numbers in one latent, all dimensions      tau    temperature of the softmax
+    D    number of elements of one latent           tau    temperature of the softmax
     "..." the shape of one latent, e.g. (N, C)      rho    policy ratio pi_theta / pi_old
 
 Give float32 or float64, never bf16. Under autocast too, the arithmetic here stays in the precision
 of its inputs.
 
 Where this departs from the text of the paper, and why:
-  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. At
-     FLUX's size each log pi is about 1e4, so their float32 difference carries 4e-3 of noise, forty
-     times the published clip of 1e-4 (`log_ratio`).
-  2. `tau` divides the squared distance; the paper has tau = 1. The published clip was inherited
-     from code that takes the mean over the D dimensions, which is tau = D. With tau the first
-     gradient changes only its length. The clip, which acts from the second update on, changes its
-     meaning by a factor of D.
+  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. A
+     difference of two log-softmaxes cancels badly: at FLUX's size each log pi is about 1e4, so in
+     float32 the difference carries 4e-3 of noise, forty times the published clip of 1e-4
+     (`log_ratio`).
+  2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But its
+     clip of 1e-4 comes from code that takes the mean, which is tau = D. At the first update tau
+     only rescales the gradient. From the second update on the clip acts, and tau decides what it
+     means.
   3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
      the ratio differs from 1 before any update, unless the rollout's solver is that of the trained
      step.
@@ -36,9 +38,9 @@ Where this departs from the text of the paper, and why:
      Eq. 11 would enlarge the rounding to 1.
   5. Eq. 3's standard deviation is left out of `advantages`: Eq. 11 divides by a norm, so it
      cancels.
-  6. rho is cut at e^80, just below float32's overflow, where an infinite ratio would turn a zero
-     gradient into NaN. Beyond it no candidate has a gradient; a run that gets there is lost anyway.
-  7. There is no KL term. Eq. 4 has one, but the paper leaves it out, as its recent peers do.
+  6. rho is cut at e^80, below float32's overflow (e^88), where an infinite ratio would turn a zero
+     gradient into NaN. Beyond it the gradient is zero; such a run has already diverged.
+  7. There is no KL term. Eq. 4 has one, but the paper leaves it out, like other recent methods.
 """
 import torch
 
@@ -72,7 +74,7 @@ def combine_rewards(rewards, weights):
     rewards (M, G), weights (M,) with a positive sum -> (G,). The standard deviation is the sample's
     (G - 1), as in the multi-reward training that the paper follows (MixGRPO, arXiv 2507.21802).
     Scales and offsets of the rewards do not matter; a reward that is flat in this group adds
-    nothing. The result is not standardised again: `advantages` follows.
+    nothing. Give the result to `advantages`.
     """
     if (rewards.ndim != 2 or weights.shape != rewards.shape[:1]
             or not (weights >= 0).all() or not weights.sum() > 0):
@@ -87,9 +89,9 @@ def advantages(rewards, p=0.8):
     """Eq. 11 on Eq. 3: A'_i = A_i / (sum_k |A_k|^p)^(1/p), A = r - mean(r). rewards (G,) -> (G,),
     with sum zero.
 
-    p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group whose advantages all have the same size
-    is scaled down against one where a few stand out, whatever the rewards' own scale. Rewards that
-    are equal up to rounding give zeros.
+    p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group in which a few candidates stand out
+    gets more weight than one in which all advantages have the same size, whatever the rewards' own
+    scale. Rewards that are equal up to rounding give zeros.
     """
     if not 0 < p <= 2:
         raise ValueError(f"p is {p}, but must lie in (0, 2]")
@@ -126,11 +128,12 @@ def log_ratio(x, anchor, anchor_old, tau=1.0):
     x: the group's rollouts at t_next, constants. anchor: where the model being trained lands at
     t_next from the anchor's rollout at t; the only argument that carries a gradient. anchor_old:
     where the rollout's model lands by the SAME step, a constant. If the weights have not moved
-    since the rollout, anchor.detach() is that by definition.
+    since the rollout, give anchor.detach().
 
     With u = anchor - anchor_old the squared distances drop by 2 (x_i - anchor_old) . u - |u|^2,
     where |u|^2 is the same for all and cancels. The log ratio is the rest, over tau, less its
-    log-mean under pi_old. It is exactly 0 at u = 0, and in float32 good to 1e-6 below |log rho| 20.
+    log-mean under pi_old. It is exactly 0 at u = 0, and accurate to 1e-6 in float32 for
+    |log rho| < 20.
     (Multiplied and summed, not `@`: autocast would turn a matrix product into bf16.)
     """
     if anchor.shape != anchor_old.shape:
@@ -149,7 +152,7 @@ def clipped_objective(log_rho, A, clip_eps):
     MAXIMISED: loss = -J.
 
     log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. It is
-    a sum over the group, not a mean; of several anchors, (..., G) both, it is the sum of theirs. At
+    a sum over the group, not a mean. For inputs (..., G) it sums over all their anchors. At
     theta_old every rho is 1, so J = sum(A) = 0 there, while its gradient with respect to the anchor
     is (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing about progress.
     """
@@ -161,6 +164,6 @@ def clipped_objective(log_rho, A, clip_eps):
 
 
 def clip_fraction(log_rho, clip_eps):
-    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]. To be printed: unlike J
-    it says something."""
+    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]. Worth logging, unlike
+    J."""
     return (log_rho.expm1().abs() > clip_eps).float().mean()

@@ -1,8 +1,8 @@
 """
-What a run refuses (settings that cannot work, in one sentence, before anything is loaded), writes
-(out_dir/: config.json, log.jsonl, samples/, before_after.png, curve.png, checkpoint-<n>/) and
-survives (Ctrl-C, kill -9, a full disk: --resume continues from the newest whole checkpoint, on a
-CPU to the last bit). No formula of the method is in this file.
+A run's settings are checked here, before anything is loaded. It writes log.jsonl, samples/,
+before_after.png, curve.png and checkpoint-<n>/ into out_dir. It survives Ctrl-C, kill -9 and a full
+disk: --resume continues from the newest checkpoint, and on a CPU repeats the run to the last bit.
+No formula of the method is in this file.
 """
 import contextlib, hashlib, importlib.util, json, math, os, shutil, tempfile, warnings
 from dataclasses import asdict
@@ -21,10 +21,10 @@ from rewards import ScorerError, one_line, parse_weights
 from solvers import schedule
 
 HERE = Path(__file__).resolve().parent
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process saves
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process
 RUN_FILES = ("log.jsonl", "config.json", "neighbor_grpo.py", "baselines.py", "before_after.png",
              "curve.png", "samples", "tensorboard", "wandb")    # in out_dir, beside the checkpoints
-MAX_SKIPS = 10                                  # updates in a row without a finite gradient
+MAX_SKIPS = 10                  # so many updates in a row without a finite gradient end the run
 MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
               "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads",
               "out_dir", "resume", "overwrite", "prompts", "eval_prompts")  # from run to --resume
@@ -47,11 +47,10 @@ def check(cfg):
 
 def general_rules(c):
     """[(holds, the sentence if it does not)] for the settings that all methods share."""
-    cuda = c.device.startswith("cuda") and torch.cuda.is_available()
     return [
         (c.prompts_per_iteration % WORLD == 0,
          f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among "
-         f"{WORLD} processes, which hold whole groups"),
+         f"{WORLD} processes, because a group is never split"),
         (not c.fsdp or WORLD > 1,
          "fsdp divides a model among processes, and there is one; start several with torchrun"),
         (not (c.fsdp and (c.lora_rank or c.init_lora)),
@@ -60,22 +59,25 @@ def general_rules(c):
         (not c.init_lora or is_lora(c.init_lora), f"init_lora {c.init_lora} holds no adapters; it "
          "must be a .safetensors file, or a folder with one that diffusers or PEFT wrote"),
         (c.fsdp or not c.gather, "gather has an effect only with fsdp"),
-        (c.device == "cpu" or cuda,
+        (c.device == "cpu" or c.device.startswith("cuda") and torch.cuda.is_available(),
          f"device is {c.device}, but must be cpu, or cuda where there is one"),
         (not c.wandb or importlib.util.find_spec("wandb"),
          "wandb is not installed; pip install wandb, or leave --wandb out"),
         (rewards.parse(c.rewards), f"rewards is empty; name some of {', '.join(rewards.SCORERS)}"),
-        (c.out_dir and Path(c.out_dir).resolve() != HERE,
-         f"out_dir is {c.out_dir or 'empty'}; name a directory for this run"),
+        (c.out_dir, "out_dir is empty; name a directory for this run"),
         (not (c.resume and c.overwrite), "resume and overwrite exclude each other; give one"),
     ]
 
 def check_out_dir(cfg):
     """Refuse a directory that holds another run or the model, or that cannot be written to."""
     out, found = Path(cfg.out_dir), checkpoints(cfg.out_dir)
+    others = [name for name in RUN_FILES if (out / name).exists()]
     if cfg.resume and found:
         check_resumed(cfg, found[-1])
-    elif found or any((out / name).exists() for name in RUN_FILES):
+    elif others and not found and not (out / "log.jsonl").exists():
+        raise ValueError(f"{out} is not a run, and holds {others[0]}, which a run would replace; "
+                         "name another --out_dir")
+    elif found or others:
         if not (cfg.overwrite or cfg.resume):
             raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another "
                              "--out_dir")
@@ -91,7 +93,7 @@ def check_out_dir(cfg):
                          f"renamed, and that failed: {error.strerror}") from None
 
 def check_resumed(cfg, path):
-    """A run goes on with the settings that it began with, but for MAY_CHANGE."""
+    """A run goes on with the settings that it began with, except MAY_CHANGE."""
     try:
         before = json.loads((path / "state/config.json").read_text(encoding="utf-8"))
         began = before.get("contents")
@@ -109,14 +111,14 @@ def check_resumed(cfg, path):
     now = contents(cfg)
     for name in sorted({*now, *began}) if began else ():
         if now.get(name) != began.get(name):
-            raise ValueError(f"{name} differs from the run to resume: a file was changed, or it is "
-                             "another one; give it as it was")
+            raise ValueError(f"{name} differs from the run to resume: the contents of its file "
+                             "were changed; give it as it was")
     if cfg.eval_every and not before["eval_every"]:
-        raise ValueError("eval_every was 0 in the run to resume, so the base was not evaluated and "
-                         "there is nothing to compare with; leave it 0, and use eval.py")
+        raise ValueError("eval_every was 0 in the run to resume, so its base was never evaluated; "
+                         "leave it 0, and use eval.py")
 
 def contents(cfg):
-    """Hashes of what the settings only name: the prompts, and the code of one's own rewards."""
+    """Hashes of the files that settings point to: prompts, and the code of your own rewards."""
     files = {name: json.dumps(read_prompts(getattr(cfg, name)))
              for name in ("prompts", "eval_prompts") if getattr(cfg, name)}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
@@ -145,7 +147,7 @@ def read_log(out):
     return found
 
 def discard(path):
-    """Delete, but rename first: half a folder must never look like a whole one."""
+    """Delete, but rename first: a half-deleted folder must not pass for a checkpoint."""
     aside = path.with_name(f"{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
@@ -155,8 +157,8 @@ def discard(path):
 class Run:
     """The optimizer, the counters, and everything that is written.
 
-    iteration   how many are done               before  the evaluation of the base
-    stop        begin no other iteration        ema     the average of the trained weights, or []
+    iteration   number of iterations done               before   the evaluation of the base
+    stop        True: no iteration begins any more      ema      the average of the weights, or []
     """
 
     def __init__(self, cfg, model, scorers):
@@ -169,7 +171,8 @@ class Run:
             self.prompts = [self.prompts[i] for i in evenly_spaced(len(self.prompts), 8)]
         self.iteration, self.before, self.evaluated = 0, None, None
         self.stop, self.skips = False, 0
-        self.resumed = path = ([None] + checkpoints(self.out))[-1] if cfg.resume else None
+        found = checkpoints(self.out) if cfg.resume else []
+        self.resumed = path = found[-1] if found else None
         if path:
             try:
                 state = torch.load(path / "state/state.pt", map_location="cpu")
@@ -178,10 +181,10 @@ class Run:
             except (Exception, dcp.CheckpointException) as error:
                 raise OSError(broken(path, cause_of(error))) from error
         self.saved = self.iteration
-        gather_objects(None)                    # all have looked before one of them writes
+        gather_objects(None)                    # a barrier: all have read before one writes,
         if RANK == 0:
             self.write_files()
-        gather_objects(None)                    # and nobody goes on before the files are there
+        gather_objects(None)                    # and the files are there before any goes on
 
     def write_files(self):
         """The files of a new run; or those of a resumed one, as they were at its checkpoint."""
@@ -199,8 +202,8 @@ class Run:
         (self.out / "log.jsonl").touch()
         (self.out / "config.json").write_text(self.settings(), encoding="utf-8")
         (self.out / "samples").mkdir(exist_ok=True)
-        for name in self.cfg.code:              # the loss that this run was made with; not its mode
-            shutil.copyfile(HERE / name, self.out / Path(name).name)
+        for name in self.cfg.code:              # keep the loss that this run was made with
+            shutil.copyfile(HERE / name, self.out / Path(name).name)    # without its permissions
         self.send = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
 
     def settings(self):
@@ -226,17 +229,18 @@ class Run:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Inside, Ctrl-C lets the iteration in hand end, so that --resume repeats nothing."""
+        """Inside, Ctrl-C lets the current iteration end, so that --resume repeats nothing."""
         def stop():
             self.stop = True
             if RANK == 0:
                 tqdm.write("stopping after this iteration, with a checkpoint and pictures; "
-                           "Ctrl-C again stops at once, without")
+                           "press Ctrl-C again to stop at once, without them")
         try:
             with stopping(stop):
                 yield
-        except ScorerError:                     # it comes before an update, so nothing is half
-            if WORLD == 1:                      # done. (Several processes save only together.)
+        except ScorerError:
+            # It comes before an update, so nothing is half done. Several processes save together.
+            if WORLD == 1:
                 self.save()
             raise
 
@@ -254,23 +258,22 @@ class Run:
                   "curve.png")
 
     def print_table(self):
-        """The base and what became of it; and real pictures of the held-out prompts, where their
-        scores lie beside the prompts, as tiny/prompts/test_concept.real.json does."""
+        """Base, aligned model; and real pictures, if <eval_prompts>.real.json has their scores."""
         path = Path(self.cfg.eval_prompts or "none").with_suffix(".real.json")
         real = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         evaluations = [line for line in self.lines() if "reward" not in line]
         first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-        print(f"\n{'':14}    base  aligned" + "     real   of the way" * bool(real))
+        print(f"\n{'':14}    base  aligned" + "     real  share of the gap" * bool(real))
         for name in self.scorers:
             base, now = first.get(f"eval_{name}"), last.get(f"eval_{name}")
             if base is not None and now is not None:
-                way = (f"{real[name]:9.3f}  {(now - base) / (real[name] - base):10.0%}"
-                       if name in real else "")
-                print(f"{name:14}{base:8.3f}{now:9.3f}{way}")
+                r = real.get(name)
+                gap = f"{r:9.3f}  {(now - base) / (r - base):10.0%}" if r else ""
+                print(f"{name:14}{base:8.3f}{now:9.3f}{gap}")
 
     def diverged(self, what):
-        return ArithmeticError(f"iteration {self.iteration + 1}: {what}; lower lr, now "
-                               f"{self.cfg.lr:g}; {self.newest()}")
+        return ArithmeticError(f"iteration {self.iteration + 1}: {what}; lower lr (now "
+                               f"{self.cfg.lr:g}); {self.newest()}")
 
     def newest(self):
         found = checkpoints(self.out)
@@ -301,7 +304,7 @@ class Run:
         return read_log(self.out)
 
     def write(self, line):
-        """Append a line to log.jsonl, and send it to those who watch."""
+        """Append a line to log.jsonl; send it to TensorBoard and Weights & Biases."""
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in line.items()}                 # JSON has no nan
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
@@ -313,7 +316,9 @@ class Run:
         """One line for all processes, in log.jsonl and on the screen. It has no loss, which is 0
         before the first update whatever the model does.
 
-        scores {name: (P, G)}, A (P, G); log_rhos: of each step in turn, (..., G), or none.
+        scores {name: (P, G)}, A (P, G); log_rhos: one (..., G) for each trained step, or none.
+        The reward of several scorers is the weighted mean of their raw scores, in whatever units;
+        training standardises them first.
         """
         c, weights = self.cfg, parse_weights(self.cfg.reward_weights, scores).to(A)
         reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()
@@ -325,7 +330,7 @@ class Run:
             log_rho = torch.cat([r.flatten() for r in log_rhos])
             first = log_rho[: len(log_rho) // c.updates_per_iteration]          # before any update
             line["first_ratio"] = first.clamp(max=80).expm1().abs().max().item()
-            line["clip_fraction"] = clip_fraction(log_rho, c.clip_eps)[None]
+            line["clip_fraction"] = clip_fraction(log_rho, c.clip_eps)[None]    # merge: a mean
         line = merge(gather_objects({key: value.cpu() if isinstance(value, torch.Tensor) else value
                                      for key, value in line.items()}))
         if RANK:
@@ -362,7 +367,7 @@ class Run:
         self.evaluated = self.iteration
         self.before = self.before or dict(images=images[show, 0], scores=scores)
         line, said = dict(iter=self.iteration), []
-        for name in scores:                     # a gain is prompt by prompt, from the same noise
+        for name in scores:                     # gains are paired: same prompt, same noise
             mean, stderr = mean_and_stderr(scores[name])
             gain, gain_stderr = mean_and_stderr(scores[name] - self.before["scores"][name])
             line |= {f"eval_{name}": mean, f"eval_{name}_stderr": stderr,
@@ -372,7 +377,7 @@ class Run:
         if RANK:
             return
         if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):
-            self.write(line)                    # a resumed run evaluates its last state again
+            self.write(line)                    # else a resumed run has it in its log already
         kind = "held-out" if c.eval_prompts else "training"
         tqdm.write(" | ".join([f"eval {self.iteration:03d}", f"{n} {kind} prompts", *said]))
         rows = {"base": self.before["images"]}
@@ -388,7 +393,7 @@ class Run:
 
     def save(self):
         """checkpoint-<iteration>/: a FluxPipeline directory, or adapters; in state/ what --resume
-        needs. It is written aside, synced to the disk, then renamed."""
+        needs. It is written under another name, synced to the disk, then renamed."""
         if self.saved == self.iteration:
             return
         if not all(full_tensor(w.isfinite().all()) for w in self.weights()):
@@ -416,17 +421,16 @@ class Run:
                 os.replace(aside, path)
                 for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
                     discard(old)
-        except (Exception, dcp.CheckpointException) as error:   # mostly a full disk, which every
-            shutil.rmtree(aside, ignore_errors=True)            # library reports differently
+        except (Exception, dcp.CheckpointException) as error:   # mostly a full disk
+            shutil.rmtree(aside, ignore_errors=True)
             free = shutil.disk_usage(self.out).free / 1e9
             raise OSError(f"{path} could not be written ({one_line(cause_of(error))}), with "
                           f"{free:.1f} GB free on the disk; {self.newest()}") from error
         self.saved = self.iteration
-        gather_objects(None)                    # a process that went on alone might die alone
+        gather_objects(None)                    # a barrier: nobody goes on before it is whole
 
     def weights(self):
-        """What is trained. With FSDP each process has its shards; --gather may have left whole
-        weights in their place, which go first."""
+        """The trained weights; with FSDP this process's shards, after --gather too."""
         for part in (*self.model.blocks(), self.model.transformer) if self.cfg.gather else ():
             part.reshard()
         return self.model.trained()

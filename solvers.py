@@ -3,14 +3,15 @@ Deterministic solvers of the flow ODE dx/dt = v(x, t). Time t runs from 1 (noise
 x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 A solver moves x from t to t_next given v, and knows nothing of models: `velocity(x, t) -> v` is any
-callable. Do this in float32 or better. In bf16 the rounding of one step is larger than what an
-update changes.
+callable. Use float32 or better. In bf16 the rounding of one step is larger than what an update
+changes.
 """
 import torch
 
 
 def schedule(num_steps, shift=1.0, start=1.0):
-    """The T+1 times 1 = t_T > ... > 0: t = shift u / (1 + (shift - 1) u), u even from `start` to 0.
+    """T+1 falling times, from noise to 0: t = shift u / (1 + (shift - 1) u), u evenly from `start`
+    (1: pure noise) to 0.
 
     shift > 1 spends more steps near the noise. FLUX's dynamic shift at a given resolution is this
     one with shift = exp(mu). Returns (T+1,) float32.
@@ -32,10 +33,10 @@ def dpmpp_2m_step(x, v, t, t_next, x0_prev=None, t_prev=None):
     """One step of DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2) for a flow, where
     alpha = 1 - t and sigma = t.
 
-    The data prediction x_0 = x - t v is carried forward in lambda = log((1 - t) / t), by a line
-    through its last two values (x0_prev at t_prev is the one before). The exponentials of the paper
-    collapse to t_next / t, so the step is finite at both ends. There lambda is not finite, the line
-    has no slope, and the step is DDIM's: always the first, the second if t_prev = 1, and the last.
+    The data prediction x_0 = x - t v is extrapolated linearly in lambda = log((1 - t) / t) from its
+    last two values (x0_prev at t_prev is the one before). The exponentials of the paper collapse to
+    t_next / t. At t = 1 and t = 0 lambda is not finite, so there the extrapolation is dropped, and
+    the step is DDIM's. This is so at the first step, at the last, and at the second if t_prev = 1.
     Returns (x_{t_next}, x_0).
     """
     x0 = guess = x - t * v
@@ -50,14 +51,14 @@ def rollout(velocity, x, ts, solver="ddim"):
     """Follow the ODE from x at ts[0] to ts[-1]; T evaluations of velocity(x, t), none repeated.
 
     x: any shape; ts (T+1,), falling. Returns traj (T+1, ...) with traj[0] = x, and vels (T, ...),
-    where vels[k] is the velocity that was evaluated at exactly traj[k], ts[k]. With it the one DDIM
-    step that training takes can be replayed for nothing.
+    where vels[k] is the velocity that was evaluated at exactly traj[k], ts[k]. With it the DDIM
+    step that training takes can be replayed at no cost.
     """
     if solver not in ("ddim", "dpmpp_2m"):
         raise ValueError(f"solver is {solver!r}, but must be 'ddim' or 'dpmpp_2m'")
     if ts.ndim != 1 or len(ts) < 2 or not (ts[1:] < ts[:-1]).all() or ts[0] > 1 or ts[-1] < 0:
         raise ValueError(f"ts must fall from at most 1 to at least 0, not {ts.tolist()}")
-    ts = ts.cpu()                   # a step's coefficients are made on the host: no wait for a GPU
+    ts = ts.cpu()                   # coefficients are made on the host: no GPU synchronisation
     traj, vels, x0_prev = [x], [], None
     for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
         v = velocity(x, t)

@@ -7,7 +7,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
     torchrun --nproc_per_node 8 train.py --preset dpm8 --prompts hpdv2_train --fsdp     # FLUX.1-dev
 
 The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are in model.py. This
-file draws the random numbers and calls the others in order. run.py keeps the records.
+file draws the random numbers and calls the others in order. run.py logs, evaluates and saves.
 """
 import argparse, math, os, sys
 from dataclasses import dataclass, field, fields
@@ -26,16 +26,17 @@ from run import HERE, Run, check
 from solvers import ddim_step, rollout, schedule
 
 def train(cfg, model, scorers, run):
-    """Algorithm 1. `scorers`: the rewards to train on. `run`: the optimizer and the records."""
+    """Algorithm 1. `scorers`: the rewards to train on. `run`: optimizer, log and checkpoints."""
     P, G, U = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                     # (T+1,)
     tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
-    row = torch.arange(P, device=model.device)[:, None]                 # (P, 1)  goes with anchors
-    of_one_group = torch.vmap(log_ratio, (None, 0, 0, None))            # ratios for its b anchors
-    of_all_groups = torch.vmap(of_one_group, (0, 0, 0, None))
+    row = torch.arange(P, device=model.device)[:, None]                 # (P, 1)  indexes groups
+    ratios_of_a_group = torch.vmap(log_ratio, (None, 0, 0, None))       # one for each anchor
+    ratios = torch.vmap(ratios_of_a_group, (0, 0, 0, None))             # one for each group
+    to_advantages = lambda r: advantages(combine_rewards(r, weights.to(r)), cfg.p)      # Eq. 3, 11
 
-    for it in run.iterations():
+    for it in run.iterations():                     # which evaluates and saves in between
         # Draw prompts, noise, anchors and steps
         seconds, lap = stopwatch(model.device)
         prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, model.latent_shape)
@@ -53,8 +54,7 @@ def train(cfg, model, scorers, run):
 
         # Score them, and turn scores into advantages
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        A = by_group(scores, prompt, lambda r: advantages(
-            combine_rewards(r, weights.to(r)), cfg.p))                  # (P, G)        Eq. 3, 11
+        A = by_group(scores, prompt, to_advantages)                     # (P, G)
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
@@ -65,15 +65,16 @@ def train(cfg, model, scorers, run):
                 x_t = traj[k][row, chosen]                              # (P, b, N, C)
                 v = model.velocity(x_t.flatten(0, 1), ts[k], cond).unflatten(0, chosen.shape)
                 anchor = ddim_step(x_t, v, ts[k], ts[k + 1])            # the only gradient
-                if cfg.old_anchor == "replay":      # the same step with the rollout's velocity:
-                    v_old = vels[k][row, chosen]    # rho is 1 before the first update
-                    anchor_old = ddim_step(x_t, v_old, ts[k], ts[k + 1])
-                else:                               # Algorithm 1 to the letter: the rollout's
-                    anchor_old = traj[k + 1][row, chosen]       # latent. DPM++ lands elsewhere.
-                log_rho = of_all_groups(traj[k + 1], anchor, anchor_old, tau)           # Eq. 8, 10
+                # The old anchor: the same step with the rollout's velocity, so that rho is 1 before
+                # the first update. Algorithm 1 has the rollout's latent, but DPM++ lands elsewhere.
+                if cfg.old_anchor == "replay":
+                    anchor_old = ddim_step(x_t, vels[k][row, chosen], ts[k], ts[k + 1])
+                else:
+                    anchor_old = traj[k + 1][row, chosen]
+                log_rho = ratios(traj[k + 1], anchor, anchor_old, tau)  # (P, b, G)     Eq. 8, 10
                 each_A = A[:, None].expand_as(log_rho)                  # (P, b, G)
                 J = clipped_objective(log_rho, each_A, cfg.clip_eps)    # ()            Eq. 9
-                loss = -J / (chosen.numel() * len(steps))
+                loss = -J / (chosen.numel() * len(steps))   # mean over the update's anchors, steps
                 loss.backward()
                 log_rhos.append(log_rho.detach())
                 trained += chosen.numel()
@@ -82,12 +83,13 @@ def train(cfg, model, scorers, run):
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
 def update(cfg, model, run, decay=None):
-    """One optimizer step with the gradients collected since the last one. It is left out if one of
-    them, on any process, is not finite. `decay` is that of the average, if not cfg.ema."""
+    """One optimizer step with the gradients collected since the last one. It is left out if they
+    are not finite on any process; and if they are 0, because all groups were flat and momentum
+    alone would move the weights. `decay` replaces cfg.ema."""
     norm = torch.nn.utils.clip_grad_norm_(model.trained(), cfg.max_grad_norm)
     norm = full_tensor(norm)                        # of the averaged gradient: equal everywhere
-    if norm.isfinite() and norm > 0:                # 0: all groups were flat, and momentum alone
-        run.opt.step()                              # would move the weights
+    if norm.isfinite() and norm > 0:
+        run.opt.step()
         if run.ema:
             weight = 1 - (cfg.ema if decay is None else decay)
             torch._foreach_lerp_(run.ema, run.weights(), weight)
@@ -95,8 +97,8 @@ def update(cfg, model, run, decay=None):
     run.count_update(norm)
 
 # ------------------------------------------------------------------------------------------------
-# Random draws. Each depends on the seed, the iteration and the group; never on the process, or on
-# what was drawn before. So the same total of groups is the same run on 1 or N processes.
+# Random draws. Each depends on the seed, the iteration and the group; not on the process or on
+# earlier draws. So with the same --prompts_per_iteration a run is the same on 1 or N processes.
 
 def generator(*key):
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
@@ -108,9 +110,10 @@ def pick(cfg, it, group, prompts):
     return prompts[torch.randperm(len(prompts), generator=generator(cfg.seed, 1, epoch))[place]]
 
 def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
-    """Everything random in iteration `it`, for the P groups of this process: P prompts, eps*
-    (P, N, C), delta (P, G, N, C), anchors (P, B), and [K] trained steps, equal for all groups."""
-    P, chosen, eps_star, delta, anchors = cfg.prompts_per_iteration // world, [], [], [], []
+    """Everything random in iteration `it`, for the P groups of this process: P prompts, eps* (P, N,
+    C), delta (P, G, N, C), anchors (P, B), and [K] trained steps, the same for all groups."""
+    P = cfg.prompts_per_iteration // world
+    chosen, eps_star, delta, anchors = [], [], [], []
     for group in range(rank * P, rank * P + P):
         chosen.append(pick(cfg, it, group, prompts))
         rng = generator(cfg.seed, 2, it, group)
@@ -131,13 +134,13 @@ def score(scorers, images, prompt):
     return {name: scorer(images, each).unflatten(0, (len(prompt), G))
             for name, scorer in scorers.items()}
 
-def by_group(scores, prompt, advantages):
-    """`advantages` of each group's M rewards, (M, G) -> (G,); together (P, G). They are nan where a
-    reward is not finite. The gradient carries that to all processes, so all skip the update."""
+def by_group(scores, prompt, to_advantages):
+    """`to_advantages` of each group's M rewards, (M, G) -> (G,); together (P, G). Where a reward is
+    not finite they are nan. Then the gradient is nan on all processes, and all skip the update."""
     A = torch.full_like(next(iter(scores.values())), torch.nan)
     for g, r in enumerate(torch.stack(list(scores.values()), 1)):       # (M, G)
         if r.isfinite().all():
-            A[g] = advantages(r)
+            A[g] = to_advantages(r)
         else:
             tqdm.write(f"a reward for {prompt[g]!r} is not finite")
     return A
@@ -146,9 +149,10 @@ def by_group(scores, prompt, advantages):
 # Several processes have whole groups each, so the gradient is all that they exchange
 
 def average_gradients(cfg, model, last):
-    """Whether the next backward pass averages the gradients of all processes. Once an update would
-    do (`last`), and DDP does so. With FSDP the shards would then wait as a whole gradient in
-    float32, 48 GB of FLUX.1-dev, so there it needs --gather, which says that there is room."""
+    """Decide whether the next backward pass averages the gradients over all processes. Once in an
+    update is enough, in its last pass, and DDP does so. With FSDP each process would keep a whole
+    float32 gradient until then, 48 GB of FLUX.1-dev: only with --gather, which says there is
+    room."""
     if cfg.fsdp:
         model.transformer.set_requires_gradient_sync(last or not cfg.gather)
         model.transformer.set_reshard_after_backward(last or not cfg.gather)
@@ -181,17 +185,17 @@ class Config:
     prompts: str = option("", "training prompts: a text file, one prompt a line; or hpdv2_train")
     eval_prompts: str = option("", "held-out prompts; empty: 8 of the training prompts")
     rewards: str = option("hpsv2,pickscore,imagereward", "what to align with (Sec. 4), "
-                          "comma-separated; name=path for weights that lie elsewhere; of "
-                          + ", ".join(rewards.SCORERS))
+                          "comma-separated, name=path for weights from a path; your own as "
+                          "FILE.py:FUNCTION; or of " + ", ".join(rewards.SCORERS))
     reward_weights: str = option("", "a number for each, comma-separated; empty: equal (Sec. 4.1)")
-    eval_scorers: str = option("", "more scorers, comma-separated, that are only watched")
+    eval_scorers: str = option("", "more scorers, comma-separated, logged but not trained on")
     resolution: str = option("720", "pixels, multiples of 16: a side, or 832x640, width x height")
     guidance: float = option(3.5, "FLUX's guidance input", "(-inf, inf)")
     shift: float = option(3.0, "timestep shift of the schedule", "[0.01, 100]")
     # method
-    iterations: int = option(300, "M of Algorithm 1 (Sec. 4)", "[1, inf)")
+    iterations: int = option(300, "of Algorithm 1 (Sec. 4)", "[1, inf)")
     prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; "
-                                        "0: one each (Sec. 4)", "[0, inf)")
+                                        "0: one per process (Sec. 4)", "[0, inf)")
     group_size: int = option(12, "G, candidates in a group (Table 3)", "[2, inf)")
     num_rollout_steps: int = option(8, "T, steps of a rollout, NFE_old of Table 3", "[2, inf)")
     num_anchors: int = option(4, "B, anchors drawn from the G (Sec. 3.4.1, Table 5)", "[1, inf)")
@@ -210,31 +214,31 @@ class Config:
     # optimizer
     lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)", "(0, 1]")
     weight_decay: float = option(1e-4, "AdamW's weight decay", "[0, 1]")
-    max_grad_norm: float = option(1.0, "longer gradients are cut to this norm", "(0, inf)")
+    max_grad_norm: float = option(1.0, "gradients with a larger norm are cut to it", "(0, inf)")
     lora_rank: int = option(0, "train only LoRA adapters of this rank; 0: all weights", "[0, 1024]")
-    init_lora: str = option("", "adapters to begin with and to train on: a file or a folder")
-    ema: float = option(0.0, "decay of an average of the trained weights, which is then evaluated "
-                        "and saved; 0: none", "[0, 1)")
+    init_lora: str = option("", "adapters to start from, and to train further: a file or a folder")
+    ema: float = option(0.0, "decay of an exponential average of the trained weights; the average "
+                        "is evaluated and saved; 0: none", "[0, 1)")
     # memory and speed
     fsdp: bool = option(False, "divide weights, gradients and moments among the processes")
-    gather: bool = option(False, "with fsdp: keep all weights on every GPU from one update to the "
-                          "next, and all gradients during one; faster, where there is room")
+    gather: bool = option(False, "with fsdp: keep all weights on every GPU between updates, all "
+                          "gradients within one; faster, where there is room")
     checkpoint_blocks: int = option(-1, "number of blocks whose activations are recomputed in the "
                                     "backward pass, to save memory; -1: all (FLUX.1-dev has 57)",
                                     "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes "
                            "at the start, faster from then on")
-    batch: int = option(0, "at most so many latents in one forward pass, to save memory where a "
+    batch: int = option(0, "at most this many latents in one forward pass, to save memory where a "
                         "process holds several groups; 0: all at once", "[0, inf)")
-    text_encoder_device: str = option("", "where T5 and CLIP are: empty, beside the transformer; "
-                                      "cpu; offload, on the CPU between uses",
+    text_encoder_device: str = option("", "where T5 and CLIP are. empty: with the transformer; "
+                                      "cpu; offload: on the CPU between uses",
                                       ("", "cpu", "offload"))
     # run
-    out_dir: str = option("", "where the run is written; by default out/<preset>, or out/<method>")
-    seed: int = option(0, "of prompts, noise, anchors and steps", "[0, 1e18]")
-    eval_every: int = option(25, "iterations between evaluations; 0: none at all", "[0, inf)")
-    eval_steps: int = option(0, "steps of DPM-Solver++ in evaluations; 0: as in a rollout",
-                             "[0, inf)")
+    out_dir: str = option("", "where the run is written; empty: out/<preset>, or out/<method>")
+    seed: int = option(0, "of prompts, noise, anchors, steps and new adapters", "[0, 1e18]")
+    eval_every: int = option(25, "iterations between evaluations; 0: never", "[0, inf)")
+    eval_steps: int = option(0, "steps of DPM-Solver++ in evaluations; 0: solver and steps of the "
+                             "rollout", "[0, inf)")
     save_every: int = option(50, "iterations between checkpoints; 0: only at the end", "[0, inf)")
     keep: int = option(0, "number of the newest checkpoints that stay; 0: all", "[0, inf)")
     resume: bool = option(False, "continue from the newest checkpoint in out_dir if there is one, "
@@ -256,7 +260,7 @@ class Config:
         self.device = f"cuda:{LOCAL_RANK}" if self.device == "cuda" else self.device
 
     def plan(self):
-        """What an iteration costs, in a line."""
+        """What an iteration costs, in one line."""
         P, G, T = self.prompts_per_iteration, self.group_size, self.num_rollout_steps
         B, K, U = self.num_anchors, self.num_train_steps, self.updates_per_iteration
         return (f"{P} prompts x G {G} x T {T} = {P * G * T} forwards ({self.solver}), "
@@ -314,7 +318,8 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage=f"python {config.command} [--preset tiny|ddim25|dpm16|dpm8] [--setting value ...]")
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(default tiny)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the small world, or a "
+                        "row of the paper's Table 3 for FLUX.1-dev (default tiny)")
     for f in fields(config):
         yes_no = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help_of(f, methods),
@@ -331,7 +336,9 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
     except ValueError as error:
         refused = str(error)
     for sentence in filter(None, gather_objects(refused)):      # by any process
-        parser.error(sentence) if RANK == 0 else sys.exit(2)
+        if RANK == 0:
+            parser.error(sentence)
+        sys.exit(2)
     return cfg
 
 def announce(c, model, run, cut):
@@ -343,7 +350,7 @@ def announce(c, model, run, cut):
           f", {c.resolution}x{c.resolution}, latent {tokens} x {channels}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
           f"{'held out' if c.eval_prompts else 'of them to watch'}"
-          + "".join(f"; {name} cuts {n} of them" for name, n in cut.items() if n) + "\n"
+          + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n) + "\n"
           f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers) +
           f"\niteration  {c.plan()}\n"
           f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
@@ -365,12 +372,13 @@ def start(cfg, algorithm):
     if cfg.device != "cpu":
         torch.cuda.set_device(cfg.device)
     prompts = read_prompts(cfg.prompts) + read_prompts(cfg.eval_prompts or cfg.prompts)
+    prompts = list(dict.fromkeys(prompts))
     names, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_scorers)
     try:
         scorers = rewards.load_all(names | watched, cfg.device, prompts)
         scorers |= {name: rewards.forgiving(scorers[name]) for name in watched}
         model = load(cfg)
-    except ValueError as error:                                 # a broken file
+    except ValueError as error:                                 # weights that do not fit, say
         raise OSError(rewards.one_line(error)) from error
     wrap_for_processes(cfg, model)
     run = Run(cfg, model, scorers)
