@@ -378,8 +378,8 @@ class Run:
             return
         if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):
             self.write(line)                    # else a resumed run has it in its log already
-        kind = "held-out" if c.eval_prompts else "training"
-        tqdm.write(" | ".join([f"eval {self.iteration:03d}", f"{n} {kind} prompts", *said]))
+        said.insert(0, f"{n} {'held-out' if c.eval_prompts else 'training'} prompts")
+        tqdm.write(" | ".join([f"eval {self.iteration:03d}", *said]))
         rows = {"base": self.before["images"]}
         if self.iteration:
             rows[f"aligned, {self.iteration} iterations"] = images[show, 0]
