@@ -413,8 +413,8 @@ class Run:
                     self.model.save(aside, weights)
             if RANK == 0:
                 (aside / "state/config.json").write_text(self.settings(), encoding="utf-8")
-                torch.save(dict(iteration=self.iteration, before=self.before),
-                           aside / "state/state.pt")
+                state = dict(iteration=self.iteration, before=self.before)
+                torch.save(state, aside / "state/state.pt")
                 discard(path)
                 if hasattr(os, "sync"):         # not on Windows
                     os.sync()                   # or a power cut leaves the new name on empty files

@@ -4,6 +4,7 @@ The examples do what they say. One test per sentence.
     python -m pytest -q tests/test_examples.py
 """
 import inspect, re
+import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
@@ -53,3 +54,20 @@ def test_redness_is_one_for_red_zero_for_grey_and_negative_for_cyan():
     pixels = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0, 1.0, 1.0]])
     images = pixels[:, :, None, None].expand(3, 3, 4, 4)
     assert_close(redness(images, ["", "", ""]), torch.tensor([1.0, 0.0, -1.0]))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(HERE / "examples/tour.ipynb", as_version=4)
+    short = {"--iterations 30 --eval_every 15": "--iterations 2 --eval_every 2",
+             "--iterations 12 --eval_every 6": "--iterations 2 --eval_every 2",
+             "out/tour": str(tmp_path / "tour")}        # the same cells, fewer iterations
+    for cell in notebook.cells:
+        for old, new in short.items():
+            cell.source = cell.source.replace(old, new)
+    where = dict(metadata=dict(path=str(HERE / "examples")))
+    nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
+    assert (tmp_path / "tour/before_after.png").is_file()
+    assert (HERE / "examples/tour.ipynb").stat().st_size < 1_500_000
