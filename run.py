@@ -253,9 +253,8 @@ class Run:
             draw_curve(self.lines(), self.out / "curve.png")
             if self.cfg.eval_every:
                 self.print_table()
-            print(f"wrote {self.out}/: " + f"checkpoint-{self.iteration}, " * bool(self.iteration) +
-                  "log.jsonl, " + "before_after.png, samples, " * bool(self.cfg.eval_every) +
-                  "curve.png")
+            files = ", ".join(sorted(path.name for path in self.out.iterdir()))
+            print(f"wrote {self.out}/: {files}")
 
     def print_table(self):
         """Base, aligned model; and real pictures, if <eval_prompts>.real.json has their scores."""

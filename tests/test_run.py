@@ -76,7 +76,8 @@ REFUSED = [
     ("--out_dir {used}", "already holds a run; use --resume, --overwrite or another --out_dir"),
     ("--out_dir {used} --resume --overwrite", "resume and overwrite exclude each other; give one"),
     ("--out_dir {file}", "must be a directory in which folders can be made and renamed"),
-    ("--out_dir .", "name a directory for this run"),
+    ("--out_dir .", "is not a run, and holds neighbor_grpo.py, which a run would replace"),
+    ("--out_dir paper --overwrite", "is not a run, and holds baselines.py"),
 ]
 
 
@@ -654,7 +655,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(
     command = [*SHORT, *five, "--iterations", "3", "--lr", "1e30", "--out_dir", str(out)]
     assert train.main(command) == 1
     said = capsys.readouterr().err
-    assert "no longer finite; lower lr, now 1e+30; no checkpoint was written before" in said
+    assert "no longer finite; lower lr (now 1e+30); no checkpoint was written before" in said
     assert not list(out.glob("checkpoint-*"))
 
 
