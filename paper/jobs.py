@@ -9,7 +9,7 @@ folder.json, that says by which command the run was made and how it ended.
 import json, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from eval import write
+from eval import write_atomically
 from run import HERE, checkpoints, read_log
 
 RUNNING = []
@@ -76,7 +76,7 @@ def commands(jobs):
 
 def keep(path, what):
     text = json.dumps(what, indent=1)
-    write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 def threads(args):
     return max(1, torch.get_num_threads() // args.jobs)
