@@ -133,7 +133,7 @@ def from_table(text, delimiter, width, column):
 
 
 def evenly_spaced(n, most):
-    """The indices of at most `most` of n prompts, evenly spaced. This rule also chooses the pictures
-    that we show, so nobody can pick the good ones."""
+    """The indices of at most `most` of n prompts, evenly spaced. This rule also chooses the
+    pictures that we show, so nobody can pick the good ones."""
     count = min(n, most)
     return [int((i + 0.5) * n / count) for i in range(count)]
