@@ -57,9 +57,9 @@ REFUSED = [
     ("--gather", "gather has an effect only with fsdp"),
     ("--wandb project", "wandb is not installed"),
     ("--prompts nowhere.txt", "nowhere.txt is"),
-    ("--prompts {empty}", "holds no prompt"),
+    ("--prompts {empty}", "has no prompts"),
     ("--prompts {latin}", "it must be a UTF-8 text file"),
-    ("--prompts hpdv2_train", "get it by: hf download"),
+    ("--prompts hpdv2_train", "download it with: hf download"),
     ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
     ("--model {folder}", "is not a FluxPipeline directory"),
     ("--model tiny/nothing", "is not a FluxPipeline directory"),
@@ -68,8 +68,8 @@ REFUSED = [
     ("--init_lora {adapters} --lora_rank 4", "init_lora has its own rank; leave lora_rank out"),
     ("--rewards beauty", "there is no scorer 'beauty'; there are hpsv2, pickscore, imagereward"),
     ("--rewards ,", "rewards is empty"),
-    ("--rewards clip={folder}", "needs a folder with model.safetensors"),
-    ("--rewards jpeg={folder}", "nothing may follow its name"),
+    ("--rewards clip={folder}", "should be a folder with model.safetensors, but is not"),
+    ("--rewards jpeg={folder}", "nothing may follow the name of this scorer"),
     ("--rewards clip --eval_scorers clip=tiny/judge", "scorer 'clip' is named twice"),
     ("--rewards clip,jpeg --reward_weights 1",
      "must be one number >= 0, not all 0, for each of clip,jpeg"),
@@ -477,7 +477,7 @@ def test_a_scorer_that_only_watches_never_ends_a_run_and_is_missing_where_it_fai
     assert missing == [False, False, True, False]
     assert all(line["eval_clip"] is not None for line in evals)
     said = capsys.readouterr()
-    assert "judge missing" in said.out and "it only watches, so the run goes on" in said.err
+    assert "judge missing" in said.out and "it is only watched, so the run continues" in said.err
 
 
 def test_the_table_at_the_end_has_base_aligned_real_and_the_share_of_the_way(
