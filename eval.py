@@ -26,7 +26,7 @@ from prompts import evenly_spaced, read_prompts
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
-SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="clip,judge",
+SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="preference,judge",
              images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic",
              images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution="1024", batch=4)

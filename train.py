@@ -3,7 +3,7 @@ Align a FLUX model with a reward by Neighbor GRPO: Algorithm 1 of arXiv 2511.169
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python train.py                             # the small FLUX in tiny/: minutes on two CPU cores
-    python train.py --rewards clip,jpeg --reward_weights 2,1 --out_dir out/two
+    python train.py --rewards preference,jpeg --reward_weights 2,1 --out_dir out/two
     torchrun --nproc_per_node 8 train.py --preset dpm8 --prompts hpdv2_train --fsdp     # FLUX.1-dev
 
 The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are in model.py. This
@@ -289,7 +289,7 @@ def is_positive(text):
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"),
-                 eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"), rewards="clip",
+                 eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"), rewards="preference",
                  eval_scorers="judge", resolution="64", shift=1.0, iterations=150,
                  prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0, compile=False),
     # the rows of Table 3

@@ -63,7 +63,7 @@ def complete(args, folder, script, flags, may_diverge):
 def how_it_ended(folder, flags, status, said):
     """How a run ended: "whole" if complete, "diverged", or "" if it was stopped or failed."""
     last = int(flags[flags.index("--iterations") + 1])
-    evaluated = any(line["iter"] == last and "eval_clip" in line for line in read_log(folder))
+    evaluated = any(line["iter"] == last and "eval_preference" in line for line in read_log(folder))
     if evaluated and status == 0:
         return "whole"
     return "diverged" if re.search("no longer finite|no finite gradient|not finite", said) else ""

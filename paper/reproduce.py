@@ -20,7 +20,7 @@ Methods are compared at equal seconds: a run lasts as long as --iterations of Ne
 steps, by the times of table3. So other work on the machine does not matter. Tables 4 to 6 have
 equal iterations, as in the paper. Learning rate and clip are those with the best reward in the
 sweep (tune), on prompts and seeds that no table uses. Variants of a method share them. Evaluations
-use DPM-Solver++ with 16 steps. The reward is clip. Nothing is trained on the judge.
+use DPM-Solver++ with 16 steps. The reward is `preference`. Nothing is trained on the judge.
 
 Each run is a call of train.py or paper.baselines. The call is printed, with the run's folder in
 --out_dir. While the call is the same, a complete run is not made again, and an interrupted run
@@ -167,19 +167,19 @@ def tuned(args):
     if args.quick:
         return {family: (5e-5, 1e-3 if family == "branch" else clips_of(family)[0])
                 for _, _, family in METHODS.values()}
-    whole = lambda cell: cell["clip"].get("whole", -math.inf)
+    whole = lambda cell: cell["preference"].get("whole", -math.inf)
     return {family: max(cells, key=whole)["setting"] for family, cells in sweep(args).items()}
 
 def sweep(args):
     """Try every pair for a third of the seconds. Then try the two best learning rates, each with
     its better clip, for all the seconds and with another seed, because the fastest start may not
-    end best. -> {method: [dict(setting, clip, judge)]}, with the gains of clip and judge as
+    end best. -> {method: [dict(setting, preference, judge)]}, with their gains as
     {"third": gain, "whole": gain}. A run that diverged has a gain of -1."""
     labels = {}
     for label, (_, _, family) in METHODS.items():
         labels.setdefault(family, label)        # the first of the variants
     labels["neighbor"] = OURS
-    found = {family: [dict(setting=(lr, clip), clip={}, judge={})
+    found = {family: [dict(setting=(lr, clip), preference={}, judge={})
                       for clip in clips_of(family) for lr in LEARNING_RATES] for family in labels}
 
     def attempt(part, share, seed, tried):
@@ -189,12 +189,12 @@ def sweep(args):
                 for family, label in labels.items() for cell in tried[family]]
         logs = run_all(args, dict(what for _, what in jobs), may_diverge=True)
         for cell, (folder, _) in jobs:
-            for scorer in ("clip", "judge"):
+            for scorer in ("preference", "judge"):
                 gains = curve(logs[folder], scorer)[1] if logs[folder] else [-1.0]
                 cell[scorer][part] = gains[-1]
 
     attempt("third", 1 / 3, 1000, found)
-    third = lambda cell: cell["clip"]["third"]
+    third = lambda cell: cell["preference"]["third"]
     best = {}
     for family, cells in found.items():
         with_better_clip = [max((cell for cell in cells if cell["setting"][0] == lr), key=third)
@@ -210,10 +210,10 @@ def tune(args):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 
     def as_text(cell, is_best):
-        clip, judge, bold = cell["clip"], cell["judge"], "**" * is_best
-        text = f"{clip['third']:+.4f}"
-        if "whole" in clip:
-            text += f", {bold}{clip['whole']:+.4f}{bold} ({judge['whole']:+.4f})"
+        reward, judge, bold = cell["preference"], cell["judge"], "**" * is_best
+        text = f"{reward['third']:+.4f}"
+        if "whole" in reward:
+            text += f", {bold}{reward['whole']:+.4f}{bold} ({judge['whole']:+.4f})"
         return text
 
     for i, (family, cells) in enumerate(found.items()):
@@ -222,7 +222,7 @@ def tune(args):
             row = [cell for cell in cells if cell["setting"][1] == clip]
             rows.append([family, shown_clip,
                          *(as_text(cell, cell["setting"] == tuple(best[family])) for cell in row)])
-            axes.plot(LEARNING_RATES, [cell["clip"]["third"] for cell in row], style,
+            axes.plot(LEARNING_RATES, [cell["preference"]["third"] for cell in row], style,
                       color=f"C{i}", marker="o", label=f"{family}, clip {shown_clip}")
     axes.set(xscale="log", xlabel="learning rate", ylim=(-0.03, None),
              ylabel="reward gain after a third of the seconds")
@@ -263,10 +263,11 @@ def shown(values, digits=4, sign=""):
     mean, error = over_seeds(values)
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
 
-def curve(lines, name="clip"):
+def curve(lines, name="preference"):
     """Held-out gains of a run -> (iterations, gains) at every tenth of the run. (An interrupted run
     has more evaluations.)"""
-    points = [(line["iter"], line[f"eval_{name}_gain"]) for line in lines if "eval_clip" in line]
+    points = [(line["iter"], line[f"eval_{name}_gain"]) for line in lines
+              if "eval_preference" in line]
     times, gains = np.array(points).T
     grid = np.linspace(0, times[-1], 11)
     return grid, np.interp(grid, times, gains)
@@ -309,15 +310,15 @@ def compare(args, name, labels, caption):
     goal, rival_time = rival[-1], first_time(curves[RIVAL][0][0], rival, rival[-1])
 
     base, data = ends["base"], dict(goal=goal)
-    rows = [["base", "", "", "", "", "", f"{base['clip']:.4f}", "", f"{base['judge']:.4f}", "",
-             f"{base['diversity']:.3f}", "", "", ""]]
+    rows = [["base", "", "", "", "", "", f"{base['preference']:.4f}", "", f"{base['judge']:.4f}",
+             "", f"{base['diversity']:.3f}", "", "", ""]]
     for label in labels:
         each, c = [ends[folder] for folder in jobs[label]], cost_of(args, label)
         lr, clip = chosen[METHODS[label][2]]
         iterations = logs[next(iter(jobs[label]))][-1]["iter"]
         row = [label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}",
                f"{c['seconds']:.2f}", iterations, f"{lr:g}, {clip:g}"]
-        for scorer in ("clip", "judge"):
+        for scorer in ("preference", "judge"):
             row.append(shown([end[scorer] for end in each]))
             row.append(shown([end[f"{scorer}_gain"] for end in each], sign="+"))
         row.append(shown([end["diversity"] for end in each], 3))
@@ -349,10 +350,10 @@ def pictures(path, prompts, places):
 
 def table1(args):
     return compare(args, "table1", TABLE1,
-                   "One reward, clip; the paper's Table 1 has three, of which HPSv2.1 is one.")
+                   "One reward, `preference`; the paper's Table 1 has three, one of them HPSv2.1.")
 
 def table2(args):
-    return compare(args, "table2", TABLE2, "One reward, clip; in the paper HPSv2.1.")
+    return compare(args, "table2", TABLE2, "One reward, `preference`; in the paper HPSv2.1.")
 
 def ablation(args, name):
     """A table of one setting around (sigma, B, p) = (0.5, 4, 2), with the others fixed and equal
@@ -368,10 +369,10 @@ def ablation(args, name):
         jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1)
                            for seed in range(args.seeds))
     ends = finals(args, run_all(args, *jobs.values()))
-    keys = {"clip_gain": "reward gain", "judge_gain": "judge gain", "diversity": "diversity"}
+    keys = {"preference_gain": "reward gain", "judge_gain": "judge gain", "diversity": "diversity"}
     scores = {value: {key: [ends[folder][key] for folder in each] for key in keys}
               for value, each in jobs.items()}
-    rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"),
+    rows = [[f"{value:g}", shown(s["preference_gain"], sign="+"), shown(s["judge_gain"], sign="+"),
              shown(s["diversity"], 3), *paper_gains(name, value)] for value, s in scores.items()]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for panel, (key, title) in zip(panels, keys.items()):
@@ -400,14 +401,15 @@ def figure5(args):
         style = dict(label=label, color=f"C{i % 10}", linewidth=2.5 if ours else 1.2,
                      linestyle="-" if ours else "--")
         gains = {name: [curve(logs[folder], name)[1] for folder in jobs[label]]
-                 for name in ("clip", "judge")}
+                 for name in ("preference", "judge")}
         iterations = curve(logs[next(iter(jobs[label]))])[0]
-        for panel, unit, name in zip(panels, (1, seconds, seconds), ("clip", "clip", "judge")):
+        for panel, unit, name in zip(panels, (1, seconds, seconds),
+                                     ("preference", "preference", "judge")):
             panel.plot(iterations * unit, np.mean(gains[name], 0), **style)
         data[label] = dict(iterations=iterations.tolist(), seconds_an_iteration=seconds)
         for name in gains:
             data[label][f"{name}_gains"] = [each.tolist() for each in gains[name]]
-        rows.append([label, *(shown([each[k] for each in gains["clip"]], sign="+")
+        rows.append([label, *(shown([each[k] for each in gains["preference"]], sign="+")
                               for k in (1, 2, 4, 6, 8, 10))])
     axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
     for panel, (x, y) in zip(panels, axes):
@@ -424,7 +426,7 @@ def figure5(args):
 def group_of(path, prompts, seed, sigma=0.3, G=12):
     """Rollout groups as in training -> images (P, G, 3, H, W), rewards (P, G)."""
     model, rng = Flux(path, 64, frozen=True), torch.Generator().manual_seed(seed)
-    scorers = rewards.load_all(rewards.parse("clip"), "cpu", prompts[:1])
+    scorers = rewards.load_all(rewards.parse("preference"), "cpu", prompts[:1])
     cond, x1 = model.encode(prompts), []
     for _ in prompts:
         eps_star = torch.randn(model.latent_shape, generator=rng)
@@ -433,7 +435,7 @@ def group_of(path, prompts, seed, sigma=0.3, G=12):
     velocity = lambda x, t: model.velocity(x, t, cond)
     traj, _ = rollout(velocity, torch.cat(x1), schedule(8), "dpmpp_2m")
     images = model.decode(traj[-1])                                     # (P G, 3, H, W)
-    return images.unflatten(0, (-1, G)), train.score(scorers, images, prompts)["clip"]
+    return images.unflatten(0, (-1, G)), train.score(scorers, images, prompts)["preference"]
 
 def before_and_after(args, prompts, seed=0):
     """`group_of` the base and of our first run, from the same noises."""

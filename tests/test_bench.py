@@ -95,7 +95,8 @@ def test_the_recorded_calls_are_those_of_algorithm_1_with_two_prompts(
     rollout = [("velocity", (8, 2), False)] * 8                 # two prompts, G = 4
     a_step = ("velocity", (4, 2), True)                         # two of four anchors of each prompt
     update = [*[a_step] * 4, ("step", None, True)]              # K = 4
-    assert seen[0] == [("encode", 2, False), *rollout, ("decode", 8, False), ("clip", 8, True),
+    assert seen[0] == [("encode", 2, False), *rollout, ("decode", 8, False),
+                       ("preference", 8, True),
                        *update, *update]
 
 

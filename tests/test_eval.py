@@ -38,9 +38,9 @@ def aligned(tmp_path_factory):
             w.mul_(1.02)
     model.save(run / "checkpoint-3")
     (run / "checkpoint-3/state").mkdir()
-    config = dict(rewards="clip=some/where,jpeg", solver="dpmpp_2m")
+    config = dict(rewards="preference=some/where,jpeg", solver="dpmpp_2m")
     (run / "checkpoint-3/state/config.json").write_text(json.dumps(config), encoding="utf-8")
-    log = [dict(iter=0, eval_clip=1.0)] + [
+    log = [dict(iter=0, eval_preference=1.0)] + [
         dict(iter=i, seconds_rollout=1.0, seconds_reward=0.5, seconds_update=i, nfe_old=8,
              nfe_theta=4 / 3) for i in (1, 2)]
     text = "".join(json.dumps(line) + "\n" for line in log)
@@ -54,7 +54,8 @@ def command_of(out, aligned, *more):
     """The arguments that evaluate both models with few steps. `more` can override them."""
     prompts = aligned.parents[1] / "prompts.txt"
     return ["--model", str(FLUX), "--checkpoint", str(aligned), "--prompts", str(prompts),
-            "--steps", "2", "--images_per_prompt", "2", "--batch", "4", "--scorers", "clip,judge",
+            "--steps", "2", "--images_per_prompt", "2", "--batch", "4",
+            "--scorers", "preference,judge",
             "--out_dir", str(out), *more]
 
 
@@ -70,7 +71,7 @@ def results_in(out):
 def numbers(results, digits=6):
     """The numbers of the tables, rounded: the last bit of a score may depend on its batch."""
     return [{key: round(value, digits) for key, value in row.items()
-             if key.startswith(("clip", "judge", "diversity"))} for row in results]
+             if key.startswith(("preference", "judge", "diversity"))} for row in results]
 
 
 def picture(file):
@@ -107,7 +108,7 @@ def sampled(monkeypatch):
 
 def test_a_row_has_the_means_standard_errors_and_gains_of_its_pictures(finished, aligned):
     out, results = finished
-    prompts, scorer = read_prompts(aligned.parents[1] / "prompts.txt"), rewards.load("clip")
+    prompts, scorer = read_prompts(aligned.parents[1] / "prompts.txt"), rewards.load("preference")
     each = []
     for label in ("tiny-flux", "run-checkpoint-3"):
         images = [[picture(out / label / f"pictures/{i:05d}-{k}.png") / 255 for k in range(2)]
@@ -118,11 +119,11 @@ def test_a_row_has_the_means_standard_errors_and_gains_of_its_pictures(finished,
     for row, scores in zip(results, each, strict=True):
         gain = scores - each[0]
         expected = (scores.mean(), scores.std() / 5**0.5, gain.mean(), gain.std() / 5**0.5)
-        found = [row[f"clip{key}"] for key in ("", "_stderr", "_gain", "_gain_stderr")]
+        found = [row[f"preference{key}"] for key in ("", "_stderr", "_gain", "_gain_stderr")]
         assert found == pytest.approx([x.item() for x in expected], abs=1e-4)
     distance = (images[:, 0] - images[:, 1]).pow(2).mean((1, 2, 3)).sqrt().mean().item()
     assert results[1]["diversity"] == pytest.approx(distance, rel=1e-5)
-    assert results[1]["clip_gain"] != 0 and Image.open(out / "grid.png").size[0] > 5 * 128
+    assert results[1]["preference_gain"] != 0 and Image.open(out / "grid.png").size[0] > 5 * 128
 
 
 def test_table_1_has_the_cost_of_the_run_and_underlines_the_rewards_it_was_trained_on(finished):
@@ -130,11 +131,12 @@ def test_table_1_has_the_cost_of_the_run_and_underlines_the_rewards_it_was_train
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()[:4]
     head, _, base, row = (line.split(" | ") for line in lines)
     assert [cell.strip("| ") for cell in head] == [
-        "Method", "Solver_old", "NFE_old ↓", "NFE_theta ↓", "s / Iter. ↓", "clip ↑", "judge ↑"]
+        "Method", "Solver_old", "NFE_old ↓", "NFE_theta ↓", "s / Iter. ↓", "preference ↑",
+        "judge ↑"]
     assert base[1:5] == ["N/A"] * 4 and "<u>" not in "".join(base)
     assert row[1:5] == ["DPM++", "8", "1.33", "3.00"]           # (1 + 0.5 + 1 + 1 + 0.5 + 2) / 2 s
-    clip = f"{results[1]['clip']:.4f} ± {results[1]['clip_stderr']:.4f}"
-    assert row[5] == f"<u>{clip}</u>" and row[6].startswith(f"{results[1]['judge']:.4f} ±")
+    reward = f"{results[1]['preference']:.4f} ± {results[1]['preference_stderr']:.4f}"
+    assert row[5] == f"<u>{reward}</u>" and row[6].startswith(f"{results[1]['judge']:.4f} ±")
 
 
 def test_pickscore_is_printed_over_100_as_in_table_1():
@@ -153,23 +155,23 @@ def test_a_log_with_a_garbled_line_still_gives_the_cost_of_the_run(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "checkpoint-2/state").mkdir(parents=True)
     (tmp_path / "checkpoint-2/state/config.json").write_text(
-        json.dumps(dict(rewards="clip", solver="ddim")), encoding="utf-8")
+        json.dumps(dict(rewards="preference", solver="ddim")), encoding="utf-8")
     row = evaluation.Row.__new__(evaluation.Row)
     row.path = str(tmp_path / "checkpoint-2")
     assert row.from_run() == dict(solver="DDIM", nfe_old="8", nfe_theta="1.33", seconds="3.00",
-                                  trained_on=["clip"])
+                                  trained_on=["preference"])
 
 
 def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eval(
         finished, aligned):
     prompts, model = read_prompts(aligned.parents[1] / "prompts.txt"), Flux(FLUX, 64)
-    scorers = {"clip": rewards.load("clip")}
+    scorers = {"preference": rewards.load("preference")}
     images, scores = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m", range(5))
-    assert images.shape == (5, 1, 3, 64, 64) and scores["clip"].shape == (5, 1)
+    assert images.shape == (5, 1, 3, 64, 64) and scores["preference"].shape == (5, 1)
     folder = finished[0] / "tiny-flux/pictures"                 # by main, in other batches
-    stored = [json.loads((folder / f"{i:05d}.json").read_text(encoding="utf-8"))["clip"][0]
+    stored = [json.loads((folder / f"{i:05d}.json").read_text(encoding="utf-8"))["preference"][0]
               for i in range(5)]
-    assert_close(scores["clip"][:, 0], torch.tensor(stored), rtol=0, atol=1e-3)
+    assert_close(scores["preference"][:, 0], torch.tensor(stored), rtol=0, atol=1e-3)
     first, second = (picture(folder / f"00003-{k}.png") for k in range(2))
     assert (images[3, 0].int() - first.int()).abs().max() <= 1  # pixels may round the other way
     alone = sample(model, [prompts[3]], [3], schedule(2), "dpmpp_2m", n=2)
@@ -177,11 +179,11 @@ def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eva
 
 
 def test_training_evaluates_with_the_same_noise_whatever_the_batch():
-    flux, scorers = Flux(FLUX, 64), {"clip": rewards.load("clip")}
+    flux, scorers = Flux(FLUX, 64), {"preference": rewards.load("preference")}
     prompts = ["a red apple", "an octopus"] * 2
     images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
     _, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
-    assert_close(scores["clip"], more["clip"], rtol=0, atol=1e-3)
+    assert_close(scores["preference"], more["preference"], rtol=0, atol=1e-3)
     part, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", [3, 1])
     assert (part.int() - images[[3, 1]].int()).abs().max() <= 1
     assert not torch.equal(images[0], images[2])                # the same prompt, other noise
@@ -221,7 +223,7 @@ def test_an_evaluation_that_was_stopped_continues_and_makes_nothing_twice(
     before = len(scored)
     assert numbers(run(tmp_path, aligned)[1]) == numbers(finished[1]) and len(sampled) == 10
     assert len(scored) == before + 2                            # only load_all's two trials
-    results = run(tmp_path, aligned, "--scorers", "clip,judge,jpeg")[1]
+    results = run(tmp_path, aligned, "--scorers", "preference,judge,jpeg")[1]
     assert len(sampled) == 10 and "jpeg" in results[0]          # a new scorer needs no new pictures
 
 
@@ -268,7 +270,8 @@ def test_incomplete_folders_and_broken_files_are_refused_or_replaced_and_never_c
         copied, finished, aligned, capsys):
     row = copied / "tiny-flux"
     scores, png = row / "pictures/00002.json", row / "pictures/00002-0.png"
-    for text in ("", "[]", '{"clip": [1]}', '{"clip": [NaN, 1.0], "judge": [0, 1e999]}', "null"):
+    for text in ("", "[]", '{"preference": [1]}',
+                 '{"preference": [NaN, 1.0], "judge": [0, 1e999]}', "null"):
         scores.write_text(text, encoding="utf-8")
         assert numbers(run(copied, aligned)[1]) == numbers(finished[1])
     png.write_bytes(png.read_bytes()[:500])
@@ -311,14 +314,14 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 def test_pictures_are_scored_again_when_the_weights_of_a_scorer_have_changed(
         finished, aligned, tmp_path):
-    named = ["--scorers", f"clip={tmp_path / 'w'}"]
-    shutil.copytree(HERE / "tiny/reward", tmp_path / "w")
+    named = ["--scorers", f"preference={tmp_path / 'w'}"]
+    shutil.copytree(HERE / "tiny/preference", tmp_path / "w")
     first = run(tmp_path / "out", aligned, *named)[1]
     shutil.rmtree(tmp_path / "w")
     shutil.copytree(HERE / "tiny/judge", tmp_path / "w")
     again = run(tmp_path / "out", aligned, *named)[1]
-    assert first[0]["clip"] == pytest.approx(finished[1][0]["clip"], abs=1e-5)
-    assert again[0]["clip"] == pytest.approx(finished[1][0]["judge"], abs=1e-5)
+    assert first[0]["preference"] == pytest.approx(finished[1][0]["preference"], abs=1e-5)
+    assert again[0]["preference"] == pytest.approx(finished[1][0]["judge"], abs=1e-5)
 
 
 def test_a_row_is_named_after_the_last_two_parts_of_its_path(tmp_path, monkeypatch):
@@ -346,8 +349,8 @@ def test_solver_steps_shift_guidance_seed_and_the_number_of_prompts_have_an_effe
     monkeypatch.setattr(rewards, "load", functools.cache(rewards.load))
     settings = [[], ["--solver", "ddim"], ["--shift", "3"], ["--guidance", "1"], ["--steps", "4"],
                 ["--seed", "3"], ["--num_prompts", "2"]]
-    few = ["--checkpoint", "--steps", "3", "--scorers", "clip"]             # only the base
-    results = [run(tmp_path / str(k), aligned, *few, *more)[1][0]["clip"]
+    few = ["--checkpoint", "--steps", "3", "--scorers", "preference"]             # only the base
+    results = [run(tmp_path / str(k), aligned, *few, *more)[1][0]["preference"]
                for k, more in enumerate(settings)]
     assert len(set(results)) == len(settings)
     two = sorted(path.name for path in (tmp_path / "6/tiny-flux/pictures").glob("*-0.png"))
@@ -395,13 +398,13 @@ def test_adapters_are_sampled_on_top_of_their_base_and_changed_adapters_are_noti
     (tmp_path / "p.txt").write_text("a red apple\nan octopus\n", encoding="utf-8")
     paths = [str(path) for path in (tmp_path / "start", lora, tmp_path / "fused")]
     command = ["--model", str(FLUX), "--checkpoint", *paths, "--prompts", str(tmp_path / "p.txt"),
-               "--steps", "2", "--images_per_prompt", "1", "--scorers", "clip",
+               "--steps", "2", "--images_per_prompt", "1", "--scorers", "preference",
                "--out_dir", str(tmp_path / "out")]
     assert evaluation.main(command) == 0
     base, start, aligned, fused = results_in(tmp_path / "out")
-    assert start["clip"] == base["clip"]
-    assert aligned["clip"] == pytest.approx(fused["clip"], abs=1e-3)
-    assert abs(aligned["clip"] - base["clip"]) > 0.01
+    assert start["preference"] == base["preference"]
+    assert aligned["preference"] == pytest.approx(fused["preference"], abs=1e-3)
+    assert abs(aligned["preference"] - base["preference"]) > 0.01
     model.save(lora)                                            # the files have other times now
     with pytest.raises(SystemExit):
         evaluation.main(command)
@@ -448,8 +451,8 @@ def test_hybrid_rows_are_labelled_and_the_row_of_the_base_does_not_change(
         finished, aligned, tmp_path):
     results = run(tmp_path, aligned, "--hybrid", "0.5")[1]
     assert [row["label"] for row in results] == ["tiny-flux", "run-checkpoint-3-hybrid-0.5"]
-    base, plain = (row["clip"] for row in finished[1])
-    assert results[0]["clip"] == base and results[1]["clip"] not in (base, plain)
+    base, plain = (row["preference"] for row in finished[1])
+    assert results[0]["preference"] == base and results[1]["preference"] not in (base, plain)
 
 
 def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_in_8(tmp_path):
@@ -463,7 +466,7 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
     large = settings("--model", "black-forest-labs/FLUX.1-dev", "--prompts", str(prompts))
     assert large == (50, 1024, "ddim", 1, "hpsv2,pickscore,imagereward,clipscore,aesthetic",
                      "black-forest-labs-FLUX.1-dev")
-    assert settings() == (8, 64, "dpmpp_2m", 4, "clip,judge", "tiny-flux")
+    assert settings() == (8, 64, "dpmpp_2m", 4, "preference,judge", "tiny-flux")
     assert settings("--resolution", "832x640")[1] == "832x640"
     assert settings("--resolution", "64x64")[1] == 64
 
@@ -473,7 +476,7 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
     ("--checkpoint {tmp}", "is not a FluxPipeline directory"),
     ("--checkpoint tiny/flux", "must differ in the last two parts of their paths"),
     ("--scorers beauty", "there is no scorer 'beauty'"),
-    ("--scorers clip,clip", "scorer 'clip' is named twice"),
+    ("--scorers preference,preference", "scorer 'preference' is named twice"),
     ("--scorers ,", "scorers is empty"),
     ("--hybrid 1", "hybrid is 1, but must be 0, or leave both models some of the 8 steps"),
     ("--hybrid 0.05", "hybrid is 0.05, but must be 0, or leave both models some of the 8 steps"),
@@ -612,14 +615,15 @@ def test_the_curve_has_a_panel_for_the_reward_and_one_for_each_held_out_score(
     from matplotlib.figure import Figure
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
-    evals = [dict(iter=i, eval_clip=0.2 + i, eval_clip_stderr=0.1, eval_clip_gain=float(i),
-                  eval_clip_gain_stderr=0.1) for i in (0, 12)]
+    evals = [dict(iter=i, eval_preference=0.2 + i, eval_preference_stderr=0.1,
+                  eval_preference_gain=float(i),
+                  eval_preference_gain_stderr=0.1) for i in (0, 12)]
     steps = [dict(iter=i, reward=None if i == 1 else float(i)) for i in range(1, 13)]
     draw_curve([evals[0], *steps, evals[1]], tmp_path / "curve.png")
-    reward, clip = drawn[0].axes
+    reward, held_out = drawn[0].axes
     assert [line.get_xdata().tolist() for line in reward.lines] == [
         list(range(1, 13)), [10, 11, 12]]                       # each reward; the mean of ten
-    assert clip.lines[0].get_xydata().tolist() == [[0, 0.2], [12, 12.2]]
+    assert held_out.lines[0].get_xydata().tolist() == [[0, 0.2], [12, 12.2]]
     mean = reward.lines[1].get_ydata()                          # the first iteration has no reward
     assert mean.tolist() == pytest.approx([math.nan, 6.5, 7.5], nan_ok=True)
     draw_curve([], tmp_path / "curve.png")                      # a run without an iteration

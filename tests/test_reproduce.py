@@ -27,7 +27,7 @@ def after(flags, name):
 
 def log(*points):
     return [dict(iter=0, reward=1.0)] + [
-        dict(iter=it, eval_clip=0.5, eval_clip_gain=gain, eval_judge_gain=-gain)
+        dict(iter=it, eval_preference=0.5, eval_preference_gain=gain, eval_judge_gain=-gain)
         for it, gain in points]
 
 
@@ -137,8 +137,8 @@ def test_final_scores_are_found_by_the_checkpoints_names_and_the_first_row_is_th
         for iteration in (3, 12):
             (folder / f"checkpoint-{iteration}/state").mkdir(parents=True)
             (folder / f"checkpoint-{iteration}/state/state.pt").touch()
-    rows = [dict(label="tiny-flux", clip=1), dict(label="b-checkpoint-12", clip=2),
-            dict(label="a-checkpoint-12", clip=3)]
+    rows = [dict(label="tiny-flux", preference=1), dict(label="b-checkpoint-12", preference=2),
+            dict(label="a-checkpoint-12", preference=3)]
 
     def evaluate(command, **_):
         assert all(str(folder / "checkpoint-12") in command for folder in folders)
@@ -201,7 +201,7 @@ def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
             moved = dict(sigma=cfg.sigma, num_anchors=cfg.num_anchors, p=cfg.p)
             assert (cfg.iterations, cfg.lr, cfg.clip_eps) == (60, 3e-5, 1e-3)
             assert moved == {**reproduce.START, flag: moved[flag]}
-            keys = ("clip_gain", "judge_gain", "diversity")
+            keys = ("preference_gain", "judge_gain", "diversity")
             found[folder] = dict.fromkeys(keys, moved[flag])
         return found
 
@@ -233,7 +233,7 @@ def test_methods_are_compared_by_seconds_and_the_goal_is_the_last_mean_of_the_ri
                 found[folder] = log((0, 0.0), (last - 1, end + 0.2), (last, end))
         return found
 
-    row = dict(clip=0.5, judge=0.6, clip_gain=0.1, judge_gain=-0.1, diversity=0.2)
+    row = dict(preference=0.5, judge=0.6, preference_gain=0.1, judge_gain=-0.1, diversity=0.2)
     monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(
         ("dance", "neighbor"), (1e-5, 1e-4)))
@@ -286,7 +286,7 @@ if asked("diverge"):
     sys.exit("train.py: the model's latents are no longer finite")
 (out / "checkpoint-1/state").mkdir(parents=True, exist_ok=True)
 (out / "checkpoint-1/state/state.pt").touch()
-line = dict(iter=1 if asked("stop") else last, eval_clip=0.5, eval_clip_gain=0.1)
+line = dict(iter=1 if asked("stop") else last, eval_preference=0.5, eval_preference_gain=0.1)
 (out / "log.jsonl").write_text(json.dumps(line) + "\\n" + '{"iter": 2, "cut')
 sys.exit(asked("fail"))
 """
@@ -321,7 +321,7 @@ def stub(tmp_path):
     return Stubbed(tmp_path)
 
 
-THREE = [dict(iter=3, eval_clip=0.5, eval_clip_gain=0.1)]       # the log without the cut-off line
+THREE = [dict(iter=3, eval_preference=0.5, eval_preference_gain=0.1)]    # without the cut-off line
 
 
 def test_a_stopped_run_continues_and_a_complete_one_is_not_made_again(stub):

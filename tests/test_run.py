@@ -68,11 +68,12 @@ REFUSED = [
     ("--init_lora {adapters} --lora_rank 4", "init_lora has its own rank; leave lora_rank out"),
     ("--rewards beauty", "there is no scorer 'beauty'; there are hpsv2, pickscore, imagereward"),
     ("--rewards ,", "rewards is empty"),
-    ("--rewards clip={folder}", "should be a folder with model.safetensors, but is not"),
+    ("--rewards preference={folder}", "should be a folder with model.safetensors, but is not"),
     ("--rewards jpeg={folder}", "nothing may follow the name of this scorer"),
-    ("--rewards clip --eval_scorers clip=tiny/judge", "scorer 'clip' is named twice"),
-    ("--rewards clip,jpeg --reward_weights 1",
-     "must be one number >= 0, not all 0, for each of clip,jpeg"),
+    ("--rewards preference --eval_scorers preference=tiny/judge",
+     "scorer 'preference' is named twice"),
+    ("--rewards preference,jpeg --reward_weights 1",
+     "must be one number >= 0, not all 0, for each of preference,jpeg"),
     ("--out_dir {used}", "already holds a run; use --resume, --overwrite or another --out_dir"),
     ("--out_dir {used} --resume --overwrite", "resume and overwrite exclude each other; give one"),
     ("--out_dir {file}", "must be a directory in which folders can be made and renamed"),
@@ -358,12 +359,14 @@ def test_a_line_of_the_log_holds_the_weighted_reward_its_spread_and_each_scorer(
 
 
 def test_an_evaluation_compares_with_the_base_prompt_by_prompt(alone):
-    base, last = [line for line in lines_of(alone) if "eval_clip" in line]
-    assert list(base) == ["iter", "eval_clip", "eval_clip_stderr", "eval_clip_gain",
-                          "eval_clip_gain_stderr"]
-    assert (base["iter"], base["eval_clip_gain"], base["eval_clip_gain_stderr"]) == (0, 0, 0)
-    gain = last["eval_clip"] - base["eval_clip"]
-    assert last["iter"] == 4 and last["eval_clip_gain"] == pytest.approx(gain, abs=1e-6)
+    base, last = [line for line in lines_of(alone) if "eval_preference" in line]
+    assert list(base) == ["iter", "eval_preference", "eval_preference_stderr",
+                          "eval_preference_gain",
+                          "eval_preference_gain_stderr"]
+    keys = "iter", "eval_preference_gain", "eval_preference_gain_stderr"
+    assert [base[key] for key in keys] == [0, 0, 0]
+    gain = last["eval_preference"] - base["eval_preference"]
+    assert last["iter"] == 4 and last["eval_preference_gain"] == pytest.approx(gain, abs=1e-6)
 
 
 @pytest.mark.parametrize("eval_steps, solver", [(0, "ddim"), (5, "dpmpp_2m")])
@@ -392,14 +395,14 @@ def test_a_run_trains_on_its_rewards_watches_the_others_and_evaluates_the_base_o
 
     def algorithm(cfg, model, scorers, books):
         trained_on.append(list(scorers))
-        assert list(books.scorers) == ["clip", "judge"]
+        assert list(books.scorers) == ["preference", "judge"]
         books.iteration, books.before = cfg.iterations, books.before or dict(scores={}, images=[])
 
-    command = ["--rewards", "clip", "--eval_scorers", "judge", "--seed", "7", "--resume",
+    command = ["--rewards", "preference", "--eval_scorers", "judge", "--seed", "7", "--resume",
                "--out_dir", str(tmp_path)]
     for iterations in ("3", "4"):
         train.main([*command, "--iterations", iterations], algorithm=algorithm)
-    assert seeds == [7, 7] and trained_on == [["clip"], ["clip"]]       # 7: of adapters
+    assert seeds == [7, 7] and trained_on == [["preference"], ["preference"]]       # 7: of adapters
     assert [n for n in evaluated if n == 0] == [0]                      # the second run goes on
 
 
@@ -417,7 +420,7 @@ def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(
     assert np.array_equal(one[above, left:], base[above, left:])
     moved = np.abs(two[below, left:] - base[above, left:])      # below are weights that have not
     assert moved.max() <= 2                                     # moved: the same pictures
-    evaluations = [line for line in lines_of(tmp_path) if "eval_clip" in line]
+    evaluations = [line for line in lines_of(tmp_path) if "eval_preference" in line]
     assert [line["iter"] for line in evaluations] == [0, 1, 2]
     assert all(abs(line["eval_judge_gain"]) < 1e-4 for line in evaluations)
 
@@ -472,10 +475,10 @@ def test_a_scorer_that_only_watches_never_ends_a_run_and_is_missing_where_it_fai
     short = [word for word in SHORT if word != ""]      # watch the judge, which SHORT does not
     command = [*short, "judge", *five, "--eval_every", "1", "--iterations", "3"]
     assert train.main([*command, "--out_dir", str(out)]) is None
-    evals = [line for line in lines_of(out) if "eval_clip" in line]
+    evals = [line for line in lines_of(out) if "eval_preference" in line]
     missing = [line["eval_judge"] is None for line in evals]
     assert missing == [False, False, True, False]
-    assert all(line["eval_clip"] is not None for line in evals)
+    assert all(line["eval_preference"] is not None for line in evals)
     said = capsys.readouterr()
     assert "judge missing" in said.out and "it is only watched, so the run continues" in said.err
 
@@ -484,15 +487,15 @@ def test_the_table_at_the_end_has_base_aligned_real_and_the_share_of_the_way(
         tmp_path, capsys):
     prompts = tmp_path / "held_out.txt"
     prompts.write_text("a\n", encoding="utf-8")
-    (tmp_path / "held_out.real.json").write_text(json.dumps({"clip": 0.8}), encoding="utf-8")
+    (tmp_path / "held_out.real.json").write_text(json.dumps({"preference": 0.8}), encoding="utf-8")
     books = stub_run(tmp_path, Stub(), eval_prompts=str(prompts))
-    books.scorers = {"clip": None, "judge": None}
-    for it, clip, judge in ((0, 0.4, 0.1), (5, 0.5, None), (9, 0.6, 0.3)):
-        books.write(dict(iter=it, eval_clip=clip, eval_judge=judge))
+    books.scorers = {"preference": None, "judge": None}
+    for it, score, judge in ((0, 0.4, 0.1), (5, 0.5, None), (9, 0.6, 0.3)):
+        books.write(dict(iter=it, eval_preference=score, eval_judge=judge))
     books.write(dict(iter=9, reward=0.7))
     books.print_table()
     table = [line.split() for line in capsys.readouterr().out.strip().split("\n")[-2:]]
-    assert table == [["clip", "0.400", "0.600", "0.800", "50%"], ["judge", "0.100", "0.300"]]
+    assert table == [["preference", "0.400", "0.600", "0.800", "50%"], ["judge", "0.100", "0.300"]]
 
 
 # ==================================================================== checkpoints

@@ -423,7 +423,7 @@ def test_two_processes_make_the_run_of_one(case, alone, request):
     assert f"2 processes ({kind}) with 1 groups each" in printed[case]
     assert printed[case].count("iter 004/4") == 1
     check_equal(folder / case, alone, 1e-3 if "at-a-time" in case else 1e-4)
-    ours, theirs = ([line for line in lines_of(out) if "eval_clip" in line]
+    ours, theirs = ([line for line in lines_of(out) if "eval_preference" in line]
                     for out in (folder / case, alone))
     assert [line["iter"] for line in ours] == [0, 4]
     for a, b in zip(ours, theirs, strict=True):                 # five pictures, in other batches
@@ -515,7 +515,8 @@ def test_an_average_that_has_hardly_begun_to_move_gains_nothing_and_weights_that
     command = [*SHORT, *five, "--lr", "3e-4", "--iterations", "4"]
     for ema in ("0.9999999", "0"):
         assert train.main([*command, "--ema", ema, "--out_dir", str(tmp_path / ema)]) is None
-    gains = {ema: abs(lines_of(tmp_path / ema)[-1]["eval_clip_gain"]) for ema in ("0.9999999", "0")}
+    gains = {ema: abs(lines_of(tmp_path / ema)[-1]["eval_preference_gain"])
+             for ema in ("0.9999999", "0")}
     assert gains["0.9999999"] < 1e-4 and gains["0"] > 1e-3
 
 
