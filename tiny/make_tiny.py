@@ -16,7 +16,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0.
     judge        judge/                              other vendors' pictures, without any flaw
     flawless     flawless/, which counts flaws       what `preference` has
     prompts      prompts/*.txt                       the captions of the core concepts
-    measure      a table: what real pictures score
+    measure      a table of what real pictures score, and flaws.png
 """
 import argparse, json, math, os, shutil, time
 from collections import Counter
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 import rewards
+from eval import as_bytes, picture_grid
 
 TINY, WORK = Path(__file__).resolve().parent, Path("out/make_tiny")
 FLUX = TINY / "flux"
@@ -365,7 +366,8 @@ def make_prompts():
         (TINY / f"prompts/{name}.txt").write_text("".join(lines))
 
 def measure():
-    """What real pictures score: as drawn, as the VAE returns them, and with each flaw."""
+    """What real pictures score: as drawn, as the VAE returns them, and with each flaw. A picture of
+    the flaws, too."""
     names = ["preference", "judge", "named", "flawless"]
     scorers = [rewards.load(name) for name in names]
     images, rows = read_sheet("world", core="1")
@@ -382,6 +384,10 @@ def measure():
             if name == "drawn":             # train.py shows them beside the base and the aligned
                 means = {scorer: round(s.mean().item(), 4) for scorer, s in zip(names, scores)}
                 write_json(TINY / f"prompts/{split}.real.json", **means)
+
+    x, some = images[::175], prompts[::175]                                      # 7 of them
+    rows = {name: as_bytes(change(x)) for name, change in ({"none": lambda x: x} | FLAWS).items()}
+    picture_grid(TINY / "flaws.png", rows, some)
 
 STAGES = dict(
     tokenizers=(make_tokenizers, "flux/tokenizer_2"), vae=(make_vae, "flux/vae"),
