@@ -26,8 +26,9 @@ from prompts import evenly_spaced, read_prompts
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
-SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="preference,judge",
-             images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
+SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"),
+             scorers="preference,judge,named,flawless", images_per_prompt=4,
+             solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic",
              images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution="1024", batch=4)
 TITLES = dict(hpsv2="HPSv2.1", pickscore="Pick / 100", imagereward="Img.Rwd.", clipscore="CLIP",

@@ -10,6 +10,8 @@ compares it with.
     table3             the cost of an iteration: network evaluations, which are counted, and
                        seconds, which are measured in turns within one process
     table4, 5, 6       sigma, B and p around (0.5, 4, 2), the paper's starting point (Sec. 4.2)
+    settings           tau, updates in an iteration, the literal old anchor
+    rewards            trained on the preference, on the judge, or on both
     figure4            which groups get more weight from the quasi-norm, and which less
     figure5            reward against iterations and against seconds
     figure8            a rollout group before and after alignment
@@ -35,7 +37,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import rewards, train
-from eval import diversity, label_of, picture_grid, sample
+from eval import as_bytes, diversity, label_of, picture_grid, sample
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from paper import bench
@@ -67,6 +69,12 @@ SWEEPS = {"table4": ("sigma", (1.0, 0.5, 0.3, 0.1)),
           "table5": ("num_anchors", (2, 4, 8, 12)),
           "table6": ("p", (2.0, 1.0, 0.8, 0.5))}
 IN_TABLE2 = {2.0: OURS_2, 0.8: OURS_08}         # {p: the method of Table 2 with the same runs}
+VARIANTS = {            # Neighbor GRPO with 8 steps as it is, and with other settings
+    "settings": {"as it is": "", "tau 1": "--tau 1", "1 update": "--updates_per_iteration 1",
+                 "4 updates": "--updates_per_iteration 4",
+                 "literal old anchor": "--old_anchor rollout"},
+    "rewards": {"preference": "", "judge": "--rewards judge --eval_scorers preference",
+                "both": "--rewards preference,judge --eval_scorers flawless"}}
 PAPER_BASE = 0.310, 0.389
 PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward (Table 1: one of three), CLIP never
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382),
@@ -388,6 +396,34 @@ def ablation(args, name):
                 commands=[line for each in jobs.values() for line in commands(each)])
     return head, rows, data, caption
 
+def variants(args, name):
+    """What other settings, or other rewards, do to Neighbor GRPO with 8 steps; equal iterations."""
+    (rate, clip), jobs = tuned(args)["neighbor"], {}
+    for label, flags in VARIANTS[name].items():
+        jobs[label] = dict(job(args, OURS, seed, rate, clip, args.iterations, flags.split())
+                           for seed in range(args.seeds))
+    ends = finals(args, run_all(args, *jobs.values()))
+    keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
+            "diversity": ""}
+    rows = [["base", *(f"{ends['base'][key]:.3f}" if key in ends["base"] else "" for key in keys)]]
+    rows += [[label, *(shown([ends[folder][key] for folder in each], 3, sign)
+                       for key, sign in keys.items())] for label, each in jobs.items()]
+    known, strips = read_prompts(HELD_OUT), {}
+    chosen = evenly_spaced(len(known), 8)
+    paths = {"base": HERE / "tiny/flux",
+             **{label: checkpoints(next(iter(each)))[-1] for label, each in jobs.items()}}
+    for label, path in paths.items():
+        model = Flux(str(path), 64, frozen=True)
+        strips[label] = as_bytes(sample(model, [known[i] for i in chosen], chosen, schedule(16),
+                                        "dpmpp_2m"))
+    picture_grid(args.results / f"{name}.png", strips, [known[i] for i in chosen])
+    caption = (f"{OURS}, except as named; {args.iterations} iterations each, lr {rate:g}, clip "
+               f"{clip:g}. {ERRORS} The picture: the same held-out prompts and noises, seed 0.")
+    head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity"]
+    data = dict(ends={label: [ends[folder] for folder in each] for label, each in jobs.items()},
+                commands=[line for each in jobs.values() for line in commands(each)])
+    return head, rows, data, caption
+
 # ------------------------------------------------------------------------------------------------
 # The figures
 
@@ -495,6 +531,7 @@ def finish(figure, path):
 
 RESULT_OF = {"table3": table3, "tune": tune, "table1": table1, "table2": table2,
         **{name: lambda args, name=name: ablation(args, name) for name in SWEEPS},
+        **{name: lambda args, name=name: variants(args, name) for name in VARIANTS},
         "figure4": figure4, "figure5": figure5, "figure8": figure8}
 
 def main(argv=None):
