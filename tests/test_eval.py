@@ -466,7 +466,8 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
     large = settings("--model", "black-forest-labs/FLUX.1-dev", "--prompts", str(prompts))
     assert large == (50, 1024, "ddim", 1, "hpsv2,pickscore,imagereward,clipscore,aesthetic",
                      "black-forest-labs-FLUX.1-dev")
-    assert settings() == (8, 64, "dpmpp_2m", 4, "preference,judge", "tiny-flux")
+    small = settings()
+    assert small == (8, 64, "dpmpp_2m", 4, "preference,judge,named,flawless", "tiny-flux")
     assert settings("--resolution", "832x640")[1] == "832x640"
     assert settings("--resolution", "64x64")[1] == 64
 
