@@ -402,7 +402,7 @@ def test_a_run_trains_on_its_rewards_watches_the_others_and_evaluates_the_base_o
                "--out_dir", str(tmp_path)]
     for iterations in ("3", "4"):
         train.main([*command, "--iterations", iterations], algorithm=algorithm)
-    assert seeds == [7, 7] and trained_on == [["clip"], ["clip"]]       # 7: for adapters
+    assert seeds == [7, 7] and trained_on == [["preference"]] * 2       # 7: for adapters
     assert [n for n in evaluated if n == 0] == [0]                      # the second one resumes
 
 
@@ -420,7 +420,7 @@ def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(
     assert np.array_equal(one[above, left:], base[above, left:])
     moved = np.abs(two[below, left:] - base[above, left:])      # the aligned model is below; its
     assert moved.max() <= 2                                     # weights have hardly moved
-    evaluations = [line for line in lines_of(tmp_path) if "eval_clip" in line]
+    evaluations = [line for line in lines_of(tmp_path) if "eval_preference" in line]
     assert [line["iter"] for line in evaluations] == [0, 1, 2]
     assert all(abs(line["eval_judge_gain"]) < 1e-4 for line in evaluations)
 
