@@ -613,8 +613,8 @@ class Config(train.Config):
     eta: float = option(0.0, "strength of the noise (Eq. 12)", "[0, 100]")
     own_noise: bool = option(False, "every candidate begins at its own noise, not at its group's")
     noisy_end: bool = option(False, "the last step has noise, too; it is not trained")
-    window: int = option(0, "SDE steps in a window, which ends before T-1; 0: all but the last",
-                         "[0, inf)")
+    window: int = option(0, "SDE steps in a window, which ends before T-1; 0: all but the last "
+                         "(noisy_end: all)", "[0, inf)")
     window_every: int = option(0, "iterations after which the window, or the pruned depths, move "
                                "by one step; 0: never", "[0, inf)")
     compress: float = option(1.0, "flash: the share of the steps after the window that remain",

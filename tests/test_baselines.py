@@ -464,7 +464,7 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
 def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(
         method, nfe_old, nfe_theta, tmp_path):
     """MixGRPO trains 4 steps in its code and paper (14 in this paper's Table 3). BranchGRPO: the
-    network sees 203 nodes, and 218 edges are trained. It published 13.68 for both. DiffusionNFT has
+    network sees 203 nodes, and 218 edges are trained (published: 13.68 for both). DiffusionNFT has
     10 steps and 9 trained points, which the old policy sees too. FDFO trains every step."""
     model = Stub()
     line, = train_stub(tmp_path, model, method, prompts_per_iteration=2)

@@ -69,7 +69,7 @@ def results_in(out):
 
 
 def numbers(results, digits=6):
-    """The numbers of the tables, rounded: the last bit of a score may depend on its batch."""
+    """The numbers of the tables, rounded, because the last bits of a score depend on its batch."""
     return [{key: round(value, digits) for key, value in row.items()
              if key.startswith(("preference", "judge", "diversity"))} for row in results]
 
@@ -178,8 +178,8 @@ def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eva
     assert (alone * 255 - torch.stack([first, second])).abs().max() <= 1
 
 
-def test_training_evaluates_with_the_same_noise_whatever_the_batch():
-    flux, scorers = Flux(FLUX, 64), {"preference": rewards.load("preference")}
+def test_training_evaluates_with_the_same_noise_for_every_batch():
+    flux, scorers = Flux(FLUX, 64), {"clip": rewards.load("clip")}
     prompts = ["a red apple", "an octopus"] * 2
     images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
     _, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
@@ -204,7 +204,7 @@ def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of
 # ------------------------------------------------------------------------------------------------
 # files in --out_dir
 
-def test_an_evaluation_that_was_stopped_continues_and_makes_nothing_twice(
+def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
         finished, aligned, tmp_path, monkeypatch, sampled):
     scored, score = [], rewards.Judge.score
 
@@ -503,7 +503,7 @@ def test_eval_refuses_bad_settings_in_one_sentence_before_anything_is_loaded(
     assert exit.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_bad_settings_are_printed_by_process_0_only_whichever_process_finds_them(
+def test_only_process_0_prints_bad_settings_even_if_another_process_finds_them(
         tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "RANK", 1)
     for bad in (["--steps", "0"], ["--steps", "many"], ["--nothing"]):
@@ -579,7 +579,7 @@ class Letters:
     ("a tiny-checkpoint b", ["a", "tiny-c", "heckpo", "int b"]),
     ("bigger cat", ["bigger", "cat"]),
 ])
-def test_lines_break_at_spaces_and_words_only_where_they_must(text, lines):
+def test_lines_break_at_spaces_and_inside_a_word_only_if_it_is_too_long(text, lines):
     assert wrap_text(text, 60, Letters()) == lines
 
 

@@ -381,7 +381,7 @@ def test_a_stop_signal_is_passed_to_the_runs_and_they_end_by_themselves(stub):
 @pytest.mark.slow
 def test_the_printed_command_makes_a_real_run_from_the_root(tmp_path):
     """The run is one iteration of MixGRPO."""
-    words = "--num_rollout_steps 5 --prompts_per_iteration 1 --resolution 32 --group_size 4".split()
+    words = "--num_rollout_steps 6 --prompts_per_iteration 1 --resolution 32 --group_size 4".split()
     folder, (script, flags) = reproduce.job(settings(tmp_path), "MixGRPO", 0, 1e-5, 1e-4, 1, words)
     prompts = tmp_path / "two.txt"
     prompts.write_text("a dog\na cat\n")
