@@ -179,7 +179,7 @@ def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eva
 
 
 def test_training_evaluates_with_the_same_noise_for_every_batch():
-    flux, scorers = Flux(FLUX, 64), {"clip": rewards.load("clip")}
+    flux, scorers = Flux(FLUX, 64), {"preference": rewards.load("preference")}
     prompts = ["a red apple", "an octopus"] * 2
     images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
     _, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
