@@ -271,8 +271,8 @@ def test_a_step_of_the_ladder_does_what_its_name_says():
         assert ("cuDNN" in name) == (change is bench.cudnn_attention)
 
 
-def test_cudnns_attention_reaches_every_block(load):
-    model = load(train.parse_config(["--out_dir", "never", "--lora_rank", "1"]))
+def test_cudnns_attention_reaches_every_block(load, tmp_path):
+    model = load(train.parse_config(["--out_dir", str(tmp_path / "run"), "--lora_rank", "1"]))
     try:
         bench.cudnn_attention(model)
         found = {block.attn.processor._attention_backend.value for block in model.blocks()}
