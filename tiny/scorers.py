@@ -51,7 +51,7 @@ def to_64(pixels):
 
 
 class Preference(Shipped, Cosine):
-    """Cosine of picture and caption in a small CLIP (open_clip's model, 1.9 M parameters). It
+    """Cosine of picture and caption in a small CLIP (open_clip's model, 0.8 M parameters). It
     learnt to reject flawed and unfinished pictures, as HPSv2 learnt from people. About 0 to 0.8."""
     home = HERE / "preference"
 
