@@ -353,7 +353,7 @@ class Run:
             return dict(scores, images=images)
         with self.averaged():
             scores = share_work(n, sample_and_score)                    # {name: (n, 1)}
-        images, show = scores.pop("images"), evenly_spaced(n, 8)        # (n, 1, 3, H, W)
+        images, show = scores.pop("images"), evenly_spaced(n, 12)       # (n, 1, 3, H, W)
         self.evaluated = self.iteration
         self.before = self.before or dict(images=images[show, 0], scores=scores)
         line, said = dict(iter=self.iteration), []

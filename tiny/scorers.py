@@ -74,7 +74,7 @@ class Preference(Shipped, Cosine):
 
 
 class Judge(Preference):
-    """Cosine of picture and caption in another small CLIP (0.7 M, another architecture). It saw
+    """Cosine of picture and caption in another small CLIP (0.8 M, another architecture). It saw
     only the emoji of two other vendors, all of them without a flaw. So if the judge rises, the
     model has not merely learnt the weak points of the reward. About 0 to 0.8."""
     home = HERE / "judge"
