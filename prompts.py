@@ -1,21 +1,21 @@
 """
-Prompts from files, and an even choice of some of them. `read_prompts` takes
+Read prompts from files, and choose some of them evenly. `read_prompts` takes
 
-    a text file       one prompt a line, commas and all
-    JSON, JSON Lines  strings, or objects with a "prompt", as HPDv2 and GenEval publish them
-    csv, tsv          a table with a column named prompt or prompts, as PartiPrompts and DrawBench;
-                      a text file that is such a table is read as one, too
+    a text file       one prompt per line, which may have commas
+    JSON, JSON Lines  strings, or objects with a "prompt", as in HPDv2 and GenEval
+    csv, tsv          a table with a column named prompt or prompts, as in PartiPrompts and
+                      DrawBench; a text file with such a table is read as a table, too
     a folder          its .json files, in the order of their names
-    hpdv2_train, hpdv2_test     the published prompts of HPDv2, from where HPDV2 says
+    hpdv2_train, hpdv2_test     the published prompts of HPDv2, in the places that HPDV2 names
 
-In all of them, a prompt that occurs several times in a file counts once (HPDv2's train.json names
-each of its prompts several times), in the place of its first occurrence. Blank lines do not count,
-and a byte order mark, spaces and zero-width characters around a prompt are left out.
+A prompt that occurs several times in a file counts once, in the place of its first occurrence
+(HPDv2's train.json has each of its prompts several times). Blank lines do not count. A byte order
+mark, and spaces and zero-width characters around a prompt, are removed.
 """
 import contextlib, csv, io, json, re
 from pathlib import Path
 
-HPDV2 = {       # where it is looked for, what it should be, and how to get it
+HPDV2 = {       # name: (its place, what it contains, how to download it)
     "hpdv2_test": ("hpdv2/benchmark",
                    "the 3,200 prompts of anime, concept-art, paintings and photo.json",
                    'zhwang/HPDv2 --include "benchmark/*.json"'),
@@ -23,23 +23,23 @@ HPDV2 = {       # where it is looked for, what it should be, and how to get it
 }
 INVISIBLE = r"[\s\u200b-\u200f\u2060\ufeff]+"       # spaces; zero-width characters
 EDGES = re.compile(f"^{INVISIBLE}|{INVISIBLE}$")
-FIRST = 20                                          # lines that show what kind of file it is
+FIRST = 20                                          # lines that decide the kind of a file
 
 
 def read_prompts(source):
-    """The prompts of a file, a folder or a name, see above -> a list of strings.
+    """The prompts of a file, a folder or one of the two names above -> a list of strings.
 
-    ValueError, in one sentence: a file that is missing, empty, not UTF-8, or not one of these
-    kinds; above all a table without a column named prompt, whose every line would look like a
+    ValueError, in one sentence, if a file is missing, empty, not UTF-8, or of another kind. This
+    includes a table without a column named prompt: each of its lines would otherwise become a
     prompt.
     """
     if not source:
         raise ValueError("prompts is empty; name a text file with one prompt a line, or "
                          "hpdv2_train")
-    where, what, command = HPDV2.get(source, (source, "", ""))
-    path, found = Path(where), []
+    place, content, command = HPDV2.get(source, (source, "", ""))
+    path, found = Path(place), []
     if command and not path.exists():
-        raise ValueError(f"{source} should be {what} in {where}, and is not there; get it by: "
+        raise ValueError(f"{place} does not exist; it should have {content}; download it with: "
                          f"hf download --repo-type dataset {command} --local-dir hpdv2")
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
@@ -47,20 +47,20 @@ def read_prompts(source):
             found += dict.fromkeys(map(visible, parse_prompts(text, file.suffix.lower())))
         except (OSError, ValueError, csv.Error, RecursionError) as error:
             said = getattr(error, "strerror", None) or " ".join(str(error).split())
-            if type(error) is not ValueError:       # of the system, a decoder or a parser
+            if type(error) is not ValueError:       # not one of the sentences below
                 said += ("; it must be a UTF-8 text file with one prompt a line, JSON, or a table "
                          "with a column named prompt")
             raise ValueError(f"{file} is not a prompt file: {said}") from None
     prompts = [prompt for prompt in found if prompt]
     if not prompts:
-        raise ValueError(f"{source} holds no prompt")
+        raise ValueError(f"{source} has no prompts")
     return prompts
 
 
 def parse_prompts(text, suffix):
     if suffix in (".json", ".jsonl", ".ndjson"):
         return from_json(text)
-    if text.lstrip().startswith(("{", "[")):        # perhaps JSON under another name
+    if text.lstrip().startswith(("{", "[")):        # perhaps JSON with another suffix
         with contextlib.suppress(json.JSONDecodeError):
             return from_json(text)
     return from_text(text, suffix)
@@ -72,7 +72,7 @@ def visible(text):
 
 
 def from_json(text):
-    """The prompts of a JSON list, or of JSON Lines: one value a line."""
+    """The prompts of a JSON list, or of JSON Lines: one value per line."""
     try:
         items = json.loads(text)
         items = items if isinstance(items, list) else [items]
@@ -80,7 +80,7 @@ def from_json(text):
         items = [json.loads(line) for line in text.split("\n") if visible(line)]
     found = []
     for item in items:
-        if isinstance(item, dict):                  # some write Prompt
+        if isinstance(item, dict):                  # the key may be Prompt
             item = next((value for key, value in item.items() if key.lower() == "prompt"), None)
         if not isinstance(item, str):
             raise ValueError("it is JSON, but an entry has no prompt")
@@ -89,7 +89,7 @@ def from_json(text):
 
 
 def from_text(text, suffix):
-    """The prompts of a table, if the file is one or is named like one; else one a line."""
+    """The prompts of a table, if the file is a table or has its suffix. Else one per line."""
     lines = [line for line in map(visible, text.split("\n")) if line]
     header = lines[0] if lines else ""
     delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=header.count)
@@ -100,7 +100,7 @@ def from_text(text, suffix):
         return lines
     if not named:
         raise ValueError("it looks like a table, but its first line, "
-                         f"{header[:60]!r}, names no column prompt")
+                         f"{header[:60]!r}, has no column named prompt")
     return from_table(text, delimiter, len(names), named[0])
 
 
@@ -109,8 +109,8 @@ def cells_of(line, delimiter):
 
 
 def is_table(lines, delimiter):
-    """Whether these first lines have tabs, or several columns with no space after the commas, the
-    same number in each line. Prompts with commas have spaces, and more commas in some lines."""
+    """Whether a line has a tab, or all lines have the same number (2 or more) of columns and no
+    space after a comma. Prompts have spaces there, and more commas in some lines."""
     cells = [cells_of(line, delimiter) for line in lines]
     columns = len(cells) > 1 and len(cells[0]) > 1 and len({len(row) for row in cells}) == 1
     spaces = any(cell.startswith(" ") for row in cells for cell in row)
@@ -133,7 +133,7 @@ def from_table(text, delimiter, width, column):
 
 
 def evenly_spaced(n, most):
-    """The indices of at most `most` of n prompts, evenly spaced. Pictures that are shown are chosen
-    by this rule, so nobody picks the good ones."""
+    """The indices of at most `most` of n prompts, evenly spaced. This rule also chooses the
+    pictures that we show, so nobody can pick the good ones."""
     count = min(n, most)
     return [int((i + 0.5) * n / count) for i in range(count)]

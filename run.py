@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 import rewards
-from eval import draw_curve, evaluate, mean_and_stderr, picture_grid
+from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log
 from machine import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
                      share_work, start_watchers, state_of, stopping, whole_weights)
 from model import check_model, is_lora, parse_resolution
@@ -136,15 +136,6 @@ def checkpoints(out):
     found = [path.parents[1] for path in Path(out).glob("checkpoint-*/state/state.pt")]
     found = {path.name.removeprefix("checkpoint-"): path for path in found}
     return [found[n] for n in sorted(filter(str.isdigit, found), key=int)]
-
-def read_log(out):
-    """The lines of a run's log, without those that a crash cut off or garbled."""
-    path, found = Path(out) / "log.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError, TypeError):
-            found.append(dict(json.loads(line)))
-    return found
 
 def discard(path):
     """Delete, but rename first: a half-deleted folder must not pass for a checkpoint."""

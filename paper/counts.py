@@ -1,6 +1,6 @@
 """
-Operations and memory of FLUX, counted without a GPU: the networks are run with tensors that have
-shapes but no numbers. `python -m paper.bench floor` and `memory` print the tables.
+Operations and memory of FLUX, counted without a GPU: the networks run on tensors that have shapes
+but no numbers. `python -m paper.bench floor` and `memory` print the tables.
 """
 import weakref
 import torch
@@ -20,22 +20,22 @@ VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_c
 
 def operations(config, tokens, text, rank=0, recomputed=0):
     """Floating point operations of a transformer for one latent -> (forward, forward and backward).
-    torch counts them on tensors without numbers: on a CPU it would miss those of attention. Only
-    matrix products count."""
+    Only matrix products count. torch counts them on tensors without numbers, because on a CPU it
+    would miss those of attention."""
     with torch.device("meta"):
         net = FluxTransformer2DModel.from_config(config).requires_grad_(not rank)
-    if rank:                                    # the backward pass then costs as much as the
-        add_lora(net, rank)                     # forward pass; with all weights twice as much
+    if rank:                                    # then the backward pass costs as much as the
+        add_lora(net, rank)                     # forward pass, else twice as much
     inputs = inputs_of(net.config, 1, tokens, text, torch.float32)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         net(**inputs)
-    recompute(net, recomputed)                  # is counted too
+    recompute(net, recomputed)                  # this is counted, too
     with FlopCounterMode(display=False) as both:
         net(**inputs)[0].mean().backward()
     return forward.get_total_flops(), both.get_total_flops()
 
 def inputs_of(config, n, tokens, text, dtype):
-    """What the network is called with for n latents, without numbers."""
+    """The arguments of the network for n latents, without numbers."""
     def empty(*shape):
         return torch.empty(*shape, dtype=dtype, device="meta")
     return dict(hidden_states=empty(n, tokens, config.in_channels), timestep=empty(n),
@@ -45,7 +45,7 @@ def inputs_of(config, n, tokens, text, dtype):
                 img_ids=empty(tokens, 3), txt_ids=empty(text, 3), return_dict=False)
 
 def decoding(vae, side):
-    """Operations of making one picture from a latent of side x side."""
+    """Operations of decoding one picture from a latent of side x side."""
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(vae.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -56,8 +56,8 @@ def decoding(vae, side):
 # Memory
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside and are still alive. `peak`: the most that
-    there ever were."""
+    """Counts the bytes of tensors that were made inside the context and are still alive. `peak` is
+    the largest count."""
 
     def __init__(self, network):
         super().__init__()
@@ -80,8 +80,8 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 def working_set(net, call, train):
-    """Peak bytes of a forward pass, or of one and its backward pass, beyond the weights and their
-    gradients."""
+    """Peak bytes of a forward pass, or with `train` also of its backward pass, without the weights
+    and their gradients."""
     for w in net.parameters():
         if w.requires_grad:
             w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
@@ -92,15 +92,15 @@ def working_set(net, call, train):
     return live.peak
 
 def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
-    """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev by --preset dpm8 (720x720, b
-    anchors in a forward pass), with the paper's three rewards. -> head and rows of a table."""
+    """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev with --preset dpm8 (720x720, b
+    anchors in a forward pass) and the paper's three rewards. -> head and rows of a table."""
     def flux(trained):
         with torch.device("meta"):
             net = FluxTransformer2DModel(guidance_embeds=True)
         return net.bfloat16().requires_grad_(trained)
 
     def call(net, M, batch):
-        """Calls for M latents, `batch` at a time."""
+        """A function that calls the network for M latents, `batch` at a time."""
         inputs = inputs_of(net.config, batch, tokens, text, torch.bfloat16)
         return lambda: torch.cat([net(**inputs)[0] for _ in range(M // batch)])
 
@@ -132,13 +132,13 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
           f"with checkpointing, {lora_kept / 1e9:.0f} or {full_kept / 1e9:.0f} without\n")
     rows = []
 
-    def row(what, gpus, weights, trained, roll, step, frozen=encoders):
-        stay, come = (weights, trained, frozen, scorers), (roll, step)
-        rows.append([what, gpus, *(f"{part / 1e9:.1f}" for part in (*stay, *come)),
-                     f"{(sum(stay) + max(come)) / 1e9:.0f}"])
+    def row(settings, gpus, weights, trained, roll, step, frozen=encoders):
+        always, temporary = (weights, trained, frozen, scorers), (roll, step)
+        rows.append([settings, gpus, *(f"{part / 1e9:.1f}" for part in (*always, *temporary)),
+                     f"{(sum(always) + max(temporary)) / 1e9:.0f}"])
 
     weights = 2 * n + 4 * adapters
-    for gpus in (1, 8, 32):                     # with DDP its buckets hold the gradients once more
+    for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
         row(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters,
             max(rollout, decode), lora)
     row(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
@@ -146,8 +146,8 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     row("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
         max(rollout_by_4, decode / G * 4), lora_by_4, vae_size)
     row("all weights", 1, 4 * n, 12 * n, rollout, full)
-    for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, and
-        row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients leave in float32
+    for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
+        row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
             rollout + 2 * block * 2, full + 2 * block * (2 + 4))
         row("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
             rollout + 2 * n, full + (2 + 4) * n)

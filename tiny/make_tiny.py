@@ -1,9 +1,9 @@
 """
 Makes tiny/: a small but complete FLUX pipeline, a reward model and a judge, trained from scratch on captioned emoji.
 
-    python make_tiny.py                 # every stage that is not there yet; each can be interrupted and started again
-    python make_tiny.py --stages clip judge --force                   # write these again
-    python make_tiny.py --stages flux --flux_steps 3000 --force       # a generator that was trained for longer
+    python -m tiny.make_tiny                 # every stage that is not there yet; each can be interrupted and started again
+    python -m tiny.make_tiny --stages clip judge --force                   # write these again
+    python -m tiny.make_tiny --stages flux --flux_steps 3000 --force       # a generator that was trained for longer
 
 Nobody has to run this: its results are in the repository. It is here so that they can be checked and changed.
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0, as everywhere in this project.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -33,7 +33,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from open_clip.model import CLIP
 import rewards
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().parent
 FLUX, WORK = TINY / "flux", Path("out/make_tiny")
 STYLES = ["3d", "flat", "noto", "twemoji", "blob"]
 TEXT_LENGTH = 16                                                           # tokens of a prompt, in every text encoder here
