@@ -18,7 +18,8 @@
 #         requests urllib3 charset_normalizer idna certifi torchao==0.18.0
 set -u
 cd "$(dirname "$0")/.."
-CALL=${1:-first} DEVICE=${DEVICE:-cuda} OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python}
+CALL=${1:-first} DEVICE=${DEVICE:-cuda} OUT=${OUT:-out/gpu}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 LIMIT=${LIMIT:-540}             # seconds, of all steps together
 PATIENCE=1                      # every step's limit is multiplied by it
 export PYTHONUNBUFFERED=1 PIP_BREAK_SYSTEM_PACKAGES=1 TEST_DEVICE=$DEVICE

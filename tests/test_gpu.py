@@ -11,6 +11,7 @@ the numbers.
 """
 import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # before CUDA starts: see `exact`
+import gc
 import pytest
 import torch
 import torch.distributed as dist
@@ -324,6 +325,7 @@ def test_memory_is_what_was_computed_within_a_fifth(what):
                                         ("flux-narrow", 128, 4, 4))
     settings = f"--resolution {resolution} --lora_rank {rank} --checkpoint_blocks -1 --no-compile"
     cfg = bench.parsed("train.py", [*settings.split(), "--device", DEVICE])
+    gc.collect()                                # of the last case's model
     model = bench.random_flux(cfg, geometry)
     count = 2 if what == "update" else many
     x, cond = noise(model, count).to(model.device), model.encode(PROMPTS[:1])
