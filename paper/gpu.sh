@@ -38,7 +38,7 @@ step() {    # step NAME SECONDS COMMAND...: run it, at most so long, and note ho
     shift 2
     if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
     if [ "$seconds" -lt 10 ]; then
-        status="left out, no time"
+        status="left out, no time" seconds=0
     else
         timeout -k 5 "$seconds" "$@" > "$OUT/$name.txt" 2>&1 || status=$?
         if [ "$status" = 124 ] || [ "$status" = 137 ]; then status="stopped by its limit"; fi
