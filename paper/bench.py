@@ -6,6 +6,7 @@ to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
     python -m paper.bench methods --only dpm8,dance --repeats 15
     python -m paper.bench methods --geometry flux --only dance,dpm8 --compile --no-bare --repeats 1
     python -m paper.bench ladder --geometry flux        # what each step of the fast path brings
+    python -m paper.bench ladder --geometry flux --steps 2 --profile    # and what takes the time
     python -m paper.bench batching --geometry flux-small        # B anchors in one forward, or in B
     python -m paper.bench scaling               # seconds against G, T, B, K and pixels
     python -m paper.bench floor                 # operations of an iteration at FLUX.1-dev's size
@@ -27,6 +28,10 @@ networks, in the same batches, without the loop. The methods take turns. Its col
     share                of the rate of one large matrix product, which is timed in the same run
     GB                   the peak memory of the bare calls, on a CPU without the weights; in
                          `ladder` that of the iterations
+    gradient norm        in `ladder`: of the first iteration, before clipping
+    below eps            in `ladder`: how many of the first update's gradients are smaller than
+                         AdamW's eps, 1e-8, as a share of those that are not 0. (New adapters begin
+                         at 0, and half of their gradients are 0 then.)
 """
 import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time
 from collections import namedtuple
@@ -123,12 +128,14 @@ def replay(model, scorers, calls, prompts):
                 G = size // len(prompts)
                 scorers[what](images, [prompt for prompt in prompts for _ in range(G)])
 
-def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, changes={}):
+def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, changes={},
+            profile=False):
     """Time iterations of each method, {name: (label, script, settings)}, and their bare calls, in
     turn. -> {name: dict(Table 3's columns, operations, median seconds, ratio, tries)}
 
     build(cfg) makes a model, and changes[name](model) changes it. Methods with equal models share
-    one. `warm`: iterations of each method that are not counted, before those that are.
+    one. `warm`: iterations of each method that are not counted, before those that are. `profile`:
+    after them, make one more for a table of what took its time.
     """
     found, tries = {}, {name: [] for name in methods}
     with tempfile.TemporaryDirectory() as folder:
@@ -136,11 +143,14 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
         for repeat in range(warm + repeats):
             for name, s in setups.items():
                 s.cfg.iterations = repeat + 1                   # so that the loop makes one more
-                calls, seconds = one_iteration(s)
+                with watched_gradients(s.run.opt, repeat == 0) as shares:
+                    calls, seconds = one_iteration(s)
                 again = lambda: replay(s.model, s.scorers, calls, s.prompts)
                 if repeat == 0:
                     found[name] = settings_of(s.cfg, calls)
                     found[name]["flops"] = flops_of(s.costs, calls)
+                    found[name]["grad_norm"] = s.run.lines()[-1]["grad_norm"]
+                    found[name]["below_eps"] = shares[0] if shares else 0.0
                 if bare:
                     began = now(s.model.device)
                     again()
@@ -151,6 +161,8 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
                 tries[name].append(seconds)
                 print(f"{repeat + 1}/{warm + repeats} {s.label}: {seconds['iteration']:.2f} s",
                       file=sys.stderr, flush=True)
+        for name, s in setups.items() if profile else ():
+            found[name]["profile"] = busiest(s)
     for name, each in tries.items():
         counted = each[warm:]
         found[name] |= {key: statistics.median(one[key] for one in counted) for key in each[0]}
@@ -194,6 +206,40 @@ def one_iteration(s):
                        rollout=log["seconds_rollout"] - apart["decode"],
                        reward=log["seconds_reward"],
                        update=log["seconds_update"] - apart["optimizer"])
+
+@contextlib.contextmanager
+def watched_gradients(opt, wanted):
+    """Inside, if wanted, each step of the optimizer adds to the list the share of its gradients
+    that are below AdamW's eps. Those that are 0 do not count."""
+    shares = []
+
+    def share_below_eps(opt, *_):
+        weights = [w for group in opt.param_groups for w in group["params"]]
+        sizes = [w.grad.abs() for w in weights if w.grad is not None]
+        eps = opt.defaults["eps"]
+        below = sum(int(((size > 0) & (size < eps)).sum()) for size in sizes)
+        shares.append(below / max(1, sum(int(size.count_nonzero()) for size in sizes)))
+
+    hook = opt.register_step_pre_hook(share_below_eps) if wanted else None
+    try:
+        yield shares
+    finally:
+        if hook:
+            hook.remove()
+
+def busiest(s):
+    """One more iteration by torch.profiler: the ten kernels, on a CPU the ten operators, that take
+    most of its time, as a table."""
+    kind = "cuda" if s.model.device.type == "cuda" else "cpu"
+    s.cfg.iterations += 1
+    activity = getattr(torch.profiler.ProfilerActivity, kind.upper())
+    by = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+    try:
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            one_iteration(s)
+        return profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=70)
+    except RuntimeError as error:               # a container may forbid it; the seconds still count
+        return f"torch.profiler failed: {error}"
 
 def parsed(script, words):
     """The settings of a script's command line, without a run."""
@@ -327,17 +373,23 @@ LADDER = {                              # step: (settings of train.py, a change 
     "compiled, rollouts in float8": ("--compile --checkpoint_blocks -1", float8.prepare),
     "blocks as they are, nothing recomputed": ("--no-compile --checkpoint_blocks 0", None),
     "compiled, nothing recomputed": ("--compile --checkpoint_blocks 0", None),
+    "compiled, 35 blocks recomputed": ("--compile --checkpoint_blocks 35", None),   # of FLUX's 57
     # last and alone, because diffusers then uses this attention in all models
     "compiled, cuDNN's attention": ("--compile --checkpoint_blocks -1", cudnn_attention),
 }
 
-def ladder(repeats, geometry, flags):
-    """Time iterations of Neighbor GRPO with 8 steps, at each step of the ladder. On the small world
-    the steps take turns. At other sizes they follow one another, because only one model may fit."""
+def ladder(repeats, geometry, flags, steps=(), profile=False):
+    """Time iterations of Neighbor GRPO with 8 steps, at each step of the ladder, or at those with
+    the numbers `steps`, from 1. On the small world, which has fewer than 35 blocks, the steps take
+    turns. At other sizes they follow one another, because only one model may fit."""
     device = torch.device(parsed(TRAIN, flags).device)
-    *first, last = LADDER
-    print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], []), flush=True)
-    for names in [first, [last]] if geometry == "tiny" else [[name] for name in LADDER]:
+    head = ["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm", "below eps"]
+    print(markdown(head, []), flush=True)
+    turns = [[list(LADDER)[number - 1]] for number in steps] or [[name] for name in LADDER]
+    if geometry == "tiny" and not steps:
+        *first, last = [name for name in LADDER if "35 blocks" not in name]
+        turns = [first, [last]]
+    for names in turns:
         torch.compiler.reset()
         if device.type == "cuda":
             gc.collect()                        # frees the last model, to make room for the next
@@ -347,7 +399,7 @@ def ladder(repeats, geometry, flags):
         try:
             found = measure({name: (name, TRAIN, LADDER[name][0]) for name in here}, repeats, flags,
                             lambda cfg: build(cfg, geometry), bare=False, warm=1,
-                            changes={name: LADDER[name][1] for name in here})
+                            changes={name: LADDER[name][1] for name in here}, profile=profile)
         except Exception as error:              # such as too little memory: go on with the others
             print(f"{', '.join(names)}: {type(error).__name__}: {error}", file=sys.stderr)
             found = {}
@@ -358,8 +410,11 @@ def ladder(repeats, geometry, flags):
             row = ["not possible here, see above"]
             if name in found:
                 seconds = [f"{found[name][key]:.2f}" for key in ("iteration", *PHASES)]
-                row = [*seconds, *rates(found[name], rate), memory]
+                row = [*seconds, *rates(found[name], rate), memory,
+                       f"{found[name]['grad_norm']:.2e}", f"{found[name]['below_eps']:.3f}"]
             print(line([name, *row]), flush=True)
+            if profile and name in found:
+                print(f"\n{name}\n{found[name]['profile']}", flush=True)
 
 def is_possible(name, device, flags):
     """Whether a step of the ladder can be timed here. If not, print the reason."""
@@ -394,7 +449,7 @@ def floor(tokens=45 * 45, text=512, rank=64):
     cfg = parsed(TRAIN, [])
     small = train.load(cfg)
     forward, both = operations_of(small, cfg)
-    decode = decoding(small.pipe.vae, 2 * small.side)
+    decode = decoding(small.pipe.vae, 2 * small.height)
     print(f"one of the small world's, in GFLOP: forward {forward / 1e9:.3f}, with backward "
           f"{both / 1e9:.3f}; decoding it {decode / 1e9:.3f}\n")
     head, rows, rival = ["Method", "G", "NFE_old", "NFE_theta"], [], None
@@ -508,6 +563,11 @@ def parse_args(argv):
                  "its blocks, 256x256; both with random weights, LoRA 64, all blocks recomputed, "
                  "one prompt, unless settings say otherwise. flux-narrow: 1 + 2 blocks of 2 heads, "
                  "64x64; its VAE is as cheap beside it as FLUX's (default tiny)")
+    add = each["ladder"].add_argument
+    add("--steps", default="", help="comma-separated numbers of steps, from 1, instead of all: "
+        + "; ".join(f"{number} {name}" for number, name in enumerate(LADDER, 1)))
+    add("--profile", action="store_true", help="after each step a torch.profiler table: the ten "
+        "kernels that take most of one more iteration")
     add = each["methods"].add_argument
     add("--only", default=",".join(METHODS), help="comma-separated: " + ", ".join(METHODS))
     add("--warm", type=int, default=2, help="iterations before those counted (default 2)")
@@ -521,6 +581,11 @@ def parse_args(argv):
         parser.error("--repeats must be at least 1, --warm at least 0")
     if getattr(args, "geometry", "") == "flux" and not torch.cuda.is_available():
         parser.error("--geometry flux needs a GPU")
+    if args.command == "ladder":
+        numbers = [number.strip() for number in args.steps.split(",") if number.strip()]
+        if unknown := [n for n in numbers if not n.isdigit() or not 1 <= int(n) <= len(LADDER)]:
+            parser.error(f"--steps has {unknown[0]!r}, but must be of 1 to {len(LADDER)}")
+        args.steps = [int(number) for number in numbers]
     if args.command == "methods":
         args.only = [name.strip() for name in args.only.split(",")]
         if unknown := [name for name in args.only if name not in METHODS]:
@@ -542,7 +607,7 @@ def main(argv=None):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if args.command == "ladder":
-        return ladder(args.repeats, geometry, flags)
+        return ladder(args.repeats, geometry, flags, args.steps, args.profile)
     if args.command == "batching":
         return batching(cfg, geometry, args.repeats)
     if args.command == "scaling":

@@ -265,7 +265,7 @@ def test_a_step_of_the_ladder_does_what_its_name_says():
     for name, (settings, change) in bench.LADDER.items():
         words = settings.split()
         blocks = words[words.index("--checkpoint_blocks") + 1]
-        assert blocks == ("0" if "nothing" in name else "-1")
+        assert blocks == ("0" if "nothing" in name else "35" if "35" in name else "-1")
         assert name.startswith("compiled") == ("--compile" in words)
         assert ("float8" in name) == (change is float8.prepare)
         assert ("cuDNN" in name) == (change is bench.cudnn_attention)
@@ -344,6 +344,39 @@ def test_on_the_small_world_the_steps_of_the_ladder_take_turns_except_the_last(
     together = ["compiled", "one", "other", "again"]
     assert said == [*(f"1/2 {name}" for name in together), *(f"2/2 {name}" for name in together),
                     "1/2 last", "2/2 last"]
+
+
+def test_the_steps_of_the_ladder_that_are_asked_for_come_alone_each_with_its_busiest_operators(
+        monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LADDER", {
+        "one": ("--no-compile", None), "two": ("--checkpoint_blocks -1", None),
+        "three": ("--checkpoint_blocks 35", None)})
+    monkeypatch.setattr(bench, "operations_of", lambda model, cfg: (1, 3))
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e12)
+    flags = [*SMALL, "--num_rollout_steps", "2", "--num_train_steps", "1"]
+    bench.ladder(1, "tiny", flags, steps=[3, 1], profile=True)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| step", "| ---", "| three", "| one"]
+    for row in rows[2:]:
+        found = dict(zip(rows[0], row, strict=True))
+        assert float(found["gradient norm"]) > 0
+        assert 0 <= float(found["below eps |"].strip(" |")) < 1
+    assert lines.count("three") == lines.count("one") == 1      # heads of the profiles
+    assert sum("aten::addmm" in line for line in lines) == 2
+
+
+def test_the_share_of_gradients_below_adamws_eps_leaves_out_those_that_are_0():
+    w = torch.nn.Parameter(torch.zeros(5))
+    opt = torch.optim.AdamW([w])
+    w.grad = torch.tensor([0, 1e-9, -1e-9, 1e-7, -1])
+    with bench.watched_gradients(opt, wanted=True) as shares:
+        opt.step()
+    opt.step()
+    assert shares == [0.5]
+    with bench.watched_gradients(opt, wanted=False) as shares:
+        opt.step()
+    assert shares == []
 
 
 # ============================================================================ float8
@@ -473,6 +506,7 @@ def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, 
     ("scaling --geometry flux", "unrecognized arguments: --geometry flux"),
     ("ladder --warm 3", "unrecognized arguments: --warm 3"),
     ("ladder --only dance", "unrecognized arguments: --only dance"),
+    ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 7"),
     ("batching --json x.json", "unrecognized arguments: --json x.json"),
     ("methods --repeats 0", "--repeats must be at least 1"),
     ("methods --warm -1", "--warm at least 0"),
