@@ -23,6 +23,7 @@ from solvers import schedule
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parents[1]
 FLUX = HERE / "tiny/flux"
+JUDGE = rewards.find("judge")[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of
 
 def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
         finished, aligned, tmp_path, monkeypatch, sampled):
-    scored, score = [], rewards.Judge.score
+    scored, score = [], JUDGE.score
 
     def breaks(self, pixels, prompts):
         scored.append(len(pixels))
@@ -214,7 +215,7 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
             raise KeyboardInterrupt
         return score(self, pixels, prompts)
 
-    monkeypatch.setattr(rewards.Judge, "score", breaks)
+    monkeypatch.setattr(JUDGE, "score", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, aligned)
     assert sampled and not (tmp_path / "results.json").exists()

@@ -433,8 +433,8 @@ def test_half_precision_networks_keep_the_third_decimal_and_half_precision_score
         image, text = scorer.encode_image(pixels), scorer.encode_text(prompts)
         assert image.dtype == torch.float16
     half = (F.normalize(image.float(), dim=1) * F.normalize(text.float(), dim=1)).sum(1)
-    assert (half - exact).abs().max() < 5e-4
-    assert (exact.bfloat16().float() - exact).abs().max() > 5e-4        # the naive form
+    assert (half - exact).abs().max() < 7e-4
+    assert (exact.bfloat16().float() - exact).abs().max() > 7e-4        # the naive form
 
 
 # ------------------------------------------------------------------------------------------------
