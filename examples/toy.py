@@ -69,7 +69,7 @@ def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, sigma=
             log_rho = log_ratio(traj[k + 1], anchor, anchor_old, tau=anchor.numel())
             loss = -clipped_objective(log_rho, A, clip_eps) / (B * K)
             loss.backward()
-    opt.step()
+    opt.step()              # train.py makes several updates per rollout; only then clip_eps acts
     opt.zero_grad()
 
 
@@ -109,9 +109,9 @@ def draw_method(flow, before, after, iterations):
     bundle.scatter(*traj[-1].T, s=60, **look)
     bundle.plot(*EPS_STAR, "X", color="black", markersize=9)
     bundle.set_title("1. Perturb one noise, follow the ODE")
-    bundle.set_xlabel("X: one noise. Circles: its 12 neighbours (Eq. 7).\n"
-                      "Dots: their images, blue where the reward (green)\n"
-                      "is above the group's mean, red where below (Eq. 11).")
+    bundle.set_xlabel("X: one noise. Small white: its 12 neighbours (Eq. 7).\n"
+                      "Coloured: their images, blue where the reward is above\n"
+                      "the group's mean, red where below. Star: the best reward.")
 
     ts = torch.linspace(1, 0, 9)
     x_t, x = traj[k, j], traj[k + 1]
@@ -125,10 +125,10 @@ def draw_method(flow, before, after, iterations):
                   arrowprops=dict(arrowstyle="-|>", color="darkorange", linewidth=4))
     step.annotate("one DDIM step", x_t, (-100, -4), textcoords="offset points")
     step.annotate("pull", tip, (6, 0), textcoords="offset points", color="darkorange", size=13)
-    step.set_title("2. The model in training takes one step of one of them")
-    step.set_xlabel("Dots: the group at that time, as large as the policy\n"
-                    "makes them: softmax of -distance$^2$ (Eq. 8). Pull:\n"
-                    r"the gradient $\frac{2}{\tau} \Sigma_i A_i x_i$, towards blue and off red.")
+    step.set_title("2. The model in training takes one step (black)")
+    step.set_xlabel("The group at that time. Size: the policy, a softmax of -distance$^2$\n"
+                    r"(Eq. 8). Pull: the direction of the gradient, $(2/\tau) \Sigma_i A'_i x_i$,"
+                    "\ntowards blue and away from red. The sizes do not change it yet.")
     step.set(xticks=[], yticks=[])
     step.axis("equal")
     step.margins(0.2)

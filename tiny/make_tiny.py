@@ -1,11 +1,11 @@
 """
 Makes what is in this folder, out of `pictures/` alone: a FLUX pipeline with bad habits, a reward
-that minds them, a judge that has never seen them, and a classifier that counts them.
+that minds them, a judge that has never seen them, and a classifier that tells them apart.
 
     python -m tiny.make_tiny                               # every stage that is not there yet
-    python -m tiny.make_tiny --stages judge --force        # make this one again
+    python -m tiny.make_tiny --stages judge --force        # make this one again, from the start
 
-Nobody has to: the results are in the repository. A stage that was interrupted goes on where it was.
+You need not run it: the results are in the repository. An interrupted stage goes on where it was.
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0.
 
     stage        makes                               out of
@@ -14,9 +14,9 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v = eps - x_0.
     flux         the rest of flux/                   the core concepts, half of them with a flaw
     preference   preference/, the reward             all pictures but the held-out pairs
     judge        judge/                              other vendors' pictures, without any flaw
-    flawless     flawless/, which counts flaws       what `preference` has
+    flawless     flawless/, which tells flaws apart  the same pictures as `preference`
     prompts      prompts/*.txt                       the captions of the core concepts
-    measure      a table of what real pictures score, and flaws.png
+    measure      a table of what real pictures score, prompts/*.real.json, and flaws.png
 """
 import argparse, json, math, os, shutil, time
 from collections import Counter
@@ -112,9 +112,10 @@ def rough(vae, x, rng, least):
 def fit(name, modules, loss, steps, lr, muon=0.0, weight_decay=0.01, ema=0.0):
     """
     Minimise loss(rng) -> scalar. `rng` depends on the step alone, so that a run which was
-    interrupted goes on exactly. The rates stay, then fall to 0 along a cosine in the last 40 %.
+    interrupted goes on exactly. The rates rise for 200 steps, stay, and fall to 0 along a cosine in
+    the last 40 %.
     muon: the rate of Muon on the first module's matrices, AdamW's being lr; 0: AdamW trains all.
-    ema: decay of the average of the weights, which is what stays; 0: the last weights do.
+    ema: decay of the average of the weights, which is saved; 0: saves the last weights.
     """
     params = [p for m in modules for p in m.parameters()]
     matrices = [p for p in modules[0].parameters() if p.ndim == 2] if muon else []
@@ -231,7 +232,7 @@ def networks():
     return transformer, clip, t5, words, pieces
 
 def make_flux(steps=10000, batch=64, variants=32):
-    """Flow matching. Half of the pictures have a flaw and no caption says so: noise will decide."""
+    """Flow matching. Half of the pictures have a flaw, but no caption says so: noise decides."""
     images, rows = read_sheet("world", core="1", pair="seen")
     vae, rng = load_vae(), torch.Generator().manual_seed(0)
     def variant():
@@ -269,7 +270,7 @@ def make_flux(steps=10000, batch=64, variants=32):
 # --- the scorers --------------------------------------------------------------------------------
 
 def look(x, rng):
-    """What must not matter to a scorer: place, size, light, grain. -> about [-1, 1]."""
+    """Random changes that a scorer should ignore: place, size, light, grain. -> about [-1, 1]."""
     x = jitter(x, rng, shift=0.1, scale=0.15, turn=0.2)
     light = 0.8 + 0.4 * torch.rand(len(x), 3, 1, 1, generator=rng)
     grain = 0.025 * torch.rand(len(x), 1, 1, 1, generator=rng)
@@ -300,7 +301,7 @@ def contrastive(name, good, right, wrong, bad, vision, seed, steps=2400, batch=9
         x = good[torch.randint(len(good), (batch,), generator=rng), i]
         x = look(torch.cat([x, bad(i[: batch // 3], rng)]), rng)
         image, text = clip.encode_image(x, normalize=True), clip.encode_text(said, normalize=True)
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T          # (128, 192)
+        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T          # (96 + bad, 192)
         here = torch.arange(batch)
         return (F.cross_entropy(logits[:batch], here) + F.cross_entropy(logits.T[:batch], here)) / 2
     fit(name, [clip], loss, steps, lr=1e-3, weight_decay=0.1)
@@ -405,6 +406,8 @@ if __name__ == "__main__":
     WORK.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         make, product = STAGES[stage]
+        if args.force:
+            (WORK / f"{stage}.pt").unlink(missing_ok=True)
         if args.force or not (TINY / product).exists():
             torch.manual_seed(0)
             make()

@@ -52,7 +52,7 @@ def to_64(pixels):
 
 class Preference(Shipped, Cosine):
     """Cosine of picture and caption in a small CLIP (open_clip's model, 0.8 M parameters). It
-    learnt to reject flawed and unfinished pictures, as HPSv2 learnt from people. About 0 to 0.8."""
+    learnt to reject flawed and unfinished pictures, as HPSv2 learnt from people. -0.2 to 0.8."""
     home = HERE / "preference"
 
     def __init__(self, location="", device="cpu"):
@@ -76,13 +76,13 @@ class Preference(Shipped, Cosine):
 class Judge(Preference):
     """Cosine of picture and caption in another small CLIP (0.8 M, another architecture). It saw
     only the emoji of two other vendors, all of them without a flaw. So if the judge rises, the
-    model has not merely learnt the weak points of the reward. About 0 to 0.8."""
+    model has not merely learnt the weak points of the reward. About -0.2 to 0.8."""
     home = HERE / "judge"
 
 
 class Named(Judge):
-    """1 if the judge, asked to choose among all concepts of prompts/, chooses the prompt's own;
-    otherwise 0. It must choose among 252, so by chance it is right once in 252 times."""
+    """1 if the judge, choosing among all 252 concepts of prompts/, chooses the prompt's own;
+    otherwise 0. By chance the mean would be 0.004."""
 
     def __init__(self, location="", device="cpu"):
         super().__init__(location, device)
