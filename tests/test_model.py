@@ -16,7 +16,8 @@ import peft
 import transformers
 from diffusers import FluxPipeline
 import train
-from model import Flux, is_lora
+from loading import is_lora
+from model import Flux
 from run import Run, read_log
 from solvers import rollout, schedule
 from tests.conftest import SHORT, TINY

@@ -275,7 +275,7 @@ def test_the_settings_are_the_published_ones_unless_others_are_given():
     c = train.Config()
     assert (c.group_size, c.sigma, c.p, c.clip_eps) == (12, 0.3, 0.8, 1e-4)
     assert (c.iterations, c.lr, c.weight_decay, c.max_grad_norm) == (300, 1e-5, 1e-4, 1.0)
-    assert (c.resolution, c.guidance, c.shift) == ("720", 3.5, 3.0)
+    assert (c.resolution, c.guidance, c.shift) == ("720", 3.5, 0)     # 0: FLUX.1's 3
     assert (c.tau, c.old_anchor, c.updates_per_iteration) == ("dim", "replay", 2)       # ours
     table_3 = {name: [row.get(key, getattr(c, key)) for key in (
         "solver", "num_rollout_steps", "num_anchors", "num_train_steps")]
