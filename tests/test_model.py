@@ -8,6 +8,7 @@ model.py: FLUX as it is shipped in tiny/, against diffusers' own pipeline.
 """
 import argparse, functools, json, math, shutil, tempfile
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 from torch.testing import assert_close
@@ -18,10 +19,13 @@ import transformers
 from diffusers import Flux2KleinPipeline, FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from tokenizers.pre_tokenizers import ByteLevel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
 import train
 from loading import check_model, is_lora
 from model import Flux, Klein
+from paper import bench
 from run import Run, read_log
 from solvers import rollout, schedule
 from tests.conftest import SHORT, TINY
@@ -384,6 +388,17 @@ def test_klein_has_the_same_numbers_and_gradients_however_memory_and_time_are_sa
         found.append([v.detach(), *torch.autograd.grad(v.pow(2).mean(), model.trained())])
     for a, b in zip(*found, strict=True):
         assert_close(a, b, rtol=0, atol=1e-5 * max(1, float(a.abs().max())))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_kleins_operations_counted_without_numbers_are_those_of_the_network_with_them(
+        klein, guidance):
+    model = Flux(klein, 64, guidance=guidance, lora_rank=4)
+    x, cond = torch.randn(2, *model.latent_shape), model.encode(PROMPTS)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.velocity(x, 0.5, cond).mean().backward()
+    _, both = bench.operations_of(model, SimpleNamespace(lora_rank=4, checkpoint_blocks=0))
+    assert 2 * both == counter.get_total_flops()
 
 
 def test_prompts_that_are_too_long_for_klein_are_counted_with_the_frame_of_a_chat(klein):
