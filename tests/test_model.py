@@ -422,23 +422,26 @@ def train_klein(path, out, how):
     """Two iterations by train.py, saved, and loaded by diffusers -> by how much the velocity has
     changed, and its size."""
     assert train.main([*OWN, "--model", str(path), *how, "--out_dir", str(out)]) is None
-    base = Flux(path, 64, frozen=True, guidance=4.0)
+
+    @torch.no_grad()
+    def velocity_of(which, **more):             # one model at a time: memory
+        model = Flux(which, 64, frozen=True, guidance=4.0, **more)
+        x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+        return model.velocity(x, 0.5, model.encode(PROMPTS[:1]))
+
+    v_base = velocity_of(path)
     if how:
+        v = velocity_of(path, lora=str(out / "checkpoint-2"))
         theirs = Flux2KleinPipeline.from_pretrained(path, dtype=torch.float32)
         theirs.load_lora_weights(out / "checkpoint-2")
         config, = theirs.transformer.peft_config.values()
         assert config.r == config.lora_alpha
         assert any(".attn.to_qkv_mlp_proj.lora_A" in name for name in
                    theirs.transformer.state_dict())
-        ours = Flux(path, 64, frozen=True, guidance=4.0, lora=str(out / "checkpoint-2"))
     else:
+        v = velocity_of(out / "checkpoint-2")
         theirs = Flux2KleinPipeline.from_pretrained(out / "checkpoint-2", dtype=torch.float32)
-        ours = Flux(out / "checkpoint-2", 64, frozen=True, guidance=4.0)
-    with torch.no_grad():
-        x, cond = torch.randn(1, *base.latent_shape), base.encode(PROMPTS[:1])
-        v_base, v_theirs, v = (model.velocity(x, 0.5, cond) for model in (
-            base, Flux(theirs, 64, frozen=True, guidance=4.0), ours))
-    assert torch.equal(v, v_theirs)
+    assert torch.equal(v, velocity_of(theirs))
     lines = read_log(out)
     assert [line["nfe_old"] for line in lines] == [4, 4]        # twice T
     assert [line["nfe_theta"] for line in lines] == [2, 2]      # twice B K / G
