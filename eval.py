@@ -1,17 +1,17 @@
 """
-Sample held-out prompts from a base model and from the models aligned from it, score the pictures,
-and print the paper's Table 1. Time t runs from 1 (noise) to 0 (image).
+Sample held-out prompts from a base model and from models that were aligned from it, score the
+pictures, and print the paper's Table 1. Time t runs from 1 (noise) to 0 (image).
 
-    python eval.py --checkpoint out/tiny/checkpoint-150     # the small world: base against aligned
+    python eval.py --checkpoint out/tiny/checkpoint-60     # the small world: base against aligned
     torchrun --nproc_per_node 8 eval.py --model black-forest-labs/FLUX.1-dev \\
         --checkpoint out/dpm8/checkpoint-300 --prompts hpdv2_test   # FLUX: 50 steps, 1024 x 1024
 
-All models get the same prompts and the same noise. A row of the table has the NFE and the (median)
-seconds of an iteration, from the run's log, and the mean +- standard error over prompts of every
-scorer, underlined where the run was trained on it. A second table has the differences from the
-first row, prompt by prompt, with their own standard errors, and diversity: the root-mean-square
-distance, over pixels, of two pictures of one prompt. The same command continues an evaluation that
-was stopped: it makes only what --out_dir lacks. paper/votes.py lets people vote on the pictures.
+All models get the same prompts and the same noise. The first table has a row for each model: the
+NFE and the median seconds of an iteration, from the run's log, and the mean +- standard error over
+prompts of every scorer, underlined if the run was trained on it. The second table has differences
+from the first row, prompt by prompt, with their own standard errors, and diversity: the
+root-mean-square distance, over pixels, of two pictures of one prompt. After an interruption, the
+same command makes only what is missing. paper/votes.py lets people vote on the pictures.
 """
 import argparse, contextlib, functools, hashlib, json, math, os, shutil, statistics, sys
 from pathlib import Path
@@ -20,20 +20,20 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 import rewards
-from loading import check_model, is_lora, parse_resolution
+from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
 from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
 from model import Flux
-from prompts import evenly_spaced, read_prompts
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
-SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"), scorers="clip,judge",
-             images_per_prompt=4, solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
+SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"),
+             scorers="preference,judge,named,flawless", images_per_prompt=4,
+             solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic",
              images_per_prompt=1, solver="ddim", steps=50, shift=0.0, resolution="1024", batch=4)
 TITLES = dict(hpsv2="HPSv2.1", pickscore="Pick / 100", imagereward="Img.Rwd.", clipscore="CLIP",
-              unifiedreward="Unified.", aesthetic="Aes.")       # the scorers in Table 1, which
-UNITS = dict(pickscore=100)                                     # prints PickScore over 100
+              unifiedreward="Unified.", aesthetic="Aes.")       # as in Table 1
+UNITS = dict(pickscore=100)                                     # Table 1 divides PickScore by 100
 SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++"}
 
 # ------------------------------------------------------------------------------------------------
@@ -41,11 +41,9 @@ SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++"}
 
 @torch.no_grad()
 def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0.0):
-    """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1].
-
-    The noise depends on (seed, index of the prompt) alone, so all models see the same. With a
-    `base`, the last (1 - hybrid) of the steps are the base's: MixGRPO's hybrid inference.
-    """
+    """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1]. The noise depends only on the
+    seed and the index of the prompt, so all models see the same. With a `base`, the model takes the
+    first share `hybrid` of the steps and the base the rest: MixGRPO's hybrid inference."""
     rngs = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
     noise = torch.cat([torch.randn(n, *model.latent_shape, generator=rng) for rng in rngs])
     handover = ts[round(hybrid * (len(ts) - 1))] if base else -1
@@ -58,49 +56,41 @@ def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0
     return model.decode(traj[-1])
 
 def as_bytes(images):
-    """Pictures in [0, 1] as they are stored, uint8 on the CPU."""
+    """Pictures in [0, 1] as they are stored: uint8 on the CPU."""
     return (images * 255).round().to(torch.uint8).cpu()
 
-def evaluate(model, scorers, prompts, ts, solver, images_per_prompt=1, seed=0, batch=64,
-             chosen=None):
-    """Sample and score in memory, while training. `chosen`: only the prompts at these places.
-
-    n = images_per_prompt. Returns images (P, n, 3, H, W) uint8 on the CPU, {scorer name: (P, n)}.
-    """
-    n, at_once = images_per_prompt, max(1, batch // images_per_prompt)
+def evaluate(model, scorers, prompts, ts, solver, chosen, seed=0, batch=64):
+    """Sample and score one picture of each prompt during training, without writing files. `chosen`:
+    the indices of the P prompts to use. -> images (P, 1, 3, H, W) uint8 on the CPU, {scorer name:
+    (P, 1)}"""
     images, scores = [], {name: [] for name in scorers}
-    chosen = range(len(prompts)) if chosen is None else chosen
-    for places in (chosen[k : k + at_once] for k in range(0, len(chosen), at_once)):
-        some = [prompts[i] for i in places]
-        x = sample(model, some, places, ts, solver, n, seed)                # (p n, 3, H, W)
+    for start in range(0, len(chosen), batch):
+        indices = chosen[start : start + batch]
+        texts = [prompts[i] for i in indices]
+        x = sample(model, texts, indices, ts, solver, seed=seed)            # (p, 3, H, W)
         images.append(as_bytes(x))
         for name, scorer in scorers.items():
-            scores[name].append(scorer(x, [prompt for prompt in some for _ in range(n)]).cpu())
-    scores = {name: torch.cat(s).unflatten(0, (-1, n)) for name, s in scores.items()}
-    return torch.cat(images).unflatten(0, (-1, n)), scores
+            scores[name].append(scorer(x, texts).cpu())
+    return torch.cat(images)[:, None], {name: torch.cat(s)[:, None] for name, s in scores.items()}
 
 def mean_and_stderr(scores):
-    """scores (P, n) -> their mean, and its standard error over the P prompts (0 for a single one,
-    which has none)."""
-    each = scores.double().mean(1)                                          # (P,)
-    stderr = each.std().item() / len(each) ** 0.5 if len(each) > 1 else 0.0
-    return each.mean().item(), stderr
+    """scores (P, n) -> their mean, and its standard error over the P prompts (0 if P is 1)."""
+    means = scores.double().mean(1)                                         # (P,)
+    stderr = means.std().item() / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return means.mean().item(), stderr
 
 def diversity(images):
-    """images (P, n > 1, 3, H, W) in [0, 1] -> the root-mean-square distance, in [0, 1], of two
-    pictures of a prompt, (P, 1)."""
+    """images (P, n > 1, 3, H, W) in [0, 1] -> RMS distance of two pictures of a prompt, (P, 1)."""
     return (2 * images.flatten(2).var(1).mean(1, keepdim=True)).sqrt()      # E|a - b|^2 = 2 var
 
 # ------------------------------------------------------------------------------------------------
 # Drawings
 
 def picture_grid(path, rows, captions):
-    """Write a PNG with one labelled row of pictures per checkpoint, and the prompts below.
-
-    rows: {label: (k, 3, H, W) uint8}, all of one size; captions: k. The font is DejaVu Sans. It has
-    no Chinese, Japanese or Korean: boxes stand for them.
-    """
-    import matplotlib                                           # which brings the font
+    """Write a PNG with one labelled row of pictures per checkpoint, and the prompts below. rows:
+    {label: (k, 3, H, W) uint8}, all of one size; captions: k texts. The font, DejaVu Sans, shows
+    Chinese, Japanese and Korean letters as boxes."""
+    import matplotlib                                           # has the font
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
     H, W = next(iter(rows.values())).shape[2:]
     scale = (128 if max(H, W) <= 128 else 256) / max(H, W)
@@ -111,7 +101,8 @@ def picture_grid(path, rows, captions):
                                bottom + 14 * max(map(len, lines)) + 6), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (label, images) in enumerate(rows.items()):
-        y, label = row * (height + gap), "\n".join(wrap_text(label, left - 8, font))
+        y = row * (height + gap)
+        label = "\n".join(wrap_text(label, left - 8, font))
         draw.multiline_text((4, y + height // 2), label, "black", font, anchor="lm")
         for column, image in enumerate(images):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -122,7 +113,7 @@ def picture_grid(path, rows, captions):
     canvas.save(path)
 
 def wrap_text(text, width, font):
-    """Lines that are at most `width` pixels wide. They break at spaces, or else anywhere."""
+    """Lines of at most `width` pixels. They break at spaces; a word that is too long is split."""
     lines = [""]
     for letter in " ".join(text.split()):
         if font.getlength((lines[-1] + letter).strip()) > width:
@@ -132,15 +123,15 @@ def wrap_text(text, width, font):
     return [line.strip() for line in lines]
 
 def draw_curve(lines, path):
-    """Draw a log's training reward, and the held-out scores with their standard errors."""
+    """Draw the training reward of a log, and the held-out scores with their standard errors."""
     from matplotlib.figure import Figure
     evaluated = next((line for line in lines if "reward" not in line), {})
     keys = ["reward", *(key for key in evaluated if f"{key}_stderr" in evaluated
                         and not key.endswith("_gain"))]
     figure = Figure(figsize=(4 * len(keys), 3), layout="constrained")
     for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        some = [line for line in lines if key in line]
-        x, y = [line["iter"] for line in some], np.array([line[key] for line in some], float)
+        points = [line for line in lines if key in line]
+        x, y = [line["iter"] for line in points], np.array([line[key] for line in points], float)
         if key == "reward":
             panel.plot(x, y, color="tab:blue", alpha=0.3)
             if len(y) >= 10:
@@ -148,14 +139,14 @@ def draw_curve(lines, path):
                            label="mean of 10")
                 panel.legend()
         else:
-            stderr = np.array([line[f"{key}_stderr"] for line in some], float)      # None: nan
+            stderr = np.array([line[f"{key}_stderr"] for line in points], float)    # None: nan
             panel.errorbar(x, y, stderr, marker="o", markersize=3, capsize=2)
-        where = "on held-out prompts" if key in evaluated else "in training"
-        panel.set(title=f"{key.removeprefix('eval_')} {where}", xlabel="iteration")
+        origin = "on held-out prompts" if key in evaluated else "in training"
+        panel.set(title=f"{key.removeprefix('eval_')} {origin}", xlabel="iteration")
     figure.savefig(path, dpi=120)
 
 # ------------------------------------------------------------------------------------------------
-# A row of the table: one folder, which can be left and come back to
+# The rows of the tables, and the tables. A row is a folder, in which an evaluation can continue.
 
 def read_json(path):
     """The object in a JSON file; {} if the file is missing or broken."""
@@ -164,41 +155,49 @@ def read_json(path):
     except (OSError, ValueError, TypeError):
         return {}
 
+def read_log(out):
+    """The lines of a run's log, without those that a crash cut off or garbled."""
+    path, lines = Path(out) / "log.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError, TypeError):
+            lines.append(dict(json.loads(line)))
+    return lines
+
 def fingerprint(path, pattern="*"):
-    """Tells two versions of a file, or of a folder's files, apart without reading them: names,
-    sizes and times; [] for what is not here."""
+    """[name, size, time] of a file, or of a folder's files, to detect changes; [] if it is gone."""
     path = Path(path)
-    files = sorted(path.glob(pattern)) if path.is_dir() else [path] * path.is_file()
-    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
+    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime]
+            for file in files if file.exists()]
 
 def weights_of(path):
     """The fingerprint of the weights that a checkpoint was sampled with."""
-    path = Path(path)
-    return fingerprint(path if is_lora(path) else path / "transformer", "*.safetensors")
+    return fingerprint(path if is_lora(path) else Path(path) / "transformer", "*.safetensors")
 
 def label_of(path):
-    """The last two parts of a checkpoint's path, "tiny-checkpoint-150": its folder's name."""
+    """The last two parts of a checkpoint's path, as in "tiny-checkpoint-60"."""
     path = Path(path).resolve() if Path(path).exists() else Path(path)
     return "-".join(path.relative_to(path.anchor).parts[-2:]) or "root"
 
-def write(file, save):
-    """Call save(path) for a path beside `file`, then rename: a file that is there is whole."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
+def write_atomically(file, save):
+    """Call save(path) with a temporary path, then rename it: a file that exists is complete."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        save(aside)
-        os.replace(aside, file)
+        save(temporary)
+        os.replace(temporary, file)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 def write_text(file, text):
-    write(file, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 class Row:
-    """A model, and its folder <out_dir>/<label>/: settings.json, prompts.json, and in pictures/
-    00000-0.png (prompt, picture) and 00000.json (the scores of the prompt's n pictures)."""
+    """A model and its folder <out_dir>/<label>/ with settings.json, prompts.json and pictures/. For
+    prompt 0, pictures/ has 00000-0.png, 00000-1.png, ... and 00000.json with their scores."""
 
     def __init__(self, args, path, prompts):
-        """ValueError if the folder has pictures that were made with other settings."""
+        """ValueError if the folder has pictures made with other settings."""
         self.path, self.prompts, self.n = str(path), prompts, args.images_per_prompt
         hybrid = args.hybrid if path != args.model else 0.0
         self.label = label_of(path) + (f"-hybrid-{hybrid:g}" if hybrid else "")
@@ -214,30 +213,31 @@ class Row:
             self.check_settings(read_json(self.folder / "settings.json"))
 
     def check_settings(self, before):
+        advice = "use --overwrite or another --out_dir"
         if not before:
-            raise ValueError(f"{self.folder} holds pictures, and nothing that says how they were "
-                             "made; use --overwrite or another --out_dir")
+            raise ValueError(f"{self.folder} holds pictures, but no settings.json; {advice}")
         for key, value in self.settings.items():
             if before.get(key) != value:
-                named = isinstance(value, (str, int, float)) and key != "prompts"
-                what = f"another {key} than {value}" if named else f"other {key}"
-                raise ValueError(f"{self.folder} holds pictures of {what}; use --overwrite or "
-                                 "another --out_dir")
+                readable = isinstance(value, (str, int, float)) and key != "prompts"
+                change = f"{key} {before.get(key)}, not {value}" if readable else f"other {key}"
+                raise ValueError(f"{self.folder} holds pictures made with {change}; {advice}")
 
     def begin(self, overwrite):
-        pictures, aside = self.folder / "pictures", self.folder / "pictures.old"
-        shutil.rmtree(aside, ignore_errors=True)
+        """Make the folder, without pictures if `overwrite` is set."""
+        pictures, old = self.folder / "pictures", self.folder / "pictures.old"
+        shutil.rmtree(old, ignore_errors=True)
         if overwrite and pictures.exists():
-            os.replace(pictures, aside)         # first: half of the pictures must not look like all
-            shutil.rmtree(aside)
+            os.replace(pictures, old)           # rename first, or a crash would leave half of them
+            shutil.rmtree(old)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in [("settings", self.settings), ("prompts", self.prompts)]:
             write_text(self.folder / f"{name}.json", json.dumps(content, indent=1))
         pictures.mkdir(exist_ok=True)
+        # Delete leftovers of killed saves, but not files that another eval.py may be writing now.
         now = (self.folder / "prompts.json").stat().st_mtime
-        for file in self.folder.rglob("*.*.[0-9]*"):            # leftovers of killed saves, or of
-            with contextlib.suppress(FileNotFoundError):        # another eval.py that is at work
-                if now - file.stat().st_mtime > 600:            # here: a save takes no 10 minutes
+        for file in self.folder.rglob("*.*.[0-9]*"):
+            with contextlib.suppress(FileNotFoundError):
+                if now - file.stat().st_mtime > 600:
                     file.unlink()
 
     def files(self, i):
@@ -252,54 +252,52 @@ class Row:
             images = [np.array(Image.open(file).convert("RGB")) for file in self.files(i)]
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.files(i)[0]} or one beside it is not a whole picture "
+            raise ValueError(f"{self.files(i)[0]} or another picture of its prompt is incomplete "
                              f"({error}); delete it and run again") from error
 
     def scores(self, i):
-        """{scorer as it was named: [n scores]} of prompt i, as far as they were written."""
-        found = read_json(self.folder / f"pictures/{i:05d}.json")
-        return {spec: scores for spec, scores in found.items()
-                if len(scores) == self.n and all(map(math.isfinite, scores))}
+        """{key of a scorer: [n scores]} of prompt i. Scores that are not complete are left out."""
+        scores = read_json(self.folder / f"pictures/{i:05d}.json")
+        return {key: values for key, values in scores.items()
+                if len(values) == self.n and all(map(math.isfinite, values))}
 
-    def lacks(self, i, specs):
-        """Whether a picture of prompt i or its score by one of these scorers is missing."""
-        return not self.has_pictures(i) or not specs <= self.scores(i).keys()
+    def lacks(self, i, keys):
+        """Whether prompt i lacks one of its pictures, or its scores under one of these keys."""
+        return not self.has_pictures(i) or not keys <= self.scores(i).keys()
 
-    def complete(self, some, args, models, scorers):
-        """Make what is missing of the pictures and scores of the prompts `some`.
-        models: () -> the model and, for hybrid sampling, the base."""
-        unseen = [i for i in some if not self.has_pictures(i)]
-        if unseen:
-            model, base = models()
+    def complete(self, indices, args, load, scorers):
+        """Make the missing pictures and scores of the prompts `indices`. load() gives the model
+        and, for hybrid sampling, the base. scorers: {key: scorer}."""
+        to_sample = [i for i in indices if not self.has_pictures(i)]
+        if to_sample:
+            model, base = load()
             ts = schedule(args.steps, args.shift or model.shift(args.steps))
-            x = sample(model, [self.prompts[i] for i in unseen], unseen, ts, args.solver, self.n,
-                       args.seed, base, args.hybrid)
-            files = [file for i in unseen for file in self.files(i)]
+            x = sample(model, [self.prompts[i] for i in to_sample], to_sample, ts, args.solver,
+                       self.n, args.seed, base, args.hybrid)
+            files = [file for i in to_sample for file in self.files(i)]
             for image, file in zip(as_bytes(x).permute(0, 2, 3, 1).numpy(), files):
-                write(file, lambda path: Image.fromarray(image).save(path, "png"))
-        pictures = [self.pictures(i) for i in some]             # what was written is scored
+                write_atomically(file, lambda path: Image.fromarray(image).save(path, "png"))
+        pictures = [self.pictures(i) for i in indices]          # the files are what is scored
         if any(p.shape != pictures[0].shape for p in pictures):
             raise ValueError(f"{self.folder}/pictures holds pictures of several sizes; use "
                              "--overwrite")
         x = torch.cat(pictures).to(args.device) / 255                       # (p n, 3, H, W)
-        each = [self.prompts[i] for i in some for _ in range(self.n)]
-        found = {i: self.scores(i) for i in some}
-        for spec, scorer in scorers.items():
-            if any(spec not in found[i] for i in some):
-                for i, scores in zip(some, scorer(x, each).unflatten(0, (-1, self.n)).tolist()):
-                    found[i][spec] = scores
-        for i in some:
-            write_text(self.folder / f"pictures/{i:05d}.json", json.dumps(found[i]))
+        texts = [self.prompts[i] for i in indices for _ in range(self.n)]
+        scores = {i: self.scores(i) for i in indices}
+        for key, scorer in scorers.items():
+            if any(key not in scores[i] for i in indices):
+                for i, values in zip(indices, scorer(x, texts).unflatten(0, (-1, self.n)).tolist()):
+                    scores[i][key] = values
+        for i in indices:
+            write_text(self.folder / f"pictures/{i:05d}.json", json.dumps(scores[i]))
 
     def from_run(self):
-        """What Table 1 says of a checkpoint's run: solver, NFEs, seconds of an iteration, and the
-        rewards it was trained on. Nothing for a base."""
+        """The columns of Table 1 that come from a checkpoint's run: solver, NFEs, seconds of an
+        iteration, and the rewards it was trained on. N/A for a base."""
         path = Path(self.path)
         config = read_json(path / "state/config.json")
+        lines = [line for line in read_log(path.parent) if "nfe_old" in line]
         try:
-            text = (path.parent / "log.jsonl").read_text(encoding="utf-8")
-            lines = [json.loads(line) for line in text.split("\n")[:-1]]
-            lines = [line for line in lines if "nfe_old" in line]
             seconds = [sum(value for key, value in line.items() if key.startswith("seconds_"))
                        for line in lines]
             return dict(solver=SOLVERS[config["solver"]], nfe_old=f"{lines[-1]['nfe_old']}",
@@ -307,14 +305,11 @@ class Row:
                         seconds=f"{statistics.median(seconds):.2f}",
                         trained_on=[rewards.split(spec)[1]
                                     for spec in config["rewards"].split(",")])
-        except (OSError, ValueError, LookupError):
+        except (ValueError, LookupError):
             return dict(solver="N/A", nfe_old="N/A", nfe_theta="N/A", seconds="N/A", trained_on=[])
 
-# ------------------------------------------------------------------------------------------------
-# The tables
-
 def tables(results, names):
-    """Table 1 of the paper, and the differences from the first row. Markdown."""
+    """Table 1 of the paper, and the differences from its first row, as Markdown."""
     def line(*cells):
         return "| " + " | ".join(cells) + " |"
 
@@ -338,22 +333,22 @@ def tables(results, names):
     return "\n".join([*one, "", *two])
 
 def report(args, rows, chosen):
-    """Write the tables, the grid and the numbers, when all pictures and scores are there."""
-    results, first = [], {}
+    """Write the tables, the grid and the numbers. All pictures and scores must be there."""
+    results, base = [], {}
     for row in rows:
-        found = [row.scores(i) for i in chosen]
-        if any(args.named.values() - scores.keys() for scores in found):
-            raise ValueError(f"{row.folder} lacks scores that were just made; is another eval.py "
-                             "at work there? run this one again")
-        each = {name: torch.tensor([scores[spec] for scores in found])      # (P, n)
-                for name, spec in args.named.items()}
-        first = first or each
+        saved = [row.scores(i) for i in chosen]
+        if any(args.score_keys.values() - scores.keys() for scores in saved):
+            raise ValueError(f"{row.folder} lacks scores that were just written; perhaps another "
+                             "eval.py uses this folder; run this one again")
+        scores = {name: torch.tensor([prompt_scores[key] for prompt_scores in saved])   # (P, n)
+                  for name, key in args.score_keys.items()}
+        base = base or scores                   # the first row
         result = dict(label=row.label, path=row.path, **row.from_run(), diversity=None)
         if row.n > 1:
             distances = [diversity(row.pictures(i)[None] / 255) for i in chosen]
             result["diversity"] = torch.cat(distances).mean().item()
         for name in args.specs:
-            for key, x in [(name, each[name]), (f"{name}_gain", each[name] - first[name])]:
+            for key, x in [(name, scores[name]), (f"{name}_gain", scores[name] - base[name])]:
                 result[key], result[f"{key}_stderr"] = mean_and_stderr(x)
         results.append(result)
     out, table = Path(args.out_dir), tables(results, list(args.specs))
@@ -361,9 +356,9 @@ def report(args, rows, chosen):
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     numbers = dict(settings=vars(args), num_prompts=len(chosen), results=results)
     (out / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    show = [chosen[k] for k in evenly_spaced(len(chosen), args.columns)]
-    pictures = {row.label: torch.stack([row.pictures(i)[0] for i in show]) for row in rows}
-    picture_grid(out / "grid.png", pictures, [rows[0].prompts[i] for i in show])
+    shown = [chosen[k] for k in evenly_spaced(len(chosen), args.columns)]
+    pictures = {row.label: torch.stack([row.pictures(i)[0] for i in shown]) for row in rows}
+    picture_grid(out / "grid.png", pictures, [rows[0].prompts[i] for i in shown])
     print(f"wrote {out}/: table.md, results.json, grid.png, and the pictures in "
           f"{', '.join(row.label for row in rows)}")
 
@@ -371,26 +366,26 @@ def report(args, rows, chosen):
 # Settings and main
 
 def is_small(path):
-    """Whether a model is built like the one in tiny/flux."""
-    one, small = (read_json(Path(folder) / "transformer/config.json")
-                  for folder in (path, HERE / "tiny/flux"))
-    return all(one.get(key) == value for key, value in small.items() if not key.startswith("_"))
+    """Whether the architecture of a model is that of tiny/flux."""
+    config, small = (read_json(Path(folder) / "transformer/config.json")
+                     for folder in (path, HERE / "tiny/flux"))
+    return all(config.get(key) == value for key, value in small.items() if not key.startswith("_"))
 
 def parse_args(argv=None):
     """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
-    options = dict(                                             # default None: SMALL's or LARGE's
+    options = dict(                     # {name: (default, help)}; None: as in SMALL or LARGE
         model=(str(HERE / "tiny/flux"), "the base: a FluxPipeline directory or a hub id"),
-        prompts=(None, "a file of prompts, see prompts.py; or hpdv2_test, hpdv2_train"),
-        num_prompts=(0, "only so many of them, evenly spaced; 0: all"),
-        scorers=(None, f"some of {', '.join(rewards.SCORERS)}"),
-        images_per_prompt=(None, "n, at least 2 for diversity"),
-        solver=(None, "ddim or dpmpp_2m"), steps=(None, "of the solver"),
-        shift=(None, "of the time steps; 0: the model's"), seed=(0, "of the noise"),
+        prompts=(None, "a file of prompts, see inputs.py; or hpdv2_test, hpdv2_train"),
+        num_prompts=(0, "use only this many prompts, evenly spaced; 0: all"),
+        scorers=(None, f"{', '.join(rewards.SCORERS)} or FILE.py:FUNCTION, comma-separated"),
+        images_per_prompt=(None, "number of pictures of a prompt; diversity needs 2 or more"),
+        solver=(None, "ddim or dpmpp_2m"), steps=(None, "number of steps of the solver"),
+        shift=(None, "shift of the time steps; 0: the model's own"), seed=(0, "seed of the noise"),
         resolution=(None, "pixels: a side, or width x height like 832x640"),
-        guidance=(3.5, "guidance scale"),
-        hybrid=(0.0, "share of the first steps taken by a checkpoint, the rest by --model, as "
-                     "MixGRPO evaluates (its paper: 0.8); 0: off"),
-        batch=(None, "pictures at a time"), columns=(8, "prompts shown in the grid"),
+        guidance=(3.5, "guidance scale; above 1 it doubles klein's cost"),
+        hybrid=(0.0, "a checkpoint takes only this share of the steps, the first ones, and --model "
+                     "takes the rest, as in MixGRPO's evaluation (0.8 in its paper); 0: off"),
+        batch=(None, "pictures sampled at a time"), columns=(8, "prompts in the grid"),
         out_dir=("out/eval", "for table.md, results.json, grid.png and a folder per row"),
         device=("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu"))
     parser = argparse.ArgumentParser(
@@ -400,22 +395,27 @@ def parse_args(argv=None):
     for name, (default, text) in options.items():
         shown, kind = str(default), type(default)
         if default is None:
-            shown = f"for a model like tiny/flux {SMALL[name]}, for another {LARGE[name]}"
+            shown = f"{SMALL[name]} for models like tiny/flux, {LARGE[name]} for others"
             kind = type(LARGE[name])
         text = f"{text} (default {shown})".replace(f"{HERE}/", "")
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    parser.add_argument("--checkpoint", nargs="*", default=[], help="aligned models, or adapters")
+    parser.add_argument("--checkpoint", nargs="*", default=[], help="models that were aligned from "
+                        "--model: pipeline directories, or adapters for it")
     parser.add_argument("--overwrite", action="store_true",
-                        help="make the pictures and scores of these rows again")
-    args = parser.parse_args(argv)
+                        help="delete the pictures and scores of these rows, and make them again")
+    if RANK:
+        parser.error = lambda message: sys.exit(2)              # only process 0 prints it
+    args, rows, refused = parser.parse_args(argv), [], None
     try:
-        return args, check(args)
+        rows = check(args)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refused = str(error)
+    for message in filter(None, gather_objects(refused)):       # from any process
+        parser.error(message)
+    return args, rows
 
 def check(args):
-    """Fill in the defaults that depend on the model, and return the rows. ValueError, in one
-    sentence, for the first setting that cannot work."""
+    """Fill in the defaults for this model, and return the rows. ValueError for bad settings."""
     for path in [args.model, *(path for path in args.checkpoint if not is_lora(path))]:
         check_model(path)
     for name, value in (SMALL if is_small(args.model) else LARGE).items():
@@ -444,11 +444,11 @@ def check(args):
     ]:
         if not holds:
             raise ValueError(sentence)
-    args.named = {}                                             # scorers with their weights: the
-    for name, spec in args.specs.items():                       # keys in the files of scores
-        where = rewards.split(spec)[2]
-        versions = [str(fingerprint(Path(where).expanduser()))] if where else []
-        args.named[name] = " ".join([spec, *versions, *rewards.fingerprints(spec).values()])
+    args.score_keys = {}                    # for saved scores; new weights or code get a new key
+    for name, spec in args.specs.items():
+        argument = rewards.split(spec)[2]
+        versions = [str(fingerprint(Path(argument).expanduser()))] if argument else []
+        args.score_keys[name] = " ".join([spec, *versions, *rewards.fingerprints(spec).values()])
     rows = [Row(args, path, prompts) for path in [args.model, *args.checkpoint]]
     if len({row.label for row in rows}) < len(rows):
         raise ValueError("model and checkpoints must differ in the last two parts of their paths, "
@@ -464,13 +464,13 @@ def load_models(args, row):
     return model, load(args.model) if row.settings["hybrid"] else None
 
 def main(argv=None):
-    args, rows = parse_args(argv)
     init_processes()
+    args, rows = parse_args(argv)
     prompts, n = rows[0].prompts, args.images_per_prompt
     chosen = evenly_spaced(len(prompts), args.num_prompts or len(prompts))
     try:
         scorers = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen])
-        scorers = {spec: scorers[name] for name, spec in args.named.items()}
+        scorers = {key: scorers[name] for name, key in args.score_keys.items()}
         if RANK == 0:
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
                   f"resolution {args.resolution}, {args.solver} {args.steps} steps, shift "
@@ -478,16 +478,16 @@ def main(argv=None):
                   f"{args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:
                 row.begin(args.overwrite)
-        gather_objects(None)                                    # the folders are there
+        gather_objects(None)                                    # wait until the folders exist
         missing = [[i for i in chosen if row.lacks(i, scorers.keys())][RANK::WORLD] for row in rows]
-        gather_objects(None)                                    # all have looked before one begins
+        gather_objects(None)                                    # wait until all have looked
         with tqdm(total=sum(map(len, missing)), desc="eval", disable=True if RANK else None) as bar:
-            for row, mine in zip(rows, missing):
-                models = functools.cache(lambda: load_models(args, row))    # if one is needed
+            for row, indices in zip(rows, missing):
+                load = functools.cache(lambda: load_models(args, row))      # once, if it is needed
                 at_once = max(1, args.batch // n)
-                for some in (mine[k : k + at_once] for k in range(0, len(mine), at_once)):
-                    row.complete(some, args, models, scorers)
-                    bar.update(len(some))
+                for start in range(0, len(indices), at_once):
+                    row.complete(indices[start : start + at_once], args, load, scorers)
+                    bar.update(len(indices[start : start + at_once]))
         gather_objects(None)
         if RANK == 0:
             report(args, rows, chosen)

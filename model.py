@@ -30,7 +30,7 @@ import transformers
 from diffusers import Flux2KleinPipeline, FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.utils.checkpoint import checkpoint
-from loading import add_lora, find_pipeline, load_lora, parse_resolution
+from inputs import add_lora, find_pipeline, load_lora, parse_resolution
 
 diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
 transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
@@ -51,7 +51,7 @@ def recompute(transformer, count):
             checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)))
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Flux:
     """
@@ -210,8 +210,8 @@ class Flux:
             shutil.copyfile(file, target)       # not its mode, which may be read-only
 
 
-# ----------------------------------------------------------------------------------------------
-# what differs
+# ------------------------------------------------------------------------------------------------
+# What differs
 
 class Flux1(Flux):
     """FLUX.1. CLIP and T5 read the prompt. The guidance scale is an input of the network."""

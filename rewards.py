@@ -15,7 +15,8 @@ name. A failure never becomes a score of 0.
     hpsv2, pickscore, imagereward       what people prefer: the paper trains on these three
     clipscore, aesthetic                the paper evaluates with these, and does not train on them
     unifiedreward                       so, too: a model on a server (examples/server_reward.py)
-    clip, judge, jpeg                   for the small world in tiny/; nothing to download
+    jpeg                                needs no model
+    preference, judge, named, flawless  for the small world; nothing to download (tiny/scorers.py)
     ocr, imagenet, brisque              networks in PyPI packages (examples/package_rewards.py)
 
 Scores are computed in float32, even inside the caller's autocast. Near 0.3, neighbouring bf16
@@ -23,7 +24,7 @@ numbers differ by 0.002, while the HPSv2.1 scores of a group differ by about 0.0
 largest networks run in float16 (`half` in HPSv2 and ClipScore), but their scores are float32 too.
 """
 import machine                                  # noqa: F401  (before transformers and open_clip)
-import functools, hashlib, importlib, io, json, os, re, sys, traceback, types
+import functools, hashlib, importlib, io, os, re, sys, traceback, types
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -538,57 +539,7 @@ class Aesthetic(Published):
 
 
 # ------------------------------------------------------------------------------------------------
-# Scorers of the small world in tiny/
-
-class Clip(Cosine):
-    """Cosine of image and caption in a small CLIP. The model is open_clip's; tiny/make_tiny.py
-    trained it from scratch.
-
-    `clip` (tiny/reward, 1.9 M parameters) is the reward. It saw the emoji styles that the generator
-    was trained on. `judge` (tiny/judge, 0.7 M, another architecture) saw only the emoji of two
-    other vendors. It shows whether a gain is real, or only exploits the reward. 64x64 pixels, RGB
-    in [-1, 1]; other sizes are resized. About 0 to 0.8. MIT; for the data see tiny/README.md.
-    """
-    home = HERE / "tiny/reward"
-
-    @classmethod
-    def check(cls, location):
-        folder = Path(location or cls.home).expanduser()
-        if not (folder / "model.safetensors").is_file():
-            raise ValueError(f"{folder} should be a folder with model.safetensors, but is not")
-
-    def __init__(self, location="", device="cpu"):
-        from open_clip.model import CLIP        # imported here because it takes two seconds
-        from transformers import CLIPTokenizer
-        super().__init__(location, device)
-        folder = Path(location or self.home).expanduser()
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            net = CLIP(**config)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not like {self.home / 'config.json'}: "
-                             f"{one_line(error)}") from error
-        path = folder / "model.safetensors"
-        self.net = load_strictly(net, read_weights(path, self.home), path, self.home).to(device)
-        self.size = config["vision_cfg"]["image_size"]
-        self.length = config["text_cfg"]["context_length"]
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-
-    def encode_image(self, pixels):
-        x = pixels.float() / 127.5 - 1
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.net.encode_image(x)                                 # (G, 128)
-
-    def encode_text(self, prompts):
-        ids = self.tokenizer(prompts, padding="max_length", max_length=self.length,
-                             truncation=True, return_tensors="pt").input_ids
-        return self.net.encode_text(ids.to(self.device))                # (G, 128)
-
-
-class Judge(Clip):
-    home = HERE / "tiny/judge"
-
+# A reward without a model
 
 def jpeg(array, quality=95):
     """A uint8 (H, W, 3) array as the bytes of a JPEG file."""
@@ -611,12 +562,14 @@ class Jpeg(Scorer):
 # From names to scorers
 
 SERVER, PACKAGES = HERE / "examples/server_reward.py", HERE / "examples/package_rewards.py"
+TINY = HERE / "tiny/scorers.py"
 SCORERS = dict(
     hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore,
     aesthetic=Aesthetic, unifiedreward=f"{SERVER}:UnifiedReward",
     unifiedreward_final=f"{SERVER}:UnifiedRewardFinal", ocr=f"{PACKAGES}:Ocr",
     imagenet=f"{PACKAGES}:ImageNet", brisque=f"{PACKAGES}:Brisque",
-    clip=Clip, judge=Judge, jpeg=Jpeg)
+    jpeg=Jpeg, preference=f"{TINY}:Preference", judge=f"{TINY}:Judge", named=f"{TINY}:Named",
+    flawless=f"{TINY}:Flawless")
 # A scorer cannot have the name of another key in log.jsonl or results.json.
 TAKEN = (r"iter|reward|reward_std|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|nfe_\w+|"
          r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr")

@@ -11,12 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 import rewards
-from eval import draw_curve, evaluate, mean_and_stderr, picture_grid
-from loading import check_model, is_lora, parse_resolution
+from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log
+from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
 from machine import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
                      share_work, start_watchers, state_of, stopping, whole_weights)
 from neighbor_grpo import clip_fraction
-from prompts import evenly_spaced, read_prompts
 from rewards import ScorerError, one_line, parse_weights
 from solvers import schedule
 
@@ -136,15 +135,6 @@ def checkpoints(out):
     found = [path.parents[1] for path in Path(out).glob("checkpoint-*/state/state.pt")]
     found = {path.name.removeprefix("checkpoint-"): path for path in found}
     return [found[n] for n in sorted(filter(str.isdigit, found), key=int)]
-
-def read_log(out):
-    """The lines of a run's log, without those that a crash cut off or garbled."""
-    path, found = Path(out) / "log.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError, TypeError):
-            found.append(dict(json.loads(line)))
-    return found
 
 def discard(path):
     """Delete, but rename first: a half-deleted folder must not pass for a checkpoint."""
@@ -362,7 +352,7 @@ class Run:
             return dict(scores, images=images)
         with self.averaged():
             scores = share_work(n, sample_and_score)                    # {name: (n, 1)}
-        images, show = scores.pop("images"), evenly_spaced(n, 8)        # (n, 1, 3, H, W)
+        images, show = scores.pop("images"), evenly_spaced(n, 12)       # (n, 1, 3, H, W)
         self.evaluated = self.iteration
         self.before = self.before or dict(images=images[show, 0], scores=scores)
         line, said = dict(iter=self.iteration), []

@@ -1,6 +1,6 @@
 """
-The mathematics, one test per sentence. The name of a test is the sentence. Each test compares with
-something that is not our code.
+The mathematics, one test per sentence. The name of a test is the sentence. Each test compares our
+code with something else.
 
     python -m pytest -q test_core.py                        # half a minute: no weights, no GPU
     python -m pytest -q test_core.py -k first_gradient      # one sentence
@@ -10,7 +10,7 @@ something that is not our code.
   the solvers  (solvers.py)           diffusers' schedulers, flows with known solutions, Runge-Kutta
   the method   (train.py's loop)      counts at the velocity, the reward of fresh samples of a toy
 
-Where a shortcut looks harmless, the test also shows that it is wrong: "the naive form".
+If a shortcut looks harmless but is wrong, the test shows that, too: "the naive form".
 
     G = 12  candidates   D  numbers in one latent   x (G, D)  candidates   A (G,)  their advantages
 """
@@ -62,7 +62,7 @@ def gradient(f, at):
 
 # ================================================ the loss: noise and policy, Eq. 7, 8, 26-30
 
-def test_perturbation_keeps_the_variance_because_its_coefficients_lie_on_a_circle():
+def test_perturbation_keeps_the_variance_because_its_squared_coefficients_add_up_to_one():
     eps_star, delta = torch.tensor([1.0, -2.0]), torch.tensor([[0.5, 1.0], [0.0, 3.0]])
     expected = torch.tensor([[1.1, -1.0], [0.8, 0.2]])                  # 0.8 eps* + 0.6 delta
     assert_close(perturb_noise(eps_star, delta, 0.6), expected)
@@ -75,7 +75,7 @@ def test_perturbed_noise_stays_standard_normal_and_neighbours_are_equidistant(si
     five_sd = 5 / D**0.5
     assert_close(x.mean(1), torch.zeros(G).double(), rtol=0, atol=five_sd)
     assert_close(x.var(1), torch.ones(G).double(), rtol=0, atol=five_sd * 2**0.5)
-    correlation = torch.full((66,), 1 - sigma**2).double()              # 0 at sigma = 1: unrelated
+    correlation = torch.full((66,), 1 - sigma**2).double()              # 0 at sigma = 1
     assert_close(torch.corrcoef(x)[pairs], correlation, rtol=0, atol=five_sd)
     distance = torch.full((66,), sigma * (2 * D) ** 0.5).double()
     assert_close(torch.pdist(x), distance, rtol=0.02, atol=0)
@@ -95,14 +95,14 @@ def test_policy_sums_to_one_and_is_highest_at_the_anchors_own_candidate():
     assert pi.argmax(1).tolist() == list(range(G))
 
 
-def test_policy_and_ratio_are_equivariant_to_candidate_order():
+def test_policy_and_ratio_follow_the_order_of_the_candidates():
     x, old, anchor, order = normal(G, 5), normal(5), normal(5), torch.randperm(G)
     assert_close(log_policy(x[order], anchor), log_policy(x, anchor)[order])
     assert_close(log_ratio(x[order], anchor, old), log_ratio(x, anchor, old)[order])
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 8.0])
-def test_policy_is_bayes_posterior_of_a_gaussian_leap_of_variance_half_tau(tau):
+def test_policy_is_the_bayes_posterior_of_a_gaussian_leap_with_variance_tau_over_2(tau):
     x, anchor = normal(G, 5), normal(5)
     leap = Independent(Normal(x, (tau / 2) ** 0.5), 1)      # Eq. 26: from candidate i to anywhere
     likelihood = leap.log_prob(anchor).exp()                # (G,)      Eq. 28-29, prior 1/G
@@ -110,7 +110,7 @@ def test_policy_is_bayes_posterior_of_a_gaussian_leap_of_variance_half_tau(tau):
 
 
 def test_leaping_keeps_the_marginal_as_the_temperature_falls():
-    def gaussian(var, n):                                   # by its quantiles: no sampling noise
+    def gaussian(var, n):                                   # quantiles, without sampling noise
         return Normal(0, var**0.5).icdf((torch.arange(n).double() + 0.5) / n)
 
     def variance_after_a_leap(anchors, tau):
@@ -121,16 +121,16 @@ def test_leaping_keeps_the_marginal_as_the_temperature_falls():
     x = gaussian(var, 2000)                                 # p(x_t)
     for tau in (2.0, 0.5, 0.05):
         leap = tau / 2                                      # the variance of the leap
-        blurred = gaussian(var + leap, 500)                 # Eq. 26: one leap away from p
+        blurred = gaussian(var + leap, 500)                 # Eq. 26: p after one leap
         assert variance_after_a_leap(blurred, tau) == pytest.approx(var, rel=0.01)      # and back
-        kept = (var**2 + leap * (var + leap)) / (var + leap) ** 2       # by hand, for anchors of p
+        kept = (var**2 + leap * (var + leap)) / (var + leap) ** 2       # by hand: anchors from p
         assert variance_after_a_leap(gaussian(var, 500), tau) == pytest.approx(kept * var, rel=0.01)
     assert 0.98 < kept < 1                                  # at the last tau
 
 
 def test_log_ratio_of_two_candidates_worked_out_by_hand():
-    x = torch.tensor([[0.0], [1.0]])                # the anchor walks from the first candidate to
-    assert_close(log_ratio(x, x[1], x[0]), torch.tensor([-1.0, 1.0]))   # the second: p exchanged
+    x = torch.tensor([[0.0], [1.0]])                # the anchor moves from the first candidate to
+    assert_close(log_ratio(x, x[1], x[0]), torch.tensor([-1.0, 1.0]))   # the second
     assert_close(log_ratio(x, x[1], x[0], tau=4), torch.tensor([-0.25, 0.25]))
 
 
@@ -150,7 +150,7 @@ def test_log_ratio_and_its_gradient_are_those_of_two_softmaxes(tau):
 @pytest.mark.parametrize("tau", [1, D_FLUX])
 def test_log_ratio_is_exactly_zero_while_the_weights_have_not_moved(tau):
     x = flux_sized_group()
-    for old in (x[0], x[0] + 0.01 * torch.randn(D_FLUX)):   # on a candidate, and beside it
+    for old in (x[0], x[0] + 0.01 * torch.randn(D_FLUX)):   # at a candidate, and near it
         assert torch.equal(log_ratio(x, old.clone(), old, tau), torch.zeros(G))
 
 
@@ -158,8 +158,8 @@ def test_log_ratio_is_exactly_zero_while_the_weights_have_not_moved(tau):
 def test_log_ratio_equals_two_float64_softmaxes_even_below_the_published_clip(size):
     x = flux_sized_group()
     old = x[0] + 0.01 * torch.randn(D_FLUX)
-    anywhere, along_what_the_candidates_share = torch.randn(D_FLUX), x[1]
-    for direction in (anywhere, along_what_the_candidates_share):
+    random_direction, direction_of_a_candidate = torch.randn(D_FLUX), x[1]
+    for direction in (random_direction, direction_of_a_candidate):
         anchor = old + size * direction
         for tau in (1, D_FLUX):
             exact = (log_policy(x.double(), anchor.double(), tau)
@@ -173,12 +173,12 @@ def test_log_ratio_stays_float32_under_autocast():
     x, old, anchor = torch.randn(G, 64), torch.randn(64), torch.randn(64)
     expected = log_ratio(x, anchor, old)
     with torch.autocast("cpu", torch.bfloat16):
-        assert ((x - old) @ (anchor - old)).dtype == torch.bfloat16     # the naive form: a product
-        assert_close(log_ratio(x, anchor, old), expected, rtol=0, atol=0)       # of matrices
+        assert ((x - old) @ (anchor - old)).dtype == torch.bfloat16     # the naive form: matmul
+        assert_close(log_ratio(x, anchor, old), expected, rtol=0, atol=0)
 
 
 def test_rounding_the_anchor_to_bf16_moves_the_ratio_a_thousand_times_past_the_published_clip():
-    x = flux_sized_group()                                              # hence float32
+    x = flux_sized_group()                                              # so we use float32
     assert log_ratio(x, x[0].bfloat16().float(), x[0]).abs().max() > 1000 * PUBLISHED_CLIP
 
 
@@ -201,30 +201,30 @@ def test_objective_is_zero_at_theta_old_but_its_gradient_is_not():
 @pytest.mark.parametrize("tau", [1.0, 0.5, 5.0])
 def test_first_gradient_is_two_over_tau_times_the_advantage_weighted_candidates(tau):
     x, A = group()
-    for old in [*x, *(x + normal(G, 5))]:               # for every anchor: on a candidate or beside
+    for old in [*x, *(x + normal(G, 5))]:               # anchors at a candidate, and near one
         pull = gradient(lambda a: J(x, a, old, A, tau), old)
         assert_close(pull, 2 / tau * (A[:, None] * x).sum(0))
 
 
-def test_temperature_rescales_the_first_gradient_but_does_not_turn_it():
+def test_temperature_changes_the_length_of_the_first_gradient_but_not_its_direction():
     (x, A), old = group(), normal(5)
     g1, g5 = (gradient(lambda a: J(x, a, old, A, tau), old) for tau in (1, 5))
     assert_close(g1, 5 * g5)
     g1, g5 = (gradient(lambda a: J(x, a, old, A, tau, clip_eps=9), old + 1) for tau in (1, 5))
-    assert torch.cosine_similarity(g1, g5, dim=0) < 0.99                # true of the first only
+    assert torch.cosine_similarity(g1, g5, dim=0) < 0.99                # only true of the first
 
 
-def test_gradient_pulls_towards_a_rewarded_candidate_and_pushes_away_from_a_punished_one():
+def test_the_gradient_points_to_a_candidate_with_positive_advantage_and_away_from_a_negative_one():
     x, old = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), torch.zeros(2)
     pull = gradient(lambda a: J(x, a, old, torch.tensor([0.5, -0.5, 0.0, 0.0])), old)
     assert_close(pull, torch.tensor([2.0, 0.0]))
 
 
-def test_clipping_stops_only_the_gradient_of_candidates_that_moved_too_far_as_rewarded():
-    #                    stopped  kept    kept  stopped  inside the clip
+def test_clipping_stops_only_ratios_that_moved_too_far_in_the_direction_of_their_advantage():
+    #                stopped kept kept stopped; the others are inside the clip
     A = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0, -3.0])
     rho = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 1.0])
-    kept = torch.tensor([0.0, -1.5, 0.5, 0.0, 2.2, -3.0])               # A rho, or nothing
+    kept = torch.tensor([0.0, -1.5, 0.5, 0.0, 2.2, -3.0])               # A rho or 0
     assert_close(gradient(lambda log_rho: clipped_objective(log_rho, A, 0.2), rho.log()), kept)
     total = torch.tensor(1.2 - 1.5 + 0.5 - 0.8 + 2.2 - 3.0)
     assert_close(clipped_objective(rho.log(), A, 0.2), total)
@@ -237,21 +237,21 @@ def test_a_ratio_beyond_float32_gives_finite_values_and_gradients():
     assert clipped_objective(log_rho, A, 0.2).isfinite()
     assert gradient(lambda l: clipped_objective(l, A, 0.2), log_rho).isfinite().all()
     assert clip_fraction(log_rho, 0.2) == 1
-    log_rho, A = torch.tensor([79.9, 80.1]), torch.tensor([-2.0, -2.0])        # at e^80 it is cut
+    log_rho, A = torch.tensor([79.9, 80.1]), torch.tensor([-2.0, -2.0])        # the limit is e^80
     slopes = gradient(lambda l: clipped_objective(l, A, 0.2), log_rho)
     assert_close(slopes, torch.tensor([-2 * math.exp(79.9), 0]), rtol=1e-5, atol=0)
 
 
 def test_clip_fraction_is_the_share_of_ratios_outside_the_clip():
     for ratios, share in (([0.5, 0.9, 1.0, 1.1, 1.5], 0.4), ([0.81, 0.9, 1.21, 1.22], 0.5)):
-        log_rho = torch.tensor(ratios).log()                            # ratios, not their logs
+        log_rho = torch.tensor(ratios).log()                            # the clip is for ratios
         assert_close(clip_fraction(log_rho, 0.2), torch.tensor(share))
     tiny = torch.tensor([5e-5, 2e-4, -2e-4, 0.0])
     assert_close(clip_fraction(tiny, PUBLISHED_CLIP), torch.tensor(0.5))
-    assert clip_fraction(torch.zeros(G), 0.0) == 0                      # the edge is inside
+    assert clip_fraction(torch.zeros(G), 0.0) == 0                      # the edge counts as inside
 
 
-def test_only_the_anchor_carries_a_gradient_and_it_reaches_the_weights_as_by_hand():
+def test_only_the_anchor_has_a_gradient_and_it_reaches_the_weights_as_worked_out_by_hand():
     model, ts, k, j, tau = nn.Linear(3, 3).double(), schedule(4).double(), 1, 5, 0.5
     with torch.no_grad():
         traj, vels = rollout(lambda x, t: model(x.tanh()), normal(G, 3), ts)
@@ -263,9 +263,9 @@ def test_only_the_anchor_carries_a_gradient_and_it_reaches_the_weights_as_by_han
     dJ_dv = (ts[k + 1] - ts[k]) * pull
     assert_close(model.weight.grad, torch.outer(dJ_dv, x.tanh()))
     assert_close(model.bias.grad, dJ_dv)
-    anchor = ddim_step(x, model(x.tanh()), ts[k], ts[k + 1])            # the naive form: an old
+    anchor = ddim_step(x, model(x.tanh()), ts[k], ts[k + 1])            # the naive form: the old
     naive = torch.autograd.grad(J(traj[k + 1], anchor, anchor, A, tau), model.bias)[0]
-    assert not naive.any()                                              # anchor with a gradient
+    assert not naive.any()                                              # anchor has a gradient
 
 
 # ============================================ the loss: advantages, Eq. 3 and 11, many rewards
@@ -298,7 +298,7 @@ def test_advantages_have_unit_quasi_norm_whatever_the_rewards_scale_and_offset(p
     A = advantages(rewards, p)
     assert_close(A.abs().pow(p).sum(), torch.tensor(1.0))
     assert_close(advantages(5 * rewards + 3, p), A, rtol=1e-4, atol=1e-6)
-    for scale in (1e-30, 1e30):                             # the naive form: |A|^2 leaves float32
+    for scale in (1e-30, 1e30):                             # the naive form: |A|^2 is 0 or inf
         assert (scale * rewards).pow(2).sum() in (0, torch.inf)
         assert_close(advantages(scale * rewards, p), A)
 
@@ -310,25 +310,25 @@ def test_smaller_p_shrinks_flat_groups_more_than_sparse_ones():
         length_flat, length_sparse = advantages(flat, p).norm(), advantages(sparse, p).norm()
         assert_close(advantages(flat, p).abs(), torch.full((G,), G ** (-1 / p)).double())
         assert_close(length_flat, torch.tensor(G ** (1 / 2 - 1 / p)).double())
-        by_hand = (11**2 + 11) ** 0.5 / (11**p + 11) ** (1 / p)     # 11/12 above, eleven 1/12 below
+        by_hand = (11**2 + 11) ** 0.5 / (11**p + 11) ** (1 / p)     # A: once 11/12, 11 times -1/12
         assert_close(length_sparse, torch.tensor(by_hand).double())
         shrinks.append((length_flat / length_sparse).item())
-    assert shrinks[0] == pytest.approx(1)                   # p = 2 does not tell them apart
-    assert shrinks == sorted(shrinks, reverse=True) and shrinks[2] < 0.6    # p = 0.8 does
+    assert shrinks[0] == pytest.approx(1)                   # p = 2 treats both alike
+    assert shrinks == sorted(shrinks, reverse=True) and shrinks[2] < 0.6    # p = 0.8 does not
 
 
 def test_equal_rewards_give_zero_advantages_even_when_their_mean_rounds():
     rewards = torch.full((12,), 3.7)
     A = rewards - rewards.mean()
-    assert (A / A.norm()).abs().max() > 0.2     # the naive form blows rounding up to full size
+    assert (A / A.norm()).abs().max() > 0.2     # the naive form magnifies rounding errors
     for equal in (rewards, torch.zeros(12), -rewards, 1e-30 * rewards, rewards.double()):
         assert torch.equal(advantages(equal), torch.zeros_like(equal))
-    nearly, expected = [3.7] * 11 + [3.7001], [-1 / 22] * 11 + [0.5]    # one stands out, as above
+    nearly, expected = [3.7] * 11 + [3.7001], [-1 / 22] * 11 + [0.5]    # one differs
     assert_close(advantages(torch.tensor(nearly), 1), torch.tensor(expected), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rewards_are_equal_if_their_range_is_at_most_sixteen_roundings_of_the_largest(dtype):
+def test_rewards_count_as_equal_if_their_range_is_at_most_16_rounding_errors_of_the_largest(dtype):
     for roundings, flat in ((16, True), (17, False)):
         largest = 1 + roundings * torch.finfo(dtype).eps
         rewards = torch.tensor([1.0] * 11 + [largest], dtype=dtype)
@@ -346,7 +346,7 @@ def test_combined_reward_is_the_weighted_mean_of_sample_z_scores():
     assert_close(in_other_units, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reward_that_is_flat_in_a_group_adds_nothing_to_it():
+def test_a_reward_that_is_flat_in_a_group_contributes_nothing():
     rewards = torch.stack([torch.arange(12.0), torch.full((12,), 3.7)])
     naive = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
     assert naive[1].abs().max() > 0.5                       # the naive form: rounding, or 0 / 0
@@ -401,7 +401,7 @@ def test_bad_input_is_refused_with_the_value_in_the_message(call, named):
 
 
 @pytest.mark.parametrize("file", ["neighbor_grpo.py", "solvers.py"])
-def test_the_loss_and_the_solvers_import_torch_alone(file):
+def test_the_loss_and_the_solvers_import_only_torch(file):
     tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert [ast.unparse(node) for node in imports] == ["import torch"]
@@ -410,7 +410,7 @@ def test_the_loss_and_the_solvers_import_torch_alone(file):
 # ============================================================================== the solvers
 
 def mixture_velocity(x, t, means, sd):
-    """E[eps - x_0 | x_t = x], exact for data that are Gaussians of width sd around `means`."""
+    """E[eps - x_0 | x_t = x], exact for data from Gaussians of width sd around `means`."""
     variance = ((1 - t) * sd) ** 2 + t**2
     away = x[..., None, :] - (1 - t) * means                            # (..., modes, 2)
     mode = torch.softmax(-away.pow(2).sum(-1) / (2 * variance), -1)     # (..., modes)  P(mode | x)
@@ -418,7 +418,7 @@ def mixture_velocity(x, t, means, sd):
 
 
 def curved(x, t):
-    """Any nonlinear velocity that depends on time."""
+    """Some nonlinear velocity that depends on time."""
     return torch.sin(3 * x) + t * x.roll(1, -1) - 0.5
 
 
@@ -430,13 +430,13 @@ inner = lambda steps: torch.linspace(3, -3, steps + 1).double().sigmoid()       
 
 
 def one_gaussian_path(x, start, end):
-    """In closed form: the distance to the mean, counted in standard deviations, stays."""
+    """The closed form: the distance to the mean, in standard deviations, does not change."""
     sd, sd_end = (((0.5 * (1 - t)) ** 2 + t**2) ** 0.5 for t in (start, end))
     return (1 - end) * ONE[0] + sd_end / sd * (x - (1 - start) * ONE[0])
 
 
 def two_gaussians_path(x, start, end, steps=500):
-    """The classical Runge-Kutta method, of order 4: error below 1e-8."""
+    """The classical Runge-Kutta method of order 4, with an error below 1e-8."""
     ts = torch.linspace(start, end, steps + 1, dtype=torch.float64)
     for t, h in zip(ts, ts.diff()):
         a = two_gaussians(x, t)
@@ -462,8 +462,8 @@ def test_schedule_falls_from_one_to_zero_and_shift_moves_it_towards_the_noise():
 
 
 @pytest.mark.parametrize("steps", [8, 25])
-def test_schedule_is_diffusers_shift_and_its_dynamic_shift_at_exp_mu(steps):
-    even = torch.linspace(1, 1 / steps, steps).tolist()     # as FluxPipeline asks for them
+def test_schedule_equals_diffusers_with_a_fixed_shift_and_with_the_dynamic_shift_exp_mu(steps):
+    even = torch.linspace(1, 1 / steps, steps).tolist()     # as in FluxPipeline
     for settings, mu, shift in ((dict(shift=3.0), None, 3),
                                 (dict(use_dynamic_shifting=True), 1.15, math.exp(1.15))):
         theirs = FlowMatchEulerDiscreteScheduler(**settings)
@@ -472,7 +472,7 @@ def test_schedule_is_diffusers_shift_and_its_dynamic_shift_at_exp_mu(steps):
 
 
 def diffusers_rollout(scheduler, velocity, x, ts):
-    """The same times in diffusers' words: sigma is our t, and a timestep is 1000 t."""
+    """A rollout by diffusers at the same times: its sigma is our t, and its timestep 1000 t."""
     scheduler.set_timesteps(len(ts) - 1)
     scheduler.set_begin_index(0)
     scheduler.sigmas, scheduler.timesteps = ts, 1000 * ts[:-1]
@@ -493,7 +493,7 @@ def test_rollout_agrees_with_diffusers_at_every_step(steps, shift):
 
 
 def errors(velocity, path, grid, *runs):
-    """Root mean square distance from the exact end point, for each (solver, number of steps)."""
+    """Root-mean-square distance from the exact end point, for each (solver, number of steps)."""
     x = normal(64, 2)
     exact = path(x, *grid(1))
     ends = [rollout(velocity, x, grid(steps), solver)[0][-1] for solver, steps in runs]
@@ -503,15 +503,15 @@ def errors(velocity, path, grid, *runs):
 @pytest.mark.parametrize("velocity, path", FLOWS)
 @pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpmpp_2m", 2)])
 def test_dpmpp_2m_is_of_second_order_and_ddim_of_first(velocity, path, solver, order):
-    late = (128, 1024) if solver == "dpmpp_2m" else (16, 128)   # its DDIM steps at the ends cost
-    for grid, (few, many) in ((inner, (16, 128)), (whole, late)):       # a log factor
+    more = (128, 1024) if solver == "dpmpp_2m" else (16, 128)   # its DDIM steps at both ends bring
+    for grid, (few, many) in ((inner, (16, 128)), (whole, more)):       # a log factor
         most, least = errors(velocity, path, grid, (solver, few), (solver, many))
         slope = math.log(most / least) / math.log(many / few)           # of log error, log steps
         assert slope == pytest.approx(order, abs=0.1 * order**1.5)      # 0.9 to 1.1, 1.7 to 2.3
 
 
 @pytest.mark.parametrize("velocity, path", FLOWS)
-def test_sixteen_steps_of_dpmpp_2m_are_nearer_than_fifty_of_ddim(velocity, path):
+def test_16_steps_of_dpmpp_2m_are_more_accurate_than_50_of_ddim(velocity, path):
     sixteen, fifty = errors(velocity, path, whole, ("dpmpp_2m", 16), ("ddim", 50))
     assert sixteen < fifty
 
@@ -526,7 +526,7 @@ def test_both_solvers_are_exact_on_a_straight_flow(solver, steps):
 
 
 @pytest.mark.parametrize("solver, steps", [("ddim", 25), ("dpmpp_2m", 16), ("dpmpp_2m", 8)])
-def test_a_rollout_costs_the_evaluations_of_table_3_and_returns_each_of_them(solver, steps):
+def test_a_rollout_needs_the_evaluations_of_table_3_and_returns_all_of_them(solver, steps):
     seen = []
 
     def velocity(x, t):
@@ -540,10 +540,10 @@ def test_a_rollout_costs_the_evaluations_of_table_3_and_returns_each_of_them(sol
     assert torch.equal(x, traj[:-1]) and torch.equal(t, ts[:-1]) and torch.equal(v, vels)
 
 
-def test_a_replayed_velocity_gives_a_first_ratio_of_one_where_dpmpp_2ms_own_latent_does_not():
+def test_the_first_ratio_is_one_with_a_replayed_velocity_but_not_with_the_latent_of_dpmpp_2m():
     ts, x1, j, ks = schedule(8), torch.randn(G, 6), 3, range(8)
 
-    def first_ratio(old):                                   # (8, G) logs, before any update
+    def first_ratio(old):                                   # log ratios (8, G), before any update
         anchors = [ddim_step(traj[k], curved(traj[k], ts[k]), ts[k], ts[k + 1])[j] for k in ks]
         return torch.stack([log_ratio(traj[k + 1], anchors[k], old[k]) for k in ks])
 
@@ -553,14 +553,14 @@ def test_a_replayed_velocity_gives_a_first_ratio_of_one_where_dpmpp_2ms_own_late
         replayed, literal = torch.stack(replayed), traj[1:, j]          # literal: Algorithm 1's
         assert torch.equal(first_ratio(replayed), torch.zeros(8, G))
         if solver == "ddim":
-            assert torch.equal(replayed, literal)           # bit for bit: the two are one
-        else:                                               # the first two steps and the last are
-            assert_close(replayed[[0, 1, 7]], literal[[0, 1, 7]])       # DDIM's, and the others are
+            assert torch.equal(replayed, literal)           # equal to the last bit
+        else:                                               # the first two and the last are DDIM's
+            assert_close(replayed[[0, 1, 7]], literal[[0, 1, 7]])
             clipped = clip_fraction(first_ratio(literal)[2:7], PUBLISHED_CLIP)
-            assert clipped > 0.9                            # clipped before any update
+            assert clipped > 0.9                            # the others are clipped at once
 
 
-def test_one_call_of_ddim_step_may_hold_many_times():
+def test_one_call_of_ddim_step_may_have_several_times():
     x, v = torch.randn(3, 4), torch.randn(3, 4)
     t, t_next = torch.tensor([1.0, 0.75, 0.5]), torch.tensor([0.5, 0.5, 0.0])
     expected = torch.stack([x[0] - 0.5 * v[0], x[1] - 0.25 * v[1], x[2] - 0.5 * v[2]])
@@ -570,7 +570,7 @@ def test_one_call_of_ddim_step_may_hold_many_times():
 # ============================================================= the method in train.py's loop
 
 class Stub:
-    """What train.py asks of a model. The velocity is linear, and counts the latents."""
+    """What train.py needs of a model, with a linear velocity. It counts the latents."""
 
     device, latent_shape, nfe = torch.device("cpu"), (4, 3), 1
 
@@ -611,7 +611,7 @@ def stub_run(folder, model, preset="dpm8", **settings):
 
 
 def train_stub(folder, model, scorer=brightness, **settings):
-    """Algorithm 1 as train.py has it, an update per iteration -> the lines of its log."""
+    """Algorithm 1 by train.py, with one update per iteration -> the lines of its log."""
     run = stub_run(folder, model, **settings)
     train.train(run.cfg, model, {"brightness": scorer}, run)
     return run.lines()
@@ -619,7 +619,7 @@ def train_stub(folder, model, scorer=brightness, **settings):
 
 @pytest.mark.parametrize("preset, nfe_old, nfe_theta",
                          [("ddim25", 25, 4.0), ("dpm16", 16, 3.0), ("dpm8", 8, 4 / 3)])
-def test_the_presets_cost_the_evaluations_of_table_3(tmp_path, preset, nfe_old, nfe_theta):
+def test_the_presets_need_the_evaluations_of_table_3(tmp_path, preset, nfe_old, nfe_theta):
     model = Stub()
     line, = train_stub(tmp_path, model, preset=preset, prompts_per_iteration=2)
     assert (model.forwards / (2 * G), model.backwards / (2 * G)) == (nfe_old, nfe_theta)
@@ -628,20 +628,20 @@ def test_the_presets_cost_the_evaluations_of_table_3(tmp_path, preset, nfe_old, 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("tau", ["1", "dim"])
-def test_the_first_ratio_is_one_but_for_the_literal_old_anchor_after_dpmpp(tmp_path, solver, tau):
+def test_the_first_ratio_is_one_except_for_the_literal_anchor_after_dpmpp(tmp_path, solver, tau):
     five = dict(solver=solver, tau=tau, iterations=5)
     for line in train_stub(tmp_path, Stub(), updates_per_iteration=2, **five):
-        assert line["first_ratio"] < 1e-5                   # rounding, although the weights move on
-        assert line["clip_fraction"] > 0                    # the second update's ratios do differ
+        assert line["first_ratio"] < 1e-5                   # up to rounding, as the weights move
+        assert line["clip_fraction"] > 0                    # the second update has other ratios
     for line in train_stub(tmp_path, Stub(), old_anchor="rollout", **five):
         assert (line["first_ratio"] < 1e-5) == (solver == "ddim")
 
 
-MODES = torch.tensor([[1.5, 0.0], [-1.5, 0.0]])             # two Gaussians; the first is wanted
+MODES = torch.tensor([[1.5, 0.0], [-1.5, 0.0]])             # two Gaussians; the first is the goal
 
 
 class Toy(Stub):
-    """A 2-D flow: the exact velocity of two Gaussians, plus a small network, at first zero."""
+    """A 2-D flow: the exact velocity of two Gaussians plus a small network, at first zero."""
 
     latent_shape = (1, 2)
 
@@ -666,7 +666,7 @@ def train_toy(folder, model, reward, solver="dpmpp_2m", iterations=60):
 
 @torch.no_grad()
 def gain_of_fresh_samples(model):
-    """What 512 noises gain in reward by the training: the mean, and the mean in standard errors."""
+    """The mean gain in reward of 512 noises by training, and this mean in standard errors."""
     noise, ts = torch.randn(512, 2), schedule(16)
     ends = [rollout(each.velocity, noise, ts, "dpmpp_2m")[0][-1] for each in (Toy(), model)]
     gain = closeness(ends[1]) - closeness(ends[0])          # (512,)
@@ -679,7 +679,7 @@ def test_training_raises_the_expected_reward_and_lowers_it_if_it_is_negated(tmp_
         model = Toy()
         train_toy(tmp_path, model, lambda x0, prompts: sign * closeness(x0), solver)
         gain, standard_errors = gain_of_fresh_samples(model)
-        assert sign * gain > 0.5 and sign * standard_errors > 10        # 1.7 could be gained
+        assert sign * gain > 0.5 and sign * standard_errors > 10        # at most 1.7
 
 
 def test_the_example_in_the_readme_raises_the_reward():

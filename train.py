@@ -3,7 +3,7 @@ Align a FLUX model with a reward by Neighbor GRPO: Algorithm 1 of arXiv 2511.169
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python train.py                             # the small FLUX in tiny/: minutes on two CPU cores
-    python train.py --rewards clip,jpeg --reward_weights 2,1 --out_dir out/two
+    python train.py --rewards preference,jpeg --reward_weights 2,1 --out_dir out/two
     torchrun --nproc_per_node 8 train.py --preset dpm8 --prompts hpdv2_train --fsdp     # FLUX.1-dev
 
 The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are in model.py. This
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
+from inputs import read_prompts
 from machine import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
                      gather_objects, init_processes, stopwatch, wrap_for_processes)
 from model import Flux
 from neighbor_grpo import advantages, clipped_objective, combine_rewards, log_ratio, perturb_noise
-from prompts import read_prompts
 from rewards import parse_weights
 from run import HERE, Run, check
 from solvers import ddim_step, rollout, schedule
@@ -223,14 +223,13 @@ class Config:
     fsdp: bool = option(False, "divide weights, gradients and moments among the processes")
     gather: bool = option(False, "with fsdp: keep all weights on every GPU between updates, all "
                           "gradients within one; faster, where there is room")
-    checkpoint_blocks: int = option(-1, "number of blocks whose activations are recomputed in the "
-                                    "backward pass, to save memory; -1: all (FLUX.1-dev has 57)",
-                                    "[-1, inf)")
+    checkpoint_blocks: int = option(-1, "number of blocks to recompute in the backward pass, to "
+                                    "save memory; -1: all (FLUX.1-dev has 57)", "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes "
                            "at the start, faster from then on")
     batch: int = option(0, "at most this many latents in one forward pass, to save memory where a "
                         "process holds several groups; 0: all at once", "[0, inf)")
-    text_encoder_device: str = option("", "where T5 and CLIP are. empty: with the transformer; "
+    text_encoder_device: str = option("", "where the text encoders are. empty: on device; "
                                       "cpu; offload: on the CPU between uses",
                                       ("", "cpu", "offload"))
     # run
@@ -289,9 +288,10 @@ def is_positive(text):
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"),
-                 eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"), rewards="clip",
-                 eval_scorers="judge", resolution="64", shift=1.0, iterations=150,
-                 prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0, compile=False),
+                 eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"), rewards="preference",
+                 eval_scorers="judge,flawless", resolution="64", shift=1.0, iterations=60,
+                 eval_every=20, save_every=30, prompts_per_iteration=8, lr=5e-5,
+                 checkpoint_blocks=0, compile=False),
     # the rows of Table 3
     "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),
     "dpm16": dict(solver="dpmpp_2m", num_rollout_steps=16, num_anchors=4, num_train_steps=9),

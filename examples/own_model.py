@@ -2,24 +2,27 @@
 Your own flow model, aligned by the same train() as FLUX. This one is a small U-Net that draws
 pictures of 16x16 pixels and takes no prompt. The whole example takes two minutes on one core.
 
-    python -m examples.own_model        # replaces the run in out/own_model
+    python examples/own_model.py        # replaces the run in out/own_model
 
 It trains the U-Net on emoji shrunk to 16x16, then aligns it with `redness` of
 examples/own_reward.py. out/own_model/samples.png shows samples before (above) and after (below).
 The top of model.py lists what train() needs from a model.
 """
+import sys
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))                   # so that the script finds the project's files
 import train
 from eval import as_bytes, picture_grid
 from examples.own_reward import redness
 from run import Run
 from solvers import rollout, schedule
 
-SHEET = Path(__file__).resolve().parents[1] / "tiny/pictures/world.webp"
+SHEET = HERE / "tiny/pictures/world.webp"
 
 
 def emoji():

@@ -1,21 +1,23 @@
 """
 Neighbor GRPO in two dimensions. It takes ten seconds on one core, and loads no model.
 
-    python -m examples.toy                  # writes assets/method.png and assets/method.gif
+    python examples/toy.py                  # writes assets/method.png and assets/method.gif
 
 The data are six Gaussians on a ring, so the velocity of the flow is known exactly. A small network
 is added to it. The network starts at zero, and only the network is trained. The reward is minus the
 distance to a point. Time t runs from 1 (noise) to 0 (data): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 """
-import math
+import math, sys
 from pathlib import Path
 import matplotlib
 import torch
 from matplotlib import animation, pyplot as plt
 from torch import nn
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))                   # so that the script finds the project's files
 from neighbor_grpo import advantages, clipped_objective, log_policy, log_ratio, perturb_noise
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+ASSETS = HERE / "assets"
 ANGLES = torch.arange(6) * math.pi / 3
 MODES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)                # (6, 2) of the data
 STD = 0.25                                                              # of each mode

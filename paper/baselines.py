@@ -1,34 +1,34 @@
 """
-The other side of the paper's comparison: methods that explore by turning the ODE into an SDE, and
-DiffusionNFT and FDFO, which do not. Time t runs from 1 (noise) to 0 (image):
+The methods that the paper compares Neighbor GRPO with, and two more: DiffusionNFT and FDFO. All
+but these two explore by turning the ODE into an SDE. Time t runs from 1 (noise) to 0 (image):
 x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python -m paper.baselines --method dance    # DanceGRPO; or flow, mix, flash, branch, nft, fdfo
     python -m paper.baselines --method mix --window_every 10 --lr 1e-4 --out_dir out/mix-1e-4
     torchrun --nproc_per_node 8 -m paper.baselines --method flow --preset dpm8 --model ...
 
-Without --preset a method runs on the small world. It takes train.py's settings and its own.
+Without --preset, a method runs on the small world. It takes train.py's settings and its own.
 
-Each method is its formulas, a loop that stands beside train.py's, and a row of METHODS. Model,
-rewards, prompts, optimizer, log, evaluation and checkpoints are train.py's, by the same functions.
+A method has its formulas, a loop that can be read beside train.py's, and a row of METHODS. For
+model, rewards, prompts, optimizer, log, evaluation and checkpoints it calls train.py's functions.
 The formulas come first. They take plain tensors and can be copied, like those of neighbor_grpo.py.
-Equation numbers are those of arXiv 2511.16955. Formulas and settings are those of the methods'
-published code. Where the code differs from its paper, or ours differs from both, it is said there.
+Equation numbers are those of arXiv 2511.16955. Formulas and settings follow the methods' published
+code. A comment says where their code differs from their paper, or ours from both.
 """
 import math, re
 from dataclasses import dataclass, fields
 from typing import ClassVar
 import torch
 import train
+from inputs import read_prompts
 from machine import RANK, WORLD, exit_process, gather_objects, stopwatch
 from neighbor_grpo import clipped_objective, combine_rewards, is_flat
-from prompts import read_prompts
 from rewards import parse_weights
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
 from train import average_gradients, by_group, generator, option, pick, score, update
 
 # ------------------------------------------------------------------------------------------------
-# The SDE. It adds as much noise as its drift takes away, so x_t keeps the ODE's distribution.
+# The SDE. Its drift makes room for the noise that it adds, so x_t keeps the ODE's distribution.
 
 def dance_level(ts, eta=0.3):
     """eta_t of Eq. 12 in DanceGRPO: the same at all times. ts (T+1,) -> (T,).
@@ -39,17 +39,17 @@ def dance_level(ts, eta=0.3):
 
 def flow_level(ts, eta=0.7):
     """eta_t of Eq. 12 in Flow-GRPO: eta sqrt(t / (1 - t)). ts (T+1,) -> (T,). Where t = 1, the
-    denominator takes the next time instead.
+    denominator uses the next time instead.
 
-    Source: arXiv 2505.05470; yifan123/flow_grpo, sd3_sde_with_logprob.py. MixGRPO's code has it
-    too; MixGRPO's paper has another, CPS.
+    Source: arXiv 2505.05470; yifan123/flow_grpo, sd3_sde_with_logprob.py. MixGRPO's code has the
+    same level; its paper has another one, CPS.
     """
     t = ts[:-1]
     below_1 = torch.where(t == 1, ts[1], t)
     return eta * (t / (1 - below_1)).sqrt()
 
 def noise_estimate(x, v, t):
-    """eps_hat = x + (1 - t) v: the noise in x_t according to v. It is -t times the score."""
+    """eps_hat = x + (1 - t) v: the noise that v sees in x_t. It is -t times the score."""
     return x + (1 - t) * v
 
 def sde_std(t, t_next, level):
@@ -67,32 +67,32 @@ def log_prob(x_next, mean, std):
     x_next, mean (M, ...), std to broadcast with them -> (M,).
 
     It is a MEAN over the D dimensions, not a sum, as in the code of DanceGRPO, Flow-GRPO and
-    MixGRPO. So their ratios are the D-th root of the likelihood ratio, and the published clip of
-    1e-4 belongs to that.
+    MixGRPO. So their ratio is the D-th root of the likelihood ratio. The published clip of 1e-4 is
+    for this ratio.
     """
     z = (x_next - mean) / std
     each = -z**2 / 2 - std.log() - math.log(2 * math.pi) / 2
     return each.flatten(1).mean(1)                                      # (M,)          Eq. 16
 
 def sde_log_ratio(x_next, x_t, v, v_old, t, t_next, level):
-    """log pi_theta - log pi_old of a step x_t -> x_next (M, ...) that the old velocity took, as
-    `log_prob` measures it -> (M,). It is 0 where v is v_old."""
+    """log pi_theta - log pi_old, by `log_prob`, of a step x_t -> x_next (M, ...) that the old
+    velocity took -> (M,). It is 0 where v is v_old."""
     std = sde_std(t, t_next, level)
     log_pi = log_prob(x_next, sde_mean(x_t, v, t, t_next, level), std)
     log_pi_old = log_prob(x_next, sde_mean(x_t, v_old, t, t_next, level), std)
     return log_pi - log_pi_old                                          # (M,)
 
 def drift_residual(eps_hat, eps_hat_old, t, std):
-    """Eq. 24: what Eq. 6 has in its squared norm besides the difference of two ODE steps. It is 0
-    at theta_old."""
+    """Eq. 24: the term that Eq. 6 has in its squared norm in addition to the difference of two ODE
+    steps. It is 0 at theta_old."""
     return std**2 / (2 * t) * (eps_hat - eps_hat_old)
 
 def sde_rollout(velocity, x, ts, levels, noise, solver="ddim"):
     """solvers.rollout, with noise in the steps whose level is above 0.
 
     x (M, ...), ts (T+1,), levels (T,), noise: one standard normal (M, ...) for each step with
-    noise. The ODE's steps before and between those are Euler's; behind the last of those they are
-    the solver's (MixGRPO-Flash: DPM++). -> traj (T+1, M, ...), vels (T, M, ...).
+    noise. The steps without noise are Euler's, but after the last step with noise they are the
+    solver's (MixGRPO-Flash: DPM++). -> traj (T+1, M, ...), vels (T, M, ...).
     """
     with_noise = levels.nonzero().flatten().tolist()
     last = max(with_noise, default=-1)
@@ -110,35 +110,35 @@ def sde_rollout(velocity, x, ts, levels, noise, solver="ddim"):
     return torch.stack(traj), torch.stack(vels)
 
 def global_advantages(rewards, everywhere=None):
-    """The advantages of Flow-GRPO and DiffusionNFT: the mean is that of the group, the standard
-    deviation (of the population, plus 1e-4) that of ALL rewards of the iteration.
+    """The advantages of Flow-GRPO and DiffusionNFT: the mean is that of the group, but the standard
+    deviation (of the population, plus 1e-4) is that of ALL rewards of the iteration.
 
-    rewards (P, G), everywhere: those of all processes -> (P, G), cut at 5. A group whose rewards
-    are equal up to rounding gives zeros; their code would enlarge the rounding.
+    rewards (P, G), everywhere: those of all processes -> (P, G), clamped to [-5, 5]. A group whose
+    rewards are equal up to rounding gets zeros. Their code would magnify the rounding errors.
     """
     std = (rewards if everywhere is None else everywhere).std(correction=0)
     A = (rewards - rewards.mean(1, keepdim=True)) / (std + 1e-4)        # (P, G)
     return torch.where(is_flat(rewards)[:, None], 0.0, A.clamp(-5, 5))
 
 # ------------------------------------------------------------------------------------------------
-# MixGRPO (arXiv 2507.21802; Tencent-Hunyuan/MixGRPO): the SDE only inside a window of a few steps,
+# MixGRPO (arXiv 2507.21802; Tencent-Hunyuan/MixGRPO): an SDE only inside a window of a few steps,
 # which slides towards the image
 
 def window_at(iteration, T, size, every):
-    """The steps [start, end) of the window. Its start moves on by one step every so many
-    iterations, from 0 to T - 2, and then begins anew. As in their code, the last two steps are
-    never in it. So it shrinks at the end, and is empty at its last place: for that long all
-    candidates are one, and nothing is trained."""
+    """The steps [start, end) of the window. Its start moves by one step after every `every`
+    iterations, from 0 to T - 2, and then begins again at 0. As in their code, the window never has
+    the last two steps. So it shrinks at the end and is empty at its last place. There all
+    candidates are equal, and nothing is trained."""
     start = iteration // every % (T - 1) if every else 0
     return start, min(start + size, T - 2)
 
 def flash_schedule(T, shift, end, compress):
-    """MixGRPO-Flash: of the T - end steps behind the window, where nothing is trained, only
-    int(compress (T - end)) stay.
+    """MixGRPO-Flash: the T - end steps after the window, where nothing is trained, become
+    int(compress (T - end)) steps.
 
-    Their code counts points where this counts steps. With Flash* (compress 0.2, window 0 to 4) it
-    therefore takes one step fewer, while the 8 evaluations that they report for it are these. That
-    is not so for every position of a sliding window.
+    Where we count steps, their code counts points. So with Flash* (compress 0.2, window 0 to 4) it
+    takes one step fewer than ours. But they report 8 evaluations for it, as many as ours takes.
+    This does not hold for every position of a sliding window.
     """
     steps = max(1, int(compress * (T - end) + 1e-6))
     tail = schedule(steps, shift, start=1 - end / T)
@@ -149,16 +149,16 @@ def flash_schedule(T, shift, end, compress):
 # the beginnings of their trajectories, which form a tree
 
 def tree_widths(T, splits):
-    """The number of nodes before each of T steps and after the last, T+1 numbers. A node has two
-    children at a split, otherwise one."""
+    """The number of nodes before each of T steps and after the last step: T+1 numbers. A node has
+    two children at a split, otherwise one."""
     widths = [1]
     for k in range(T):
         widths.append(widths[-1] * (2 if k in splits else 1))
     return widths
 
 def tree_advantages(rewards, width):
-    """Advantages of the `width` nodes at one depth: the mean reward of the leaves below each
-    (reward fusion), standardised over the depth. (P, G) -> (P, width), cut at 5."""
+    """Advantages of the `width` nodes at one depth: the mean reward of the leaves below each node
+    (reward fusion), standardised over the depth. (P, G) -> (P, width), clamped to [-5, 5]."""
     fused = rewards.unflatten(1, (width, -1)).mean(2)                   # (P, width)
     deviation = fused - fused.mean(1, keepdim=True)
     std = fused.std(1, keepdim=True, correction=min(1, width - 1))      # (P, 1)
@@ -166,26 +166,26 @@ def tree_advantages(rewards, width):
     return A.clamp(-5, 5)                                               # (P, width)
 
 def pruned_depths(iteration, T, count, earliest, every):
-    """Depth pruning: `count` depths are not trained. At first they are T - count to T - 1; they
-    move one depth earlier every so many iterations, counted from 1, until they begin at `earliest`,
-    that of the last split. (Their paper lets the window move the other way.) With 5 of them
-    NFE_theta is the published 8.625; at the end 9.125, as the last split has half the nodes."""
+    """Depth pruning: `count` depths are not trained. At first these are T - count to T - 1. They
+    move one depth earlier after every `every` iterations, counted from 1, until they begin at
+    `earliest`, the last split's. (In their paper they move the other way.) With 5 of them NFE_theta
+    is the published 8.625. At the end it is 9.125, because the last split has half the nodes."""
     moved = (iteration + 1) // every if every else 0
     start = max(T - count - moved, earliest)
     return range(start, start + count)
 
 # ------------------------------------------------------------------------------------------------
-# DiffusionNFT (arXiv 2509.16117; NVlabs/DiffusionNFT, train_nft_sd3.py): no likelihood at all, but
-# a weighted flow-matching loss on the images of the rollouts
+# DiffusionNFT (arXiv 2509.16117; NVlabs/DiffusionNFT, train_nft_sd3.py): a weighted flow-matching
+# loss on the images of the rollouts, without any likelihood
 
 def nft_loss(x_t, t, x0, v, v_old, A, beta=1.0):
     """5 / beta [r L+ + (1 - r) L-] with L± = mean((x0_hat± - x0)^2) / w±,
     x0_hat± = x_t - t v±, v± = v_old ± beta (v - v_old), and r = (A / 5 + 1) / 2 in [0, 1].
 
-    x_t, x0, v, v_old (M, ...), t to broadcast with them, A (M,) cut at ±5 -> (M,). w± is the mean
-    absolute error of the same prediction, as a constant. Their code adds 1e-4 times the squared
-    distance to the base model's velocity. It is left out here, as the other methods have no such
-    term.
+    x_t, x0, v, v_old (M, ...), t to broadcast with them, A (M,) in [-5, 5] -> (M,). w± is the mean
+    absolute error of the same prediction, without a gradient. Their code adds 1e-4 times the
+    squared distance to the base model's velocity. We leave it out, because the other methods have
+    no such term.
     """
     r = (A / 5 + 1) / 2                                                 # (M,)
     losses = []
@@ -197,24 +197,24 @@ def nft_loss(x_t, t, x0, v, v_old, A, beta=1.0):
     return 5 / beta * (r * losses[0] + (1 - r) * losses[1])             # (M,)
 
 def nft_decay(step):
-    """The share of the old policy that stays after optimizer step `step` (their decay type 1): next
-    to nothing at first, half from step 500 on."""
+    """The share of the old policy that stays after optimizer step `step` (their decay type 1). At
+    first it is almost 0, and from step 500 on it is half."""
     return min(0.001 * step, 0.5)
 
 # ------------------------------------------------------------------------------------------------
 # FDFO, finite difference flow optimization (arXiv 2603.12893). Its code may not be used
 # commercially; nothing here was copied from it. It is the nearest relative of Neighbor GRPO: pairs
-# (G = 2) that begin at almost the same noise, and at theta_old a gradient along the difference of
-# the two candidates. But it is the difference of their end points, at all times alike, and a
-# penalty takes the place of the clip.
+# (G = 2) begin at almost the same noise, and the gradient at theta_old is along the difference of
+# the two candidates. But FDFO takes the difference of their end points, at all times, and has a
+# penalty instead of the clip.
 
 def churn(x, t, noise, c):
-    """Mix a little fresh noise into x_t: (x + t sqrt((1+c)^2 - 1) noise) / (1 + c t), which lies at
-    the time t' = (1+c) t / (1 + c t). t' / (1 - t'), the noise over the image, is 1+c times what it
-    was at t. -> x_t', t'.
+    """Mix a little fresh noise into x_t: (x + t sqrt((1+c)^2 - 1) noise) / (1 + c t). The result
+    belongs to the time t' = (1+c) t / (1 + c t). The ratio of noise to image, t' / (1 - t'), is 1+c
+    times that at t. -> x_t', t'.
 
-    At t = 1 it is Eq. 7 with sqrt(1 - sigma^2) = 1 / (1+c), and t' = 1. That is their formula. Its
-    form at other times is our reading: the churn of EDM (arXiv 2206.00364, Algorithm 2).
+    At t = 1 this is Eq. 7 with sqrt(1 - sigma^2) = 1 / (1+c), and t' = 1. That is their formula. At
+    other times we take the churn of EDM (arXiv 2206.00364, Algorithm 2). That is our reading.
     """
     x = (x + t * ((1 + c) ** 2 - 1) ** 0.5 * noise) / (1 + c * t)
     return x, (1 + c) * t / (1 + c * t)
@@ -222,8 +222,8 @@ def churn(x, t, noise, c):
 def churned_rollout(velocity, x, ts, c, noise):
     """Euler's steps of the ODE, with churn before each.
 
-    x (M, ...), ts (T+1,), noise (T, M, ...) standard normal. -> x_0 (M, ...), and where the
-    velocity was asked for: states (T, M, ...), state_ts (T,), vels (T, M, ...).
+    x (M, ...), ts (T+1,), noise (T, M, ...) standard normal. -> x_0 (M, ...), the states
+    (T, M, ...) and times (T,) at which the velocity was computed, and the velocities (T, M, ...).
     """
     states, state_ts, vels = [], [], []
     for t, t_next, fresh in zip(ts[:-1], ts[1:], noise):
@@ -236,34 +236,34 @@ def churned_rollout(velocity, x, ts, c, noise):
     return x, torch.stack(states), torch.stack(state_ts), torch.stack(vels)
 
 def half_difference(x):
-    """Half the difference of each from its partner. x (M, ...), where 0 and 1 are partners, 2 and
-    3, ... -> (M, ...)."""
+    """Half the difference of each from its partner. x (M, ...): 0 and 1 are partners, 2 and 3, and
+    so on -> (M, ...)."""
     pairs = x.unflatten(0, (-1, 2))                                     # (M / 2, 2, ...)
     return ((pairs - pairs.flip(1)) / 2).flatten(0, 1)                  # (M, ...)
 
 def end_point_direction(x0):
     """d / mean(d^2), where d is the half difference of two partners' x_0. (M, ...) -> (M, ...).
 
-    Thus the half difference of the rewards, times this, is D times the central difference of the
-    reward along d, whatever the length of d.
+    The half difference of the rewards, times this, is D times the central difference of the reward
+    along d, for any length of d.
     """
     d = half_difference(x0)
     return d / d.pow(2).flatten(1).mean(1).view(-1, *[1] * (d.ndim - 1))
 
 def fdfo_log_ratio(v, v_old, d):
-    """l - l_old with l = -mean((v - (v_old - d))^2): as if the velocity were Gaussian around one
-    that leads to x_0 + t d. v, v_old, d (M, ...) -> (M,). Like `log_ratio` of neighbor_grpo.py it
-    is formed from the displacement v - v_old, so it is exactly 0 at theta_old."""
+    """l - l_old with l = -mean((v - (v_old - d))^2), as if the velocity had a Gaussian around a
+    velocity that leads to x_0 + t d. v, v_old, d (M, ...) -> (M,). Like `log_ratio` of
+    neighbor_grpo.py, it is computed from v - v_old, so it is exactly 0 at theta_old."""
     u = v - v_old
     return -(u * (u + 2 * d)).flatten(1).mean(1)                        # (M,)
 
 def spo_objective(log_rho, A, eps):
-    """sum_i A_i rho_i - |A_i| / (2 eps) (rho_i - 1)^2, to be MAXIMISED; its gradient at theta_old
-    is that of `clipped_objective`. log_rho (M,), A (M,) -> scalar. It is largest at
-    rho = 1 + eps where A > 0, and at 1 - eps where A < 0.
+    """sum_i A_i rho_i - |A_i| / (2 eps) (rho_i - 1)^2, to be MAXIMISED. Its gradient at theta_old
+    is that of `clipped_objective`. log_rho (M,), A (M,) -> scalar. A term is largest at
+    rho = 1 + eps if A > 0, and at 1 - eps if A < 0.
 
-    Source: Simple Policy Optimization, arXiv 2401.16025. rho is cut at e^40: its square must not
-    overflow.
+    Source: Simple Policy Optimization, arXiv 2401.16025. rho is at most e^40 here, so that its
+    square does not overflow.
     """
     gain = log_rho.clamp(max=40).expm1()                                # (M,)          rho - 1
     return (A * (1 + gain) - A.abs() / (2 * eps) * gain**2).sum()       # ()
@@ -272,21 +272,21 @@ def spo_objective(log_rho, A, eps):
 # The loops, to be read beside train.py's
 
 def train_sde(cfg, model, scorers, run):
-    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash: one loop. They differ in `times`, and
-    Flow-GRPO in that every candidate begins at a noise of its own."""
+    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash. They differ in `times`. And in Flow-GRPO,
+    every candidate begins at its own noise."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     U = cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     row = torch.arange(P)[:, None]                                      # (P, 1)  goes with chosen
 
     for it in run.iterations():
-        # Draw prompts, a noise for each, the SDE's noise, and K of its steps for each candidate
+        # Draw prompts, noise to begin with, the SDE's noise, and K of its steps per candidate
         seconds, lap = stopwatch(model.device)
         ts, start, end, levels = times(cfg, it)                         # (T+1,), ..., (T,)
         prompt, x1, noise, steps = draw_sde(cfg, it, prompts, model.latent_shape, start, end)
         K = steps.shape[-1]                                             # fewer in a short window
 
-        # Roll out G candidates, which the noise drives apart
+        # Roll out G candidates. The noise drives them apart.
         x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (S, P G, ...)
         with torch.no_grad():
             cond = model.encode(prompt)
@@ -325,8 +325,8 @@ def train_sde(cfg, model, scorers, run):
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
 def train_branch(cfg, model, scorers, run):
-    """BranchGRPO: one trajectory from each noise, which splits in two now and then. Every step is
-    the SDE's. An edge of the tree has the advantage of the node that it leads to. The edges of the
+    """BranchGRPO: one trajectory from each noise, which splits in two at some steps. All steps have
+    noise. An edge of the tree has the advantage of the node that it leads to. The edges of the
     last step are trained too, as in their code, although no image contains their noise."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     T, U = cfg.num_rollout_steps, cfg.updates_per_iteration
@@ -335,7 +335,7 @@ def train_branch(cfg, model, scorers, run):
     levels, splits = LEVELS[cfg.noise](ts, cfg.eta), split_steps(cfg)   # (T,)
 
     for it in run.iterations():
-        # Draw prompts here; noise, node by node, in the rollout
+        # Draw prompts. The noise is drawn in the rollout, node by node.
         seconds, lap = stopwatch(model.device)
         widths, edges = tree(cfg, it)
         prompt, rngs = groups(cfg, it, prompts)
@@ -343,7 +343,7 @@ def train_branch(cfg, model, scorers, run):
             each = [torch.randn(width, *model.latent_shape, generator=rng) for rng in rngs]
             return torch.stack(each).to(model.device)                   # (P, w, N, C)
 
-        # Roll out the tree: the network sees a node once, before it splits
+        # Roll out the tree. The network sees a node once, before it splits.
         nodes, vels = [normal(1)], []                                   # (P, 1, N, C)
         with torch.no_grad():
             cond = model.encode(prompt)
@@ -353,15 +353,15 @@ def train_branch(cfg, model, scorers, run):
                 mean = sde_mean(x, v, t, t_next, levels[k]).unflatten(0, (P, -1))
                 mean = mean.repeat_interleave(widths[k + 1] // widths[k], 1)    # (P, w', N, C)
                 std = sde_std(t, t_next, levels[k])
-                if k in splits:                 # as in their code. The SDE's marginals are not
-                    std = cfg.split_noise * std         # kept then, and log_prob has no such factor
+                if k in splits:                 # as in their code. It changes the SDE's marginals,
+                    std = cfg.split_noise * std         # and log_prob does not have this factor.
                 nodes.append(mean + std * normal(widths[k + 1]))        # (P, w', N, C)
                 vels.append(v.unflatten(0, (P, -1)))                    # (P, w, N, C)
             x0 = x - t * v                      # of the last step, without its noise
             images = model.decode(run.finite(x0))                       # (P G, 3, H, W)
         lap("rollout")
 
-        # Score the leaves, and turn scores into advantages of all nodes
+        # Score the leaves, and turn the scores into advantages of all nodes
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
         leaves = by_group(scores, prompt,
                           lambda r: combine_rewards(r, weights.to(r)))  # (P, G)        Eq. 3
@@ -397,19 +397,19 @@ def train_branch(cfg, model, scorers, run):
 
 def train_nft(cfg, model, scorers, run):
     """DiffusionNFT: the old policy, a slow average of the trained one, rolls out by any ODE solver.
-    Then flow matching on its images, towards those with a positive advantage and away from the
-    others. The average is run.ema, so it is also what is evaluated and saved. Their code evaluates
-    a second average, with decay 0.9, which lags some ten iterations behind. A run has one here."""
+    Then the loss is flow matching on its images, towards those with a positive advantage and away
+    from the others. The average is run.ema, which is also evaluated and saved. Their code evaluates
+    a second average with decay 0.9, about ten iterations behind. Here a run has only one."""
     K = cfg.num_train_steps
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                     # (T+1,)
 
     for it in run.iterations():
-        # Draw prompts, G unrelated noises for each, and for each image K times with fresh noise
+        # Draw prompts, G independent noises for each, and K times with fresh noise per image
         seconds, lap = stopwatch(model.device)
         prompt, x1, noise, steps = draw_nft(cfg, it, prompts, model.latent_shape)
 
-        # Roll out with the old policy, and take its velocity at the points to be trained on
+        # Roll out with the old policy, and compute its velocity at the points that are trained
         x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (K, P G, ...)
         t = ts[steps][..., None, None].to(model.device)                 # (K, P G, 1, 1)
         with torch.no_grad(), run.averaged():
@@ -427,7 +427,7 @@ def train_nft(cfg, model, scorers, run):
         A = standardised(cfg, scores, prompt, weights)                  # (P, G)
         lap("reward")
 
-        # Update: once
+        # One update
         for j in range(K):
             average_gradients(cfg, model, last=j == K - 1)
             v = model.velocity(x_t[j], t[j].flatten(), cond)            # the only gradient
@@ -439,9 +439,9 @@ def train_nft(cfg, model, scorers, run):
         run.log(it, scores, A, [], seconds, nfe_old=len(vels) + K, nfe_theta=float(K))
 
 def train_fdfo(cfg, model, scorers, run):
-    """FDFO: G / 2 pairs of each prompt. A little noise drives the two of a pair apart. At every
-    step of both, the velocity is pulled towards the image that scored better and away from the
-    other. The reward is the weighted sum of all, as it is: nothing is standardised."""
+    """FDFO: G / 2 pairs for each prompt. A little noise drives the two of a pair apart. At every
+    step of both, the velocity is pulled towards the image with the better score and away from the
+    other. The reward is the weighted sum of all rewards. It is not standardised."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     T, U = cfg.num_rollout_steps, cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
@@ -468,7 +468,7 @@ def train_fdfo(cfg, model, scorers, run):
         d = end_point_direction(x0).unflatten(0, (P, G))                # (P, G, N, C)
         lap("reward")
 
-        # Update: at every step of both trajectories, along the difference of their end points
+        # Update at every step of both trajectories, along the difference of their end points
         log_rhos, trained = [], 0
         for chosen in torch.arange(G).chunk(U):                         # (g,)          g = G / U
             each_A, each_d = A[:, chosen].flatten(), d[:, chosen].flatten(0, 1)     # (P g, ...)
@@ -488,7 +488,7 @@ def train_fdfo(cfg, model, scorers, run):
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
 # ------------------------------------------------------------------------------------------------
-# What the loops call. Draws depend on the seed, the iteration and the group, as in train.py.
+# What the loops call. The draws depend on the seed, the iteration and the group, as in train.py.
 
 def groups(cfg, it, prompts):
     """The prompts of this process's P groups, and a generator for the draws of each."""
@@ -499,7 +499,7 @@ def groups(cfg, it, prompts):
 
 def draw_sde(cfg, it, prompts, latent_shape, start, end):
     """P prompts, x_1 (P G, N, C), the noise (S, P G, N, C) of the SDE's S steps [start, end), and
-    for each candidate K of these steps but the rollout's last, (P, G, K)."""
+    for each candidate K of these steps, but never the rollout's last step: (P, G, K)."""
     G, K = cfg.group_size, cfg.num_train_steps
     count = min(end, cfg.num_rollout_steps - 1) - start
     chosen, rngs = groups(cfg, it, prompts)
@@ -514,7 +514,7 @@ def draw_sde(cfg, it, prompts, latent_shape, start, end):
 
 def draw_nft(cfg, it, prompts, latent_shape):
     """P prompts, x_1 (P G, N, C), fresh noise (K, P G, N, C), and for each image K of the rollout's
-    steps, (K, P G)."""
+    steps: (K, P G)."""
     G, K, T = cfg.group_size, cfg.num_train_steps, cfg.num_rollout_steps
     chosen, rngs = groups(cfg, it, prompts)
     x1 = [torch.randn(G, *latent_shape, generator=rng) for rng in rngs]
@@ -523,8 +523,8 @@ def draw_nft(cfg, it, prompts, latent_shape):
     return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps, 1)
 
 def draw_fdfo(cfg, it, prompts, latent_shape):
-    """P prompts, x_1 (P G, N, C), the same for the two of a pair, and the noise (T, P G, N, C) that
-    is mixed in before each step."""
+    """P prompts, x_1 (P G, N, C), which is the same for the two of a pair, and the noise
+    (T, P G, N, C) that is mixed in before each step."""
     G, T = cfg.group_size, cfg.num_rollout_steps
     chosen, rngs = groups(cfg, it, prompts)
     x1 = [torch.randn(G // 2, *latent_shape, generator=rng) for rng in rngs]
@@ -532,10 +532,10 @@ def draw_fdfo(cfg, it, prompts, latent_shape):
     return chosen, torch.cat(x1).repeat_interleave(2, 0), torch.cat(noise, 1)
 
 def times(cfg, it):
-    """An iteration's schedule, its SDE steps [start, end), and every step's noise level, which is 0
-    where the step is the ODE's. The last step is the ODE's in DanceGRPO, which decodes the x_0 that
-    it predicts, and in MixGRPO. In Flow-GRPO it has noise (`noisy_end`), so the image has it too,
-    but it is not trained: their timestep_fraction of 0.99 takes 5 steps of 6."""
+    """An iteration's schedule, its SDE steps [start, end), and the noise level of every step, 0 for
+    a step of the ODE. In DanceGRPO (which decodes the predicted x_0) and in MixGRPO, the last step
+    is one of the ODE. In Flow-GRPO it has noise (`noisy_end`), so the image has noise, too. But it
+    is not trained: with their timestep_fraction of 0.99, 5 of 6 steps are."""
     T = cfg.num_rollout_steps
     start, end = 0, T if cfg.noisy_end else T - 1
     if cfg.window:
@@ -549,8 +549,8 @@ def times(cfg, it):
     return ts, start, end, levels
 
 def tree(cfg, it):
-    """BranchGRPO's tree: the nodes before each step and after the last, and the edges that are
-    trained in an iteration, as (step, parent, child)."""
+    """BranchGRPO's tree: the numbers of nodes before each step and after the last, and the edges
+    that are trained in an iteration, as (step, parent, child)."""
     T, splits = cfg.num_rollout_steps, split_steps(cfg)
     widths = tree_widths(T, splits)
     pruned = pruned_depths(it, T, cfg.prune, max(splits), cfg.window_every)
@@ -560,11 +560,11 @@ def tree(cfg, it):
     return widths, edges
 
 def split_steps(cfg):
-    """The numbers in cfg.splits. What is not a number is left out; `Config.rules` refuses it."""
+    """The numbers in cfg.splits, without other words, which `Config.rules` refuses."""
     return [int(k) for k in cfg.splits.split(",") if re.fullmatch("[0-9]+", k.strip())]
 
 def at_steps(k, ts, levels, device):
-    """t, t_next and the noise level of steps k (M,), each (M, 1, 1)."""
+    """t, t_next and the noise level at the steps k (M,), each (M, 1, 1)."""
     return [each[k][:, None, None].to(device) for each in (ts, ts[1:], levels)]
 
 def side_by_side(parts):
@@ -572,8 +572,8 @@ def side_by_side(parts):
     return torch.stack(list(parts), 1).flatten(0, 1)
 
 def standardised(cfg, scores, prompt, weights):
-    """Advantages (P, G), cut at 5: Eq. 3 on each reward, then their weighted mean, as in MixGRPO.
-    With global_std: the weighted sum of the rewards, against the spread of all groups."""
+    """Advantages (P, G) in [-5, 5]: the weighted mean of Eq. 3 on each reward, as in MixGRPO. With
+    global_std: `global_advantages` of the weighted sum of the rewards."""
     if not cfg.global_std:
         A = by_group(scores, prompt, lambda r: combine_rewards(r, weights.to(r)))
         return A.clamp(-5, 5)                                           # (P, G)        Eq. 3
@@ -582,12 +582,12 @@ def standardised(cfg, scores, prompt, weights):
     return global_advantages(total, everywhere.to(total.device))
 
 def nfe(cfg, it=0):
-    """Network evaluations per image in an iteration: of the rollout, and trained ones."""
+    """Network evaluations per image in an iteration: those of the rollout, and the trained ones."""
     T, K, G = cfg.num_rollout_steps, cfg.num_train_steps, cfg.group_size
     if cfg.method == "branch":
         widths, edges = tree(cfg, it)
         return sum(widths[:-1]) / G, len(edges) / G
-    if cfg.method == "nft":                     # also asks the old policy about every trained point
+    if cfg.method == "nft":                     # the old policy also sees the K trained points
         return T + K, K
     if cfg.method == "fdfo":
         return T, T
@@ -602,28 +602,28 @@ class Config(train.Config):
     method: str = option("", "which of the baselines",
                          ("dance", "flow", "mix", "flash", "branch", "nft", "fdfo"))
     num_rollout_steps: int = option(25, "T, steps of a rollout", "[2, inf)")
-    num_train_steps: int = option(4, "K, steps that are trained, drawn for each candidate from the "
-                                  "SDE's steps, or from those of nft's rollout", "[1, inf)")
-    updates_per_iteration: int = option(3, "optimizer steps among which the candidates, or "
-                                        "branch's edges, are divided", "[1, inf)")
-    solver: str = option("ddim", "of the ODE's steps behind the SDE's, and of nft's rollout",
+    num_train_steps: int = option(4, "K, number of trained steps, drawn for each candidate from "
+                                  "the SDE's steps; nft: from the rollout's", "[1, inf)")
+    updates_per_iteration: int = option(3, "optimizer steps per iteration; they share the "
+                                        "candidates, or branch's edges", "[1, inf)")
+    solver: str = option("ddim", "for the ODE's steps after the SDE's, and for nft's rollout",
                          ("ddim", "dpmpp_2m"))
     noise: str = option("", "noise level. dance: eta at all times; flow: eta sqrt(t / (1 - t))",
                         ("", "dance", "flow"))
     eta: float = option(0.0, "strength of the noise (Eq. 12)", "[0, 100]")
-    own_noise: bool = option(False, "every candidate begins at a noise of its own, not its group's")
+    own_noise: bool = option(False, "every candidate begins at its own noise, not at its group's")
     noisy_end: bool = option(False, "the last step has noise, too; it is not trained")
-    window: int = option(0, "SDE steps in a window, which ends before T-1; 0: all but the last",
-                         "[0, inf)")
-    window_every: int = option(0, "iterations after which the window, or that of the pruned "
-                               "depths, moves on by a step; 0: it stays", "[0, inf)")
-    compress: float = option(1.0, "flash: the share of the steps behind the window that stay",
+    window: int = option(0, "SDE steps in a window, which ends before T-1; 0: all but the last "
+                         "(noisy_end: all)", "[0, inf)")
+    window_every: int = option(0, "iterations after which the window, or the pruned depths, move "
+                               "by one step; 0: never", "[0, inf)")
+    compress: float = option(1.0, "flash: the share of the steps after the window that remain",
                              "(0, 1]")
     global_std: bool = option(False, "divide advantages by the standard deviation of all rewards, "
-                              "not of their group's")
+                              "not by that of their group")
     splits: str = option("", "branch: the steps at which every node gets two children, "
-                         "comma-separated; G is 2 to the power of their number")
-    split_noise: float = option(1.0, "branch: factor of the noise in those steps", "[0, 100]")
+                         "comma-separated; G must be 2 to the power of their number")
+    split_noise: float = option(1.0, "branch: factor for the noise at the splits", "[0, 100]")
     prune: int = option(0, "branch: number of depths that are not trained", "[0, inf)")
     beta: float = option(0.0, "nft: distance of v+ and v- from the old policy", "[0, 100]")
     churn: float = option(0.0, "fdfo: by how much the share of noise grows before each step",
@@ -631,14 +631,14 @@ class Config(train.Config):
 
     command: ClassVar = "-m paper.baselines"
     code: ClassVar = ("paper/baselines.py", "neighbor_grpo.py")
-    num_anchors: ClassVar = 0                   # Neighbor GRPO's own are not settings here. All
-    sigma: ClassVar = 0                         # candidates are trained, they begin at one noise or
-    p: ClassVar = 0                             # at unrelated ones, and there is no quasi-norm
-    tau: ClassVar = ""                          # and no distance
+    num_anchors: ClassVar = 0                   # These are not settings here: all candidates are
+    sigma: ClassVar = 0                         # trained, their noises are equal or independent,
+    p: ClassVar = 0                             # and there is no quasi-norm and no distance.
+    tau: ClassVar = ""
     old_anchor: ClassVar = ""
 
     def plan(self):
-        """What an iteration costs, in a line."""
+        """The cost of an iteration, in one line."""
         old, theta = nfe(self)
         return (f"{self.method}: {self.prompts_per_iteration} prompts x G {self.group_size}, "
                 f"NFE_old {old:.2f}, NFE_theta {theta:.2f}, {self.updates_per_iteration} updates")
@@ -658,7 +658,7 @@ class Config(train.Config):
                f"{f.name} is not a setting of {self.method}") for f in own),
             (not row.get("noise") or self.noise, "noise is empty, but must be dance or flow"),
             (not row.get("eta") or self.eta > 0,
-             f"eta is {self.eta:g}, but must be above 0: without noise nothing can be learnt"),
+             f"eta is {self.eta:g}, but must be above 0: nothing can be learnt without noise"),
         ]
 
     def rules_of_sde(self):
@@ -685,7 +685,7 @@ class Config(train.Config):
             (splits_fit, f"splits is {self.splits}, but must be as many different steps below "
                          f"{T - 1} as give G, {G}, leaves"),
             (self.prune < T - last, f"prune is {self.prune}, but must lie between 0 and "
-                                    f"{T - 1 - last}, the depths behind the last split"),
+                                    f"{T - 1 - last}, the depths after the last split"),
             (U <= 2 * G - 2,
              f"updates_per_iteration is {U}, but must be at most 2 G - 2, {2 * G - 2}"),
             (self.solver == "ddim",
@@ -695,10 +695,10 @@ class Config(train.Config):
     def rules_of_nft(self):
         U = self.updates_per_iteration
         return [
-            (U == 1, f"updates_per_iteration is {U}, but nft has one"),
+            (U == 1, f"updates_per_iteration is {U}, but must be 1 for nft"),
             (0 < self.ema <= 0.5 and self.beta > 0,
-             f"ema is {self.ema:g} and beta {self.beta:g}, but nft's ema, the most that stays of "
-             "the old policy, must lie in (0, 0.5], and beta must be above 0"),
+             f"ema is {self.ema:g} and beta {self.beta:g}, but for nft ema, the largest share of "
+             "the old policy that stays, must lie in (0, 0.5], and beta must be above 0"),
             (self.clip_eps == type(self).clip_eps,
              "clip_eps is not a setting of nft, which has no ratio to clip"),
             *self.rules_of_sde(),
@@ -717,9 +717,9 @@ class Config(train.Config):
             (self.solver == "ddim", "solver is not a setting of fdfo, whose steps are Euler's"),
         ]
 
-# As published, for FLUX.1-dev where there is such a setting. What is not as published is said.
+# As published, for FLUX.1-dev if there are such settings. A comment says what differs.
 METHODS = {
-    # T and K as this paper has them; their code has 16 and 9
+    # T and K are those of this paper; their code has 16 and 9
     "dance": dict(noise="dance", eta=0.3, num_rollout_steps=25, num_train_steps=14,
                   updates_per_iteration=3, window=0, solver="ddim"),
     # G is 12 here, not 24; they train adapters and keep an average
@@ -731,16 +731,16 @@ METHODS = {
     "flash": dict(noise="flow", eta=0.7, num_rollout_steps=25, num_train_steps=4,
                   updates_per_iteration=4, window=4, window_every=0, compress=0.2,
                   solver="dpmpp_2m"),
-    # 18 updates: one every 12 edges of a whole tree, every 7.7 of a pruned one
+    # 18 updates: one for 12 edges of a whole tree, or for 7.7 of a pruned one
     "branch": dict(noise="dance", eta=0.3, num_rollout_steps=20, num_train_steps=4, group_size=16,
                    splits="0,3,6,9", split_noise=4.0, prune=0, window_every=30, clip_eps=1e-3,
                    updates_per_iteration=18, solver="ddim"),
     # G is 12 here, not 24; they train adapters, and evaluate another average (`train_nft`)
     "nft": dict(num_rollout_steps=10, num_train_steps=9, updates_per_iteration=1, beta=1.0,
                 ema=0.5, global_std=True, solver="dpmpp_2m"),
-    # For SD3.5-M. A prompt has 6 pairs here, in 3 updates; they have one pair of each of 432
-    # prompts, in 4. They train adapters, without guidance. clip_eps is the penalty's eps. As in
-    # branch, every step is trained, and num_train_steps has no effect.
+    # For SD3.5-M. A prompt has 6 pairs here, in 3 updates; they have one pair for each of 432
+    # prompts, in 4 updates. They train adapters, without guidance. clip_eps is the penalty's eps.
+    # As in branch, every step is trained, and num_train_steps has no effect.
     "fdfo": dict(num_rollout_steps=40, num_train_steps=4, updates_per_iteration=3, churn=0.0025,
                  clip_eps=0.03, solver="ddim"),
 }

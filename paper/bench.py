@@ -1,32 +1,37 @@
 """
-What does an iteration cost, and what of it is not its networks? Time t runs from 1 (noise) to 0
-(image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+What an iteration costs, and how much of it is not spent in its networks. Time t runs from 1 (noise)
+to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python -m paper.bench                       # all methods, on the small world
     python -m paper.bench methods --only dpm8,dance --repeats 15
     python -m paper.bench methods --geometry flux --only dance,dpm8 --compile --no-bare --repeats 1
     python -m paper.bench ladder --geometry flux        # what each step of the fast path brings
+    python -m paper.bench ladder --geometry flux --steps 2 --profile    # and what takes the time
     python -m paper.bench batching --geometry flux-small        # B anchors in one forward, or in B
     python -m paper.bench scaling               # seconds against G, T, B, K and pixels
     python -m paper.bench floor                 # operations of an iteration at FLUX.1-dev's size
-    python -m paper.bench memory                # GPU memory that FLUX.1-dev takes
+    python -m paper.bench memory                # GPU memory that FLUX.1-dev needs
 
-floor and memory are computed without a GPU, from tensors that have shapes but no numbers. Settings
-of train.py may follow the options of the others, such as --compile and --threads 1 above.
+floor and memory are computed without a GPU, from tensors that have shapes but no numbers. For the
+other commands, settings of train.py may follow, such as --compile above.
 
-`methods` times the loops' own iterations. After each it times the same calls of the same networks,
-in the same batches, with nothing around them. Methods take turns. Its columns are medians:
+`methods` times iterations of the loops. After each it times bare calls: the same calls of the same
+networks, in the same batches, without the loop. The methods take turns. Its columns are medians:
 
-    NFE_old, NFE_theta   latents that the network was asked about, over images: without and with
-                         gradients. They are counted at the network.
-    ratio                iteration over bare calls, pair by pair. The speed of the machine cancels,
-                         but where other work comes and goes a single pair says little: use more
+    NFE_old, NFE_theta   latents that the network got, per image: without and with gradients. They
+                         are counted at the network.
+    ratio                iteration / bare calls, pair by pair. The speed of the machine cancels. But
+                         if other programs come and go, a single pair says little: use more
                          --repeats, and --threads 1.
-    TFLOP, TFLOP/s       the transformer's matrix products in an iteration, and these over the whole
-                         iteration's seconds, decoding and all
+    TFLOP, TFLOP/s       the transformer's matrix products in an iteration, and these per second of
+                         the whole iteration, with decoding and everything else
     share                of the rate of one large matrix product, which is timed in the same run
-    GB                   the most memory that the bare calls take; on a CPU beyond the weights. In
-                         `ladder` that of the iterations.
+    GB                   the peak memory of the bare calls, on a CPU without the weights; in
+                         `ladder` that of the iterations
+    gradient norm        in `ladder`: of the first iteration, before clipping
+    below eps            in `ladder`: how many of the first update's gradients are smaller than
+                         AdamW's eps, 1e-8, as a share of those that are not 0. (New adapters begin
+                         at 0, and half of their gradients are 0 then.)
 """
 import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time
 from collections import namedtuple
@@ -35,9 +40,9 @@ import numpy as np
 import torch
 import rewards, train
 from eval import SOLVERS
+from inputs import read_prompts
 from paper import baselines, float8
 from paper.counts import KLEIN, VAE, Live, decoding, memory, memory_of_klein, operations
-from prompts import read_prompts
 from run import Run
 from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, FluxPipeline,
                        FluxTransformer2DModel)
@@ -64,39 +69,39 @@ BUILT = ("resolution", "lora_rank", "checkpoint_blocks", "compile")     # settin
 Setup = namedtuple("Setup", "label cfg model costs scorers run loop prompts")
 
 # ------------------------------------------------------------------------------------------------
-# Iterations, and their network calls with nothing around them
+# Iterations, and their network calls without the loop
 
 def now(device):
-    """The time in seconds, when the device has done all that it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 @contextlib.contextmanager
 def recorded(model, scorers, opt):
-    """Inside, what a loop asks of its networks is written down: [(what, size, with gradients)],
-    and the seconds of what has no line of its own in the log."""
+    """Records a loop's network calls, [(name, size, with gradients)], and the seconds of the phases
+    that are not in the log."""
     calls, seconds, plain = [], dict(decode=0.0, optimizer=0.0), dict(scorers)
 
-    def watched(call, what, size, phase=""):
-        def watch(*args, **more):
+    def recording(call, what, size, phase=""):
+        def record(*args, **more):
             calls.append((what, size(*args), torch.is_grad_enabled()))
             began = now(model.device) if phase else 0
             result = call(*args, **more)
             if phase:
                 seconds[phase] += now(model.device) - began
             return result
-        return watch
+        return record
 
     def latents_and_prompts(x, t, cond):
         return len(x), len(cond["vec"])
 
-    model.encode = watched(model.encode, "encode", len)
-    model.velocity = watched(model.velocity, "velocity", latents_and_prompts)
-    model.decode = watched(model.decode, "decode", len, "decode")
-    opt.step = watched(opt.step, "step", lambda: None, "optimizer")
+    model.encode = recording(model.encode, "encode", len)
+    model.velocity = recording(model.velocity, "velocity", latents_and_prompts)
+    model.decode = recording(model.decode, "decode", len, "decode")
+    opt.step = recording(opt.step, "step", lambda: None, "optimizer")
     for name, scorer in plain.items():
-        scorers[name] = watched(scorer, name, lambda images, prompts: len(images))
+        scorers[name] = recording(scorer, name, lambda images, prompts: len(images))
     try:
         yield calls, seconds
     finally:
@@ -104,7 +109,7 @@ def recorded(model, scorers, opt):
         del model.encode, model.velocity, model.decode, opt.step
 
 def replay(model, scorers, calls, prompts):
-    """The same calls, of the same sizes and in the same order, with nothing around them."""
+    """Make the same calls, with the same sizes and in the same order, without the loop."""
     most = max(size[0] for what, size, _ in calls if what == "velocity")
     latents = torch.randn(most, *model.latent_shape, device=model.device)
     for what, size, trained in calls:
@@ -124,24 +129,29 @@ def replay(model, scorers, calls, prompts):
                 G = size // len(prompts)
                 scorers[what](images, [prompt for prompt in prompts for _ in range(G)])
 
-def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, changes={}):
-    """Iterations of each method, {name: (label, script, settings)}, and their bare calls, in turn.
-    -> {name: dict(Table 3's columns, operations, median seconds, ratio, tries)}
+def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, changes={},
+            profile=False):
+    """Time iterations of each method, {name: (label, script, settings)}, and their bare calls, in
+    turn. -> {name: dict(Table 3's columns, operations, median seconds, ratio, tries)}
 
-    build(cfg) makes a model, changes[name] does something to it. Methods whose models are made
-    alike share one. `warm`: iterations of each before those that count.
+    build(cfg) makes a model, and changes[name](model) changes it. Methods with equal models share
+    one. `warm`: iterations of each method that are not counted, before those that are. `profile`:
+    after them, make one more for a table of what took its time.
     """
     found, tries = {}, {name: [] for name in methods}
     with tempfile.TemporaryDirectory() as folder:
         setups = set_up(methods, flags, build, changes, folder)
         for repeat in range(warm + repeats):
             for name, s in setups.items():
-                s.cfg.iterations = repeat + 1                   # one more than are done
-                calls, seconds = one_iteration(s)
+                s.cfg.iterations = repeat + 1                   # so that the loop makes one more
+                with watched_gradients(s.run.opt, repeat == 0) as shares:
+                    calls, seconds = one_iteration(s)
                 again = lambda: replay(s.model, s.scorers, calls, s.prompts)
                 if repeat == 0:
                     found[name] = settings_of(s.cfg, calls, s.model.nfe)
                     found[name]["flops"] = flops_of(s.costs, calls)
+                    found[name]["grad_norm"] = s.run.lines()[-1]["grad_norm"]
+                    found[name]["below_eps"] = shares[0] if shares else 0.0
                 if bare:
                     began = now(s.model.device)
                     again()
@@ -152,6 +162,8 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
                 tries[name].append(seconds)
                 print(f"{repeat + 1}/{warm + repeats} {s.label}: {seconds['iteration']:.2f} s",
                       file=sys.stderr, flush=True)
+        for name, s in setups.items() if profile else ():
+            found[name]["profile"] = busiest(s)
     for name, each in tries.items():
         counted = each[warm:]
         found[name] |= {key: statistics.median(one[key] for one in counted) for key in each[0]}
@@ -159,7 +171,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
     return found
 
 def set_up(methods, flags, build, changes, folder):
-    """{name: Setup} of runs in subfolders of `folder`."""
+    """{name: Setup}. The runs are in subfolders of `folder`."""
     setups, models = {}, {}
     for name, (label, script, own) in methods.items():
         parse, loop = SCRIPTS[script]
@@ -182,7 +194,7 @@ def set_up(methods, flags, build, changes, folder):
     return setups
 
 def one_iteration(s):
-    """One iteration of a loop -> its calls, and the seconds of all of it and of its phases."""
+    """One iteration of a loop -> its calls, and the seconds of the iteration and of its phases."""
     with (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
           recorded(s.model, s.scorers, s.run.opt) as (calls, apart)):
         began = now(s.model.device)
@@ -198,8 +210,42 @@ def one_iteration(s):
                        reward=log["seconds_reward"],
                        update=log["seconds_update"] - apart["optimizer"])
 
+@contextlib.contextmanager
+def watched_gradients(opt, wanted):
+    """Inside, if wanted, each step of the optimizer adds to the list the share of its gradients
+    that are below AdamW's eps. Those that are 0 do not count."""
+    shares = []
+
+    def share_below_eps(opt, *_):
+        weights = [w for group in opt.param_groups for w in group["params"]]
+        sizes = [w.grad.abs() for w in weights if w.grad is not None]
+        eps = opt.defaults["eps"]
+        below = sum(int(((size > 0) & (size < eps)).sum()) for size in sizes)
+        shares.append(below / max(1, sum(int(size.count_nonzero()) for size in sizes)))
+
+    hook = opt.register_step_pre_hook(share_below_eps) if wanted else None
+    try:
+        yield shares
+    finally:
+        if hook:
+            hook.remove()
+
+def busiest(s):
+    """One more iteration by torch.profiler: the ten kernels, on a CPU the ten operators, that take
+    most of its time, as a table."""
+    kind = "cuda" if s.model.device.type == "cuda" else "cpu"
+    s.cfg.iterations += 1
+    activity = getattr(torch.profiler.ProfilerActivity, kind.upper())
+    by = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+    try:
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            one_iteration(s)
+        return profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=70)
+    except RuntimeError as error:               # a container may forbid it; the seconds still count
+        return f"torch.profiler failed: {error}"
+
 def parsed(script, words):
-    """Settings of a run that is not begun."""
+    """The settings of a script's command line, without a run."""
     with tempfile.TemporaryDirectory() as folder:
         return SCRIPTS[script][0]([*words, "--out_dir", folder])
 
@@ -207,8 +253,7 @@ def parsed(script, words):
 # What is counted, and the table
 
 def settings_of(cfg, calls, nfe):
-    """Table 3's columns. NFE: latents that the network was asked about, each `nfe` times, over
-    images."""
+    """The columns of Table 3. NFE: latents that the network got, each `nfe` times, per image."""
     images = cfg.prompts_per_iteration * cfg.group_size
     asked = {False: 0, True: 0}                 # without gradients, and with
     for what, size, trained in calls:
@@ -219,7 +264,7 @@ def settings_of(cfg, calls, nfe):
                 nfe_theta=asked[True] / images)
 
 def memory_of(call, model):
-    """Peak bytes; on a CPU those beyond the weights."""
+    """Peak bytes of a call, on a CPU without the weights."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         call()
@@ -229,20 +274,19 @@ def memory_of(call, model):
     return live.peak
 
 def operations_of(model, cfg):
-    """`operations` of a model that is loaded, for one latent."""
+    """`operations` of a loaded model, for one latent."""
     text = model.encode([""])["txt"].shape[1]
     once = operations(model.transformer.config, model.latent_shape[0], text, cfg.lora_rank,
                       cfg.checkpoint_blocks)
     return [model.nfe * count for count in once]
 
 def flops_of(costs, calls):
-    """The transformer's operations in recorded calls. `costs`: of one latent, without gradients and
-    with."""
+    """The transformer's operations in recorded calls. `costs`: those of one latent, without and
+    with gradients."""
     return sum(size[0] * costs[trained] for what, size, trained in calls if what == "velocity")
 
 def matmul_rate(device):
-    """Floating point operations a second in one large matrix product, in the type that the network
-    runs in."""
+    """Floating point operations per second in one large matrix product of the network's dtype."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -255,14 +299,14 @@ def matmul_rate(device):
 RATES = ("TFLOP", "TFLOP/s", "a matrix product's", "share")
 
 def rates(found, rate):
-    """The transformer's operations in an iteration, these over the iteration's seconds, and the
-    share of a matrix product's rate that this is."""
+    """As text: the transformer's operations in an iteration, these per second of the iteration, the
+    rate of a matrix product, and the share of that rate."""
     flops, seconds = found["flops"], found["iteration"]
     return (f"{flops / 1e12:.3g}", f"{flops / seconds / 1e12:.3g}", f"{rate / 1e12:.3g}",
             f"{flops / seconds / rate:.2f}")
 
 def table(found, rate):
-    """The columns that the head of this file explains, as text."""
+    """The columns that the top of this file explains, as Markdown."""
     counts = ("solver", "nfe_old", "G", "B", "K", "nfe_theta")
     seconds = ("iteration", *PHASES, "bare", "ratio")
     head = ["Method", "Solver", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", *PHASES,
@@ -289,7 +333,7 @@ def markdown(head, rows):
     return "\n".join(map(line, [head, ["---"] * len(head), *rows]))
 
 # ------------------------------------------------------------------------------------------------
-# Other sizes than the small world's
+# Other sizes than that of the small world
 
 BLOCKS = {"flux": dict(num_layers=19, num_single_layers=38),
           "flux-small": dict(num_layers=2, num_single_layers=4),
@@ -299,9 +343,9 @@ SIZES = {"tiny": "", "flux": f"--resolution 720 {LARGE}", "flux-small": f"--reso
          "flux-narrow": "--prompts_per_iteration 1"}
 
 def random_flux(cfg, geometry):
-    """FLUX.1-dev's transformer, all of it or 2 + 4 of its blocks, and its VAE, with random weights.
-    What the text encoders would say is random too. flux-narrow: 1 + 2 blocks of 2 heads, and the
-    small world's VAE, which then takes a tenth of an evaluation; FLUX's takes an eighth."""
+    """FLUX.1-dev's transformer, with all or with 2 + 4 of its blocks, and its VAE. Weights and text
+    embeddings are random. flux-narrow: 1 + 2 blocks of 2 heads, and the small world's VAE. It
+    then takes a tenth of an evaluation; FLUX's takes an eighth."""
     dtype = torch.bfloat16 if "cuda" in cfg.device else torch.float32
     torch.set_default_dtype(dtype)
     with torch.device(cfg.device):
@@ -322,53 +366,62 @@ def build(cfg, geometry):
     return train.load(cfg) if geometry == "tiny" else random_flux(cfg, geometry)
 
 # ------------------------------------------------------------------------------------------------
-# What else can be asked
+# The other commands
 
 def cudnn_attention(model):
     model.transformer.set_attention_backend("_native_cudnn")
 
-LADDER = {                              # step: (train.py's settings, what is done to the model)
+LADDER = {                              # step: (settings of train.py, a change of the model)
     "blocks as they are, all recomputed": ("--no-compile --checkpoint_blocks -1", None),
     "compiled": ("--compile --checkpoint_blocks -1", None),
     "compiled, rollouts in float8": ("--compile --checkpoint_blocks -1", float8.prepare),
     "blocks as they are, nothing recomputed": ("--no-compile --checkpoint_blocks 0", None),
     "compiled, nothing recomputed": ("--compile --checkpoint_blocks 0", None),
-    # the last, and timed alone: diffusers gives this attention to all models from then on
+    "compiled, 35 blocks recomputed": ("--compile --checkpoint_blocks 35", None),   # of FLUX's 57
+    # last and alone, because diffusers then uses this attention in all models
     "compiled, cuDNN's attention": ("--compile --checkpoint_blocks -1", cudnn_attention),
 }
 
-def ladder(repeats, geometry, flags):
-    """An iteration of Neighbor GRPO with 8 steps, at each step of the ladder. On the small world
-    the steps take turns. Elsewhere they come one after the other, as only one model may fit."""
+def ladder(repeats, geometry, flags, steps=(), profile=False):
+    """Time iterations of Neighbor GRPO with 8 steps, at each step of the ladder, or at those with
+    the numbers `steps`, from 1. On the small world, which has fewer than 35 blocks, the steps take
+    turns. At other sizes they follow one another, because only one model may fit."""
     device = torch.device(parsed(TRAIN, flags).device)
-    *first, last = LADDER
-    print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB"], []), flush=True)
-    for names in [first, [last]] if geometry == "tiny" else [[name] for name in LADDER]:
+    head = ["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm", "below eps"]
+    print(markdown(head, []), flush=True)
+    turns = [[list(LADDER)[number - 1]] for number in steps] or [[name] for name in LADDER]
+    if geometry == "tiny" and not steps:
+        *first, last = [name for name in LADDER if "35 blocks" not in name]
+        turns = [first, [last]]
+    for names in turns:
         torch.compiler.reset()
         if device.type == "cuda":
-            gc.collect()                        # the last step's model; the next needs the room
+            gc.collect()                        # frees the last model, to make room for the next
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        here = [name for name in names if can_be_had(name, device, flags)]
+        here = [name for name in names if is_possible(name, device, flags)]
         try:
             found = measure({name: (name, TRAIN, LADDER[name][0]) for name in here}, repeats, flags,
                             lambda cfg: build(cfg, geometry), bare=False, warm=1,
-                            changes={name: LADDER[name][1] for name in here})
-        except Exception as error:              # too little memory, say: the others still count
+                            changes={name: LADDER[name][1] for name in here}, profile=profile)
+        except Exception as error:              # such as too little memory: go on with the others
             print(f"{', '.join(names)}: {type(error).__name__}: {error}", file=sys.stderr)
             found = {}
         rate, memory = matmul_rate(device), ""
         if device.type == "cuda":
             memory = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}"
         for name in names:
-            row = ["not here, as said above"]
+            row = ["not possible here, see above"]
             if name in found:
                 seconds = [f"{found[name][key]:.2f}" for key in ("iteration", *PHASES)]
-                row = [*seconds, *rates(found[name], rate), memory]
+                row = [*seconds, *rates(found[name], rate), memory,
+                       f"{found[name]['grad_norm']:.2e}", f"{found[name]['below_eps']:.3f}"]
             print(line([name, *row]), flush=True)
+            if profile and name in found:
+                print(f"\n{name}\n{found[name]['profile']}", flush=True)
 
-def can_be_had(name, device, flags):
-    """Whether a step of the ladder can be timed here. If not, the reason has been printed."""
+def is_possible(name, device, flags):
+    """Whether a step of the ladder can be timed here. If not, print the reason."""
     settings, change = LADDER[name]
     try:
         parsed(TRAIN, [*flags, *settings.split()])
@@ -376,7 +429,7 @@ def can_be_had(name, device, flags):
             float8.check(device)
         if change is cudnn_attention and device.type != "cuda":
             raise ValueError("cuDNN's attention needs a GPU")
-    except SystemExit:                          # train.py has said why
+    except SystemExit:                          # train.py has printed the reason
         return False
     except ValueError as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -384,7 +437,8 @@ def can_be_had(name, device, flags):
     return True
 
 def costs_of(net, vae, name, tokens=45 * 45, text=512, rank=64):
-    """The operations of one latent at 720x720, {how: (forward, with backward)}; printed, too."""
+    """The operations of one latent at 720x720 -> {case: (forward, with backward)}. Also prints
+    them."""
     costs = {}
     for what, of in ((f"LoRA {rank}", rank), ("all weights", 0)):
         for how, blocks in (("nothing recomputed", 0), ("all recomputed", -1)):
@@ -396,9 +450,9 @@ def costs_of(net, vae, name, tokens=45 * 45, text=512, rank=64):
     return costs
 
 def floor():
-    """The operations of one group's iteration by each method, FLUX.1-dev at 720x720: the matrix
-    products of the transformer, which no implementation can leave out. Of klein, those of one
-    latent."""
+    """Print the operations of each method's iteration with one group, FLUX.1-dev at 720x720: the
+    matrix products of the transformer, which every implementation needs. For FLUX.2 klein, print
+    those of one latent."""
     with torch.device("meta"):
         flux, klein = FluxTransformer2DModel(guidance_embeds=True), Flux2Transformer2DModel(**KLEIN)
         vae, klein_vae = AutoencoderKL(**VAE), AutoencoderKLFlux2()
@@ -420,20 +474,20 @@ def floor():
         else:
             old, theta = c.num_rollout_steps, c.num_anchors * c.num_train_steps / c.group_size
         sums = [c.group_size * (old * forward + theta * both) for forward, both in costs.values()]
-        rival = rival or sums                   # the first is DanceGRPO
+        rival = rival or sums                   # DanceGRPO is the first
         rows.append([label, c.group_size, f"{old:.4g}", f"{theta:.4g}"])
         for own, its in zip(sums, rival):
             rows[-1] += [f"{own / 1e15:.2f}", f"{own / its:.3f}"]
     print(markdown(head, rows))
 
 def batching(cfg, geometry, repeats):
-    """Forwards and backwards of one prompt's B anchors, all in one or one by one, in turn; medians.
-    (A loop's forward has B / updates_per_iteration anchors of each of its prompts.)"""
+    """Time the forward and backward pass of one prompt's B anchors, all at once and one by one, in
+    turn. (In a loop, a pass has B / updates_per_iteration anchors of each of its prompts.)"""
     model, B, tries = build(cfg, geometry), cfg.num_anchors, []
-    model.batch = 0                             # all at once is all at once
+    model.batch = 0                             # else `velocity` would divide them
     cond = model.encode(read_prompts(cfg.prompts)[:1])
     x = torch.randn(B, *model.latent_shape, device=model.device)
-    for repeat in range(repeats + 1):           # one to warm up
+    for repeat in range(repeats + 1):           # the first does not count
         seconds = []
         for parts in (1, B):
             began = now(model.device)
@@ -459,8 +513,8 @@ GROWTH = {                                      # setting: its values; the other
 }
 
 def scaling(repeats, flags, folder):
-    """Seconds of an iteration against G, T, B, K and pixels, a line through each, and how far the
-    points are from it; into scaling.md and scaling.png."""
+    """Time iterations for several G, T, B, K and pixels. Fit a line to each, and write it and the
+    points' distances from it into scaling.md and scaling.png."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -495,16 +549,16 @@ def scaling(repeats, flags, folder):
 # The command line
 
 COMMANDS = {
-    "methods": "an iteration of each method, and its network calls alone; also without a name",
-    "ladder": "what each step of the fast path brings, Neighbor GRPO with 8 steps",
-    "batching": "B anchors in one forward against B forwards",
+    "methods": "an iteration of each method, and its network calls alone (the default command)",
+    "ladder": "what each step of the fast path brings for Neighbor GRPO with 8 steps",
+    "batching": "B anchors in one forward pass or in B",
     "scaling": "seconds against G, T, B, K and pixels, into results/scaling.md and .png",
     "floor": "the operations of FLUX.1-dev and of FLUX.2 klein, counted without a GPU",
-    "memory": "the GPU memory that the two take, computed without one",
+    "memory": "the GPU memory that these two need, computed without a GPU",
 }
 
 def parse_args(argv):
-    """-> the command's options, and the settings that follow them."""
+    """-> the options of the command, and the settings of train.py."""
     parser = argparse.ArgumentParser(prog="python -m paper.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
@@ -513,19 +567,24 @@ def parse_args(argv):
     for name in ("methods", "ladder", "batching", "scaling"):
         each[name].epilog = "Settings of train.py may follow, such as --threads 1."
         each[name].add_argument("--repeats", type=int, default=5,
-                                help="iterations that count (default 5)")
+                                help="iterations that are counted (default 5)")
     for name in ("methods", "ladder", "batching"):
         each[name].add_argument(
             "--geometry", choices=[*SIZES], default="tiny",
             help="tiny: the small world. flux: FLUX.1-dev's size, 720x720; flux-small: 2 + 4 of "
                  "its blocks, 256x256; both with random weights, LoRA 64, all blocks recomputed, "
-                 "one prompt, unless settings say otherwise. flux-narrow: 1 + 2 blocks of 2 heads "
-                 "beside a VAE that weighs as little as FLUX's, 64x64 (default tiny)")
+                 "one prompt, unless settings say otherwise. flux-narrow: 1 + 2 blocks of 2 heads, "
+                 "64x64; its VAE is as cheap beside it as FLUX's (default tiny)")
+    add = each["ladder"].add_argument
+    add("--steps", default="", help="comma-separated numbers of steps, from 1, instead of all: "
+        + "; ".join(f"{number} {name}" for number, name in enumerate(LADDER, 1)))
+    add("--profile", action="store_true", help="after each step a torch.profiler table: the ten "
+        "kernels that take most of one more iteration")
     add = each["methods"].add_argument
-    add("--only", default=",".join(METHODS), help="comma-separated, of " + ", ".join(METHODS))
-    add("--warm", type=int, default=2, help="iterations before those that count (default 2)")
+    add("--only", default=",".join(METHODS), help="comma-separated: " + ", ".join(METHODS))
+    add("--warm", type=int, default=2, help="iterations before those counted (default 2)")
     add("--bare", action=argparse.BooleanOptionalAction, default=True,
-        help="after each iteration its network calls alone, for ratio and GB (default yes)")
+        help="after each iteration time its network calls alone, for ratio and GB (default yes)")
     add("--json", default="", help="a file for the numbers")
     args, settings = parser.parse_known_args(argv or ["methods"])
     if args.command in ("floor", "memory") and settings:
@@ -534,10 +593,15 @@ def parse_args(argv):
         parser.error("--repeats must be at least 1, --warm at least 0")
     if getattr(args, "geometry", "") == "flux" and not torch.cuda.is_available():
         parser.error("--geometry flux needs a GPU")
+    if args.command == "ladder":
+        numbers = [number.strip() for number in args.steps.split(",") if number.strip()]
+        if unknown := [n for n in numbers if not n.isdigit() or not 1 <= int(n) <= len(LADDER)]:
+            parser.error(f"--steps has {unknown[0]!r}, but must be of 1 to {len(LADDER)}")
+        args.steps = [int(number) for number in numbers]
     if args.command == "methods":
         args.only = [name.strip() for name in args.only.split(",")]
         if unknown := [name for name in args.only if name not in METHODS]:
-            parser.error(f"--only has {unknown[0]!r}, but must be of {', '.join(METHODS)}")
+            parser.error(f"--only has {unknown[0]!r}, but the methods are {', '.join(METHODS)}")
         if args.json and not Path(args.json).parent.is_dir():
             parser.error(f"--json: there is no folder {Path(args.json).parent}")
     return args, settings
@@ -552,11 +616,11 @@ def main(argv=None):
     geometry, names = getattr(args, "geometry", "tiny"), getattr(args, "only", ["dpm8"])
     flags = [*SIZES[geometry].split(), *settings]
     for _, script, own in [METHODS[name] for name in names]:
-        cfg = parsed(script, [*flags, *own.split()])            # refused before anything is built
+        cfg = parsed(script, [*flags, *own.split()])            # bad settings end here
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if args.command == "ladder":
-        return ladder(args.repeats, geometry, flags)
+        return ladder(args.repeats, geometry, flags, args.steps, args.profile)
     if args.command == "batching":
         return batching(cfg, geometry, args.repeats)
     if args.command == "scaling":

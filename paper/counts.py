@@ -1,6 +1,6 @@
 """
-Operations and memory of FLUX, counted without a GPU: the networks are run with tensors that have
-shapes but no numbers. `python -m paper.bench floor` and `memory` print the tables.
+Operations and memory of FLUX, counted without a GPU: the networks run on tensors that have shapes
+but no numbers. `python -m paper.bench floor` and `memory` print the tables.
 """
 import weakref
 import torch
@@ -9,7 +9,7 @@ from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from loading import add_lora
+from inputs import add_lora
 from model import recompute
 
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
@@ -24,24 +24,24 @@ KLEIN = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_a
 
 def operations(config, tokens, text, rank=0, recomputed=0):
     """Floating point operations of a transformer for one latent -> (forward, forward and backward).
-    torch counts them on tensors without numbers: on a CPU it would miss those of attention. Only
-    matrix products count."""
+    Only matrix products count. torch counts them on tensors without numbers, because on a CPU it
+    would miss those of attention."""
     flux_1 = "pooled_projection_dim" in config
     with torch.device("meta"):
         net = (FluxTransformer2DModel if flux_1 else Flux2Transformer2DModel).from_config(config)
         net.requires_grad_(not rank)
-    if rank:                                    # the backward pass then costs as much as the
-        add_lora(net, rank)                     # forward pass; with all weights twice as much
+    if rank:                                    # then the backward pass costs as much as the
+        add_lora(net, rank)                     # forward pass, else twice as much
     inputs = inputs_of(net.config, 1, tokens, text, torch.float32)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         net(**inputs)
-    recompute(net, recomputed)                  # is counted too
+    recompute(net, recomputed)                  # this is counted, too
     with FlopCounterMode(display=False) as both:
         net(**inputs)[0].mean().backward()
     return forward.get_total_flops(), both.get_total_flops()
 
 def inputs_of(config, n, tokens, text, dtype):
-    """What the network is called with for n latents, without numbers."""
+    """The arguments of the network for n latents, without numbers."""
     def empty(*shape):
         return torch.empty(*shape, dtype=dtype, device="meta")
     axes = len(config.axes_dims_rope)                           # 3, or klein's 4
@@ -54,7 +54,7 @@ def inputs_of(config, n, tokens, text, dtype):
     return inputs
 
 def decoding(vae, side):
-    """Operations of making one picture from a latent of side x side."""
+    """Operations of decoding one picture from a latent of side x side."""
     with torch.device("meta"):
         vae = type(vae).from_config(vae.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -65,8 +65,8 @@ def decoding(vae, side):
 # Memory
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside and are still alive. `peak`: the most that
-    there ever were."""
+    """Counts the bytes of tensors that were made inside the context and are still alive. `peak` is
+    the largest count."""
 
     def __init__(self, network):
         super().__init__()
@@ -89,8 +89,8 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 def working_set(net, call, train):
-    """Peak bytes of a forward pass, or of one and its backward pass, beyond the weights and their
-    gradients."""
+    """Peak bytes of a forward pass, or with `train` also of its backward pass, without the weights
+    and their gradients."""
     for w in net.parameters():
         if w.requires_grad:
             w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
@@ -100,27 +100,27 @@ def working_set(net, call, train):
             result.float().mean().backward()
     return live.peak
 
-def calls(net, rows, batch, tokens, text=512):
-    """What calls the network for so many rows, `batch` at a time."""
+def calls(net, M, batch, tokens, text=512):
+    """A function that calls the network for M latents, `batch` at a time."""
     inputs = inputs_of(net.config, batch, tokens, text, torch.bfloat16)
-    return lambda: torch.cat([net(**inputs)[0] for _ in range(rows // batch)])
+    return lambda: torch.cat([net(**inputs)[0] for _ in range(M // batch)])
 
 HEAD = ["what", "GPUs", "weights", "gradients, moments", "encoders, VAE", "scorers", "rollout",
         "update", "peak"]
 
-def row(what, gpus, stay, come):
-    """A row of the table. stay: the bytes that are always there; come: those of rollout and update,
-    of which only the larger counts."""
-    return [what, gpus, *(f"{part / 1e9:.1f}" for part in (*stay, *come)),
-            f"{(sum(stay) + max(come)) / 1e9:.0f}"]
+def row(settings, gpus, always, temporary):
+    """A row of the table. always: the bytes that stay. temporary: those of rollout and update, of
+    which only the larger counts for the peak."""
+    return [settings, gpus, *(f"{part / 1e9:.1f}" for part in (*always, *temporary)),
+            f"{(sum(always) + max(temporary)) / 1e9:.0f}"]
 
 VAE_SIZE = 2 * 0.084e9                                          # bf16
 HPSV2, SCORERS = 4 * 0.986e9, 4 * (0.986e9 + 0.986e9 + 0.478e9)     # HPSv2.1, PickScore and
                                                                     # ImageReward, float32
 
 def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
-    """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev by --preset dpm8 (720x720, b
-    anchors in a forward pass), with the paper's three rewards. -> head and rows of a table."""
+    """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev with --preset dpm8 (720x720, b
+    anchors in a forward pass) and the paper's three rewards. -> head and rows of a table."""
     def flux(trained):
         with torch.device("meta"):
             net = FluxTransformer2DModel(guidance_embeds=True)
@@ -153,11 +153,11 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
           f"with checkpointing, {lora_kept / 1e9:.0f} or {full_kept / 1e9:.0f} without\n")
     rows = []
 
-    def add(what, gpus, weights, trained, roll, step, frozen=encoders):
-        rows.append(row(what, gpus, (weights, trained, frozen, SCORERS), (roll, step)))
+    def add(settings, gpus, weights, trained, roll, step, frozen=encoders):
+        rows.append(row(settings, gpus, (weights, trained, frozen, SCORERS), (roll, step)))
 
     weights = 2 * n + 4 * adapters
-    for gpus in (1, 8, 32):                     # with DDP its buckets hold the gradients once more
+    for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
         add(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters,
             max(rollout, decode), lora)
     add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
@@ -165,17 +165,17 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     add("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
         max(rollout_by_4, decode / G * 4), lora_by_4, VAE_SIZE)
     add("all weights", 1, 4 * n, 12 * n, rollout, full)
-    for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, and
-        add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients leave in float32
+    for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
+        add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
             rollout + 2 * block * 2, full + 2 * block * (2 + 4))
         add("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
             rollout + 2 * n, full + (2 + 4) * n)
     return HEAD, rows
 
 def memory_of_klein(b=2, rank=64):
-    """The same of FLUX.2-klein-base-4B, on one GPU, with adapters. With guidance a latent is two
-    rows. Where Qwen3 comes to the GPU before a rollout, that counts as the rollout's: its weights,
-    logits and hidden states."""
+    """The same for FLUX.2-klein-base-4B on one GPU, with adapters. With guidance the network gets
+    each latent twice. If Qwen3 is moved to the GPU before a rollout, its weights, logits and hidden
+    states count for the rollout."""
     with torch.device("meta"):
         frozen = Flux2Transformer2DModel(**KLEIN).bfloat16().requires_grad_(False)
         adapted = Flux2Transformer2DModel(**KLEIN).bfloat16().requires_grad_(False)
@@ -196,8 +196,8 @@ def memory_of_klein(b=2, rank=64):
         anchors = calls(adapted, 2 * prompts * b, 2 * batch, tokens)
         update = working_set(adapted, anchors, train=True)
         encode = 2 * (4.022e9 + (prompts + 1) * 512 * (151936 + 37 * 2560)) * (where == "offload")
-        what = (f"`--lora_rank {rank} --text_encoder_device {where} --prompts_per_iteration "
-                f"{prompts} --batch {batch}{words}`")
-        stay = 2 * n + 4 * adapters, 12 * adapters, VAE_SIZE, scorers
-        rows.append(row(what, 1, stay, (max(rollout, decode, encode), update)))
+        settings = (f"`--lora_rank {rank} --text_encoder_device {where} --prompts_per_iteration "
+                    f"{prompts} --batch {batch}{words}`")
+        always = 2 * n + 4 * adapters, 12 * adapters, VAE_SIZE, scorers
+        rows.append(row(settings, 1, always, (max(rollout, decode, encode), update)))
     return HEAD, rows

@@ -1,31 +1,31 @@
 """
-Rollouts in float8. The updates keep their precision.
+Rollouts in float8, and updates in their usual precision.
 
     pip install torchao==0.18.0
     python -m paper.float8 --preset dpm8 --prompts hpdv2_train      # train.py's settings
 
-The linear layers of FLUX's blocks multiply in float8 whenever gradients are off: in rollouts, and
-also in evaluations, the base's too. Weights stay what they are; they and the inputs are rounded as
-they are multiplied, with a scale for each row. So an update needs no second copy of the weights.
+The linear layers of FLUX's blocks multiply in float8 when gradients are off: in rollouts, and in
+all evaluations. Weights and inputs are rounded only for the product, with a scale for each row. The
+weights themselves do not change, so an update needs no second copy.
 
-The velocity moves by 3 % of its length on the small world. The anchor that is replayed from it
-(old_anchor) makes the first ratio differ from 1 by 5e-4; the gain did not change (LOG.md). On a CPU
-float8 is slower, and on a GPU it has not been timed.
+On the small world, the velocity changes by 3 % of its length. The old anchor is replayed from this
+velocity, so the first ratio differs from 1 by 5e-4. The gain did not change (LOG.md). On a CPU
+float8 is slower. On a GPU it has not been timed.
 """
 import importlib.util
 import torch
 import train
 
 def check(device):
-    """Raise ValueError, in one sentence, where float8 cannot be had."""
+    """ValueError, in one sentence, if float8 is not possible on the device."""
     if not importlib.util.find_spec("torchao"):
         raise ValueError("float8 needs torchao; pip install torchao")
     if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError("float8 needs a GPU of compute capability 8.9 (Ada, Hopper) or more")
 
 def prepare(model):
-    """Let the linear layers of a Flux's blocks multiply in float8 while gradients are off. The
-    norms' small layers and LoRA's adapters stay as they are. Returns the model."""
+    """Let the linear layers of a Flux's blocks multiply in float8 while gradients are off, except
+    the small layers of norms and LoRA's adapters. Returns the model."""
     check(model.device)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.float8.float8_linear import Float8Linear
@@ -45,10 +45,10 @@ def prepare(model):
         convert_to_float8_training(block, module_filter_fn=is_wanted, config=config)
         for layer in block.modules():
             if type(layer) is Float8Linear:
-                layer.__class__ = WithoutGradients      # one class for all, so that blocks of a
-    return model                                        # kind still share what is compiled
+                layer.__class__ = WithoutGradients      # one class, so that blocks of a kind
+    return model                                        # still share their compiled graphs
 
 if __name__ == "__main__":
     load = train.load
-    train.load = lambda cfg: prepare(load(cfg))         # before the base is evaluated
+    train.load = lambda cfg: prepare(load(cfg))         # so the base is evaluated in float8, too
     train.exit_process(train.main())

@@ -1,31 +1,33 @@
 """
-The paper's tables and figures on the small world: Neighbor GRPO beside the methods that the paper
+The paper's tables and figures on the small world: Neighbor GRPO and the methods that the paper
 compares it with.
 
     python -m paper.reproduce table1            # into paper/results/table1.md, .json and .png
     python -m paper.reproduce all --jobs 2      # everything, two runs at a time
-    python -m paper.reproduce all --quick       # each in minutes, into paper/results/quick/
+    python -m paper.reproduce all --quick       # minutes for each, into paper/results/quick/
 
     table1, table2     the methods: reward, judge, diversity; seconds to DanceGRPO's final reward
-    table3             what an iteration costs: network evaluations, counted, and seconds, measured
-                       in turns within one process
+    table3             the cost of an iteration: network evaluations, which are counted, and
+                       seconds, which are measured in turns within one process
     table4, 5, 6       sigma, B and p around (0.5, 4, 2), the paper's starting point (Sec. 4.2)
-    figure4            which groups the quasi-norm turns up and which it turns down
+    settings           tau, updates in an iteration, the literal old anchor
+    rewards            trained on the preference, on the judge, or on both
+    figure4            which groups get more weight from the quasi-norm, and which less
     figure5            reward against iterations and against seconds
-    figure8            a rollout group before and after
+    figure8            a rollout group before and after alignment
     tune               learning rate and clip of each method, from eight pairs (DiffusionNFT and
-                       FDFO: four learning rates, as they have no clip)
+                       FDFO: four learning rates, because they have no clip)
 
 Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8
-steps, by the times of table3, so that other work on the machine does not count. Tables 4 to 6 have
+steps, by the times of table3. So other work on the machine does not matter. Tables 4 to 6 have
 equal iterations, as in the paper. Learning rate and clip are those with the best reward in the
-sweep (tune), on prompts and seeds that no table uses; variants of a method share them. Evaluations
-use DPM-Solver++ with 16 steps. The reward is clip; the judge is never trained on.
+sweep (tune), on prompts and seeds that no table uses. Variants of a method share them. Evaluations
+use DPM-Solver++ with 16 steps. The reward is `preference`. Nothing is trained on the judge.
 
-Each run is a call of train.py or paper.baselines. It is printed, with the folder in --out_dir that
-it writes to. As long as the call is the same, a run that is there is not made again, and one that
-was interrupted goes on: after a change of the code, name another --out_dir. --quick has a few
-iterations, 24 prompts and one timing, so its numbers say nothing yet.
+Each run is a call of train.py or paper.baselines. The call is printed, with the run's folder in
+--out_dir. While the call is the same, a complete run is not made again, and an interrupted run
+continues. So after a change of the code, name another --out_dir. --quick has a few iterations, 24
+prompts and one timing. Its numbers are meaningless.
 """
 import argparse, json, math, signal, subprocess, sys, time
 from pathlib import Path
@@ -35,12 +37,12 @@ from matplotlib import pyplot as plt
 import numpy as np
 import torch
 import rewards, train
-from eval import diversity, label_of, picture_grid, sample
+from eval import as_bytes, diversity, label_of, picture_grid, sample
+from inputs import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from paper import bench
 from paper.jobs import cached, commands, run_all, stop, threads
-from prompts import evenly_spaced, read_prompts
 from run import HERE, checkpoints
 from solvers import rollout, schedule
 
@@ -48,27 +50,33 @@ RESULTS = Path(__file__).resolve().parent / "results"
 HELD_OUT, TRAINED_ON = HERE / "tiny/prompts/test_concept.txt", HERE / "tiny/prompts/train.txt"
 OURS, RIVAL = "Neighbor GRPO, 8 steps", "DanceGRPO"
 OURS_2, OURS_08 = "Neighbor GRPO, sigma 0.5, p = 2", "Neighbor GRPO, sigma 0.5, p = 0.8"
-METHODS = {                     # label: (script, its settings, whose learning rate and clip it has)
+METHODS = {             # label: (script, settings, method whose learning rate and clip it takes)
     **{label: (script, flags, flags.split()[1] if script == bench.BASELINES else "neighbor")
        for label, script, flags in bench.METHODS.values()},
-    OURS_2: (bench.TRAIN, "--sigma 0.5 --p 2", "neighbor"),     # Table 2's: they are rows of Table
-    OURS_08: (bench.TRAIN, "--sigma 0.5", "neighbor"),          # 6, with its sigma
+    OURS_2: (bench.TRAIN, "--sigma 0.5 --p 2", "neighbor"),     # for Table 2; also rows of
+    OURS_08: (bench.TRAIN, "--sigma 0.5", "neighbor"),          # Table 6
 }
 ERRORS = "± is the standard error over seeds."
 LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
-# As published, and for fewer dimensions: a log ratio that is a mean over D of them goes with
-# 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11.
+# The published clip, and one for fewer dimensions: a log ratio that is a mean over D dimensions
+# scales as 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11.
 CLIPS = (1e-4, 1e-3)
-NO_CLIP = {"nft": 1e-4, "fdfo": 0.03}   # --clip_eps: no effect; the published eps of its penalty
+NO_CLIP = {"nft": 1e-4, "fdfo": 0.03}   # --clip_eps: no effect; the published penalty's eps
 TABLE1 = [label for label in METHODS if "sigma" not in label]
 TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", OURS_2, OURS_08]
 START = dict(sigma=0.5, num_anchors=4, p=2.0)                   # Sec. 4.2
 SWEEPS = {"table4": ("sigma", (1.0, 0.5, 0.3, 0.1)),
           "table5": ("num_anchors", (2, 4, 8, 12)),
           "table6": ("p", (2.0, 1.0, 0.8, 0.5))}
-IN_TABLE2 = {2.0: OURS_2, 0.8: OURS_08}         # by p: runs that the sweeps share with Table 2
+IN_TABLE2 = {2.0: OURS_2, 0.8: OURS_08}         # {p: the method of Table 2 with the same runs}
+VARIANTS = {            # Neighbor GRPO with 8 steps as it is, and with other settings
+    "settings": {"as it is": "", "tau 1": "--tau 1", "1 update": "--updates_per_iteration 1",
+                 "4 updates": "--updates_per_iteration 4",
+                 "literal old anchor": "--old_anchor rollout"},
+    "rewards": {"preference": "", "judge": "--rewards judge --eval_scorers preference",
+                "both": "--rewards preference,judge --eval_scorers flawless"}}
 PAPER_BASE = 0.310, 0.389
-PAPER = {   # FLUX.1-dev. HPSv2.1: the reward, in Table 1 one of three; CLIP: never trained on
+PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward (Table 1: one of three), CLIP never
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382),
                "MixGRPO-Flash*": (0.343, 0.374), "Neighbor GRPO, 25 steps": (0.359, 0.385),
                "Neighbor GRPO, 16 steps": (0.369, 0.386), OURS: (0.366, 0.391)},
@@ -86,13 +94,13 @@ PAPER = {   # FLUX.1-dev. HPSv2.1: the reward, in Table 1 one of three; CLIP: ne
 # The runs of a method
 
 def job(args, label, seed, lr, clip, iterations, more=(), evaluations=10, extra=()):
-    """One run of a method -> (folder, (script, flags)). `more` and `extra` are further flags, of
-    which `more` is part of the folder's name."""
+    """One run of a method -> (folder, (script, flags)). `more` and `extra` are further flags; only
+    `more` is part of the folder's name."""
     script, flags, _ = METHODS[label]
     every = math.ceil(iterations / (1 if args.quick else evaluations))
     window = []
     moves = {"MixGRPO": 12, "BranchGRPO, pruned": 10}.get(label)
-    if moves:                                   # as published: every 25 and 30 of 300 iterations
+    if moves:                                   # published: every 25 and every 30 of 300 iterations
         window = ["--window_every", str(max(1, round(iterations / moves)))]
     name = label.replace("*", "").replace(", ", "-").replace(" = ", "").replace(" ", "_")
     folder = "-".join([name, *(word.removeprefix("--") for word in more), f"lr{lr:g}",
@@ -103,27 +111,27 @@ def job(args, label, seed, lr, clip, iterations, more=(), evaluations=10, extra=
         "--eval_every", str(every), "--save_every", "10", "--keep", "1"])
 
 def jobs_of(args, label):
-    """A method's runs, {folder: (script, flags)}: one for each seed, with the method's own learning
-    rate and clip, as long as args.iterations of ours."""
+    """A method's runs, {folder: (script, flags)}: one for each seed, with the method's tuned
+    learning rate and clip. They last as long as args.iterations of ours."""
     rate, clip = tuned(args)[METHODS[label][2]]
     iterations = lasting(args, label)
     return dict(job(args, label, seed, rate, clip, iterations) for seed in range(args.seeds))
 
 def lasting(args, label, share=1.0):
-    """As many iterations of a method as take the seconds of args.iterations of ours."""
+    """The number of iterations of a method that take the seconds of args.iterations of ours."""
     ours, its = cost_of(args, OURS)["seconds"], cost_of(args, label)["seconds"]
     return max(1, round(args.iterations * share * ours / its))
 
 def cost_of(args, label):
-    """Variants of ours that do the same work cost the same: two timings would differ by chance."""
+    """The row of Table 3. Variants of ours do the same work, so they share a timing."""
     return costs(args)[OURS if "sigma" in label else label]
 
 # ------------------------------------------------------------------------------------------------
-# What an iteration costs, and how fast each method may learn
+# The cost of an iteration, and the learning rate of each method
 
 @cached(lambda args: [METHODS, threads(args), args.repeats])
 def costs(args):
-    """{label: its row of Table 3}. The methods' iterations take turns in one process, with as many
+    """{label: its row of Table 3}. The methods' iterations take turns in one process with as many
     threads as a run has. Seconds are medians."""
     all_threads = torch.get_num_threads()
     torch.set_num_threads(threads(args))
@@ -163,23 +171,23 @@ def clips_of(family):
 
 @cached(lambda args: [METHODS, threads(args), args.repeats, LEARNING_RATES, CLIPS, args.iterations])
 def tuned(args):
-    """{whose: (learning rate, clip)}: the best of the sweep over the whole seconds."""
+    """{method: (learning rate, clip)}: those with the best reward of the sweep's second part."""
     if args.quick:
         return {family: (5e-5, 1e-3 if family == "branch" else clips_of(family)[0])
                 for _, _, family in METHODS.values()}
-    whole = lambda cell: cell["clip"].get("whole", -math.inf)
+    whole = lambda cell: cell["preference"].get("whole", -math.inf)
     return {family: max(cells, key=whole)["setting"] for family, cells in sweep(args).items()}
 
 def sweep(args):
-    """Every pair for a third of the seconds. Then the two best learning rates, each with its better
-    clip, for all of the seconds and with another seed: what learns fastest at first may not last.
-    -> {whose: [dict(setting, clip, judge)]}, the gains as {"third": gain, "whole": gain}. A run
-    that diverged has lost all."""
+    """Try every pair for a third of the seconds. Then try the two best learning rates, each with
+    its better clip, for all the seconds and with another seed, because the fastest start may not
+    end best. -> {method: [dict(setting, preference, judge)]}, with their gains as
+    {"third": gain, "whole": gain}. A run that diverged has a gain of -1."""
     labels = {}
     for label, (_, _, family) in METHODS.items():
-        labels.setdefault(family, label)        # of variants, the first
+        labels.setdefault(family, label)        # the first of the variants
     labels["neighbor"] = OURS
-    found = {family: [dict(setting=(lr, clip), clip={}, judge={})
+    found = {family: [dict(setting=(lr, clip), preference={}, judge={})
                       for clip in clips_of(family) for lr in LEARNING_RATES] for family in labels}
 
     def attempt(part, share, seed, tried):
@@ -189,12 +197,12 @@ def sweep(args):
                 for family, label in labels.items() for cell in tried[family]]
         logs = run_all(args, dict(what for _, what in jobs), may_diverge=True)
         for cell, (folder, _) in jobs:
-            for scorer in ("clip", "judge"):
+            for scorer in ("preference", "judge"):
                 gains = curve(logs[folder], scorer)[1] if logs[folder] else [-1.0]
                 cell[scorer][part] = gains[-1]
 
     attempt("third", 1 / 3, 1000, found)
-    third = lambda cell: cell["clip"]["third"]
+    third = lambda cell: cell["preference"]["third"]
     best = {}
     for family, cells in found.items():
         with_better_clip = [max((cell for cell in cells if cell["setting"][0] == lr), key=third)
@@ -205,15 +213,15 @@ def sweep(args):
 
 def tune(args):
     if args.quick:
-        raise SystemExit("tune: --quick takes learning rate 5e-5 and the published clips")
+        raise SystemExit("tune: --quick always has learning rate 5e-5 and the published clips")
     found, best, rows = sweep(args), tuned(args), []
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 
-    def told(cell, is_best):
-        clip, judge, bold = cell["clip"], cell["judge"], "**" * is_best
-        text = f"{clip['third']:+.4f}"
-        if "whole" in clip:
-            text += f", {bold}{clip['whole']:+.4f}{bold} ({judge['whole']:+.4f})"
+    def as_text(cell, is_best):
+        reward, judge, bold = cell["preference"], cell["judge"], "**" * is_best
+        text = f"{reward['third']:+.4f}"
+        if "whole" in reward:
+            text += f", {bold}{reward['whole']:+.4f}{bold} ({judge['whole']:+.4f})"
         return text
 
     for i, (family, cells) in enumerate(found.items()):
@@ -221,8 +229,8 @@ def tune(args):
             shown_clip = "none" if family in NO_CLIP else f"{clip:g}"
             row = [cell for cell in cells if cell["setting"][1] == clip]
             rows.append([family, shown_clip,
-                         *(told(cell, cell["setting"] == tuple(best[family])) for cell in row)])
-            axes.plot(LEARNING_RATES, [cell["clip"]["third"] for cell in row], style,
+                         *(as_text(cell, cell["setting"] == tuple(best[family])) for cell in row)])
+            axes.plot(LEARNING_RATES, [cell["preference"]["third"] for cell in row], style,
                       color=f"C{i}", marker="o", label=f"{family}, clip {shown_clip}")
     axes.set(xscale="log", xlabel="learning rate", ylim=(-0.03, None),
              ylabel="reward gain after a third of the seconds")
@@ -233,16 +241,16 @@ def tune(args):
     caption = ("Reward gain on the prompts of tiny/prompts/test_pair.txt after the seconds of "
                f"{lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000. For the two best "
                f"learning rates of each method also after those of {args.iterations} iterations, "
-               "seed 1001, with the judge's gain in parentheses. Bold: the pair that is taken, by "
-               "this second reward gain alone.")
+               "seed 1001, with the judge's gain in parentheses. Bold: the chosen pair. Only this "
+               "second reward gain decides.")
     return ["method", "clip", *(f"lr {rate:g}" for rate in LEARNING_RATES)], rows, found, caption
 
 # ------------------------------------------------------------------------------------------------
 # The methods
 
 def finals(args, jobs):
-    """{folder: reward, judge, diversity and their gains} of finished runs, and those of the base:
-    by eval.py on their last checkpoints, four pictures for each held-out prompt."""
+    """{folder: a row of eval.py's results} of finished runs, and the base's row as "base". eval.py
+    samples the last checkpoints, four pictures for each held-out prompt."""
     newest = {folder: checkpoints(folder)[-1] for folder in jobs}
     some = ["--num_prompts", "24"] if args.quick else []
     subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, newest.values()),
@@ -254,7 +262,7 @@ def finals(args, jobs):
     return {"base": results[0], **of_runs}
 
 def over_seeds(values):
-    """The mean and its standard error; one seed has none."""
+    """The mean and its standard error, which is nan for one seed."""
     values = np.asarray(values, float)
     n = len(values)
     return values.mean(), values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
@@ -263,16 +271,17 @@ def shown(values, digits=4, sign=""):
     mean, error = over_seeds(values)
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
 
-def curve(lines, name="clip"):
-    """Held-out gains of a run -> (iterations, gains) at every tenth of the run, as an interrupted
-    run has more evaluations."""
-    points = [(line["iter"], line[f"eval_{name}_gain"]) for line in lines if "eval_clip" in line]
+def curve(lines, name="preference"):
+    """Held-out gains of a run -> (iterations, gains) at every tenth of the run. (An interrupted run
+    has more evaluations.)"""
+    points = [(line["iter"], line[f"eval_{name}_gain"]) for line in lines
+              if "eval_preference" in line]
     times, gains = np.array(points).T
     grid = np.linspace(0, times[-1], 11)
     return grid, np.interp(grid, times, gains)
 
 def first_time(times, gains, goal):
-    """When a curve, straight between its points, first reaches the goal; inf if it never does."""
+    """The first time at which a curve, straight between its points, has the goal; inf if never."""
     if gains[0] >= goal:
         return times[0]
     for k in range(1, len(times)):
@@ -282,20 +291,20 @@ def first_time(times, gains, goal):
     return math.inf
 
 def times_to(curves, goal, rival_time):
-    """The time of each run (times, gains) to the goal, as a share of the rival's. -> text"""
+    """Each run's time to the goal, as a share of the rival's, from (times, gains) -> text"""
     if rival_time == 0:
-        return "the goal is no gain"
+        return "the rival gained nothing"
     shares = [first_time(times, gains, goal) / rival_time for times, gains in curves]
     never = np.isinf(shares).sum()
     return f"not reached by {never} of {len(shares)}" if never else shown(shares, 2)
 
 def paper_gains(name, row):
-    """The paper's two columns of a row, as gains over its base. -> text"""
+    """The paper's two columns of a row, as gains over its base -> text"""
     values = PAPER[name].get(row, ())
     return [f"{value - base:+.3f}" for value, base in zip(values, PAPER_BASE)] or ["", ""]
 
 def compare(args, name, labels, caption):
-    """A table of methods at equal seconds."""
+    """A table that compares methods at equal seconds."""
     chosen = tuned(args)
     jobs = {label: jobs_of(args, label) for label in dict.fromkeys([RIVAL, *labels])}
     logs = run_all(args, *jobs.values())
@@ -309,15 +318,15 @@ def compare(args, name, labels, caption):
     goal, rival_time = rival[-1], first_time(curves[RIVAL][0][0], rival, rival[-1])
 
     base, data = ends["base"], dict(goal=goal)
-    rows = [["base", "", "", "", "", "", f"{base['clip']:.4f}", "", f"{base['judge']:.4f}", "",
-             f"{base['diversity']:.3f}", "", "", ""]]
+    rows = [["base", "", "", "", "", "", f"{base['preference']:.4f}", "", f"{base['judge']:.4f}",
+             "", f"{base['diversity']:.3f}", "", "", ""]]
     for label in labels:
         each, c = [ends[folder] for folder in jobs[label]], cost_of(args, label)
         lr, clip = chosen[METHODS[label][2]]
         iterations = logs[next(iter(jobs[label]))][-1]["iter"]
         row = [label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}",
                f"{c['seconds']:.2f}", iterations, f"{lr:g}, {clip:g}"]
-        for scorer in ("clip", "judge"):
+        for scorer in ("preference", "judge"):
             row.append(shown([end[scorer] for end in each]))
             row.append(shown([end[f"{scorer}_gain"] for end in each], sign="+"))
         row.append(shown([end["diversity"] for end in each], 3))
@@ -349,14 +358,14 @@ def pictures(path, prompts, places):
 
 def table1(args):
     return compare(args, "table1", TABLE1,
-                   "One reward, clip; the paper's Table 1 has three, of which HPSv2.1 is one.")
+                   "One reward, `preference`; the paper's Table 1 has three, one of them HPSv2.1.")
 
 def table2(args):
-    return compare(args, "table2", TABLE2, "One reward, clip; in the paper HPSv2.1.")
+    return compare(args, "table2", TABLE2, "One reward, `preference`; in the paper HPSv2.1.")
 
 def ablation(args, name):
-    """One setting around (sigma, B, p) = (0.5, 4, 2), the others fixed; at equal iterations, as in
-    the paper."""
+    """A table of one setting around (sigma, B, p) = (0.5, 4, 2), with the others fixed and equal
+    iterations, as in the paper."""
     flag, values = SWEEPS[name]
     (rate, clip), jobs = tuned(args)["neighbor"], {}
     for value in values:
@@ -368,10 +377,10 @@ def ablation(args, name):
         jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1)
                            for seed in range(args.seeds))
     ends = finals(args, run_all(args, *jobs.values()))
-    keys = {"clip_gain": "reward gain", "judge_gain": "judge gain", "diversity": "diversity"}
+    keys = {"preference_gain": "reward gain", "judge_gain": "judge gain", "diversity": "diversity"}
     scores = {value: {key: [ends[folder][key] for folder in each] for key in keys}
               for value, each in jobs.items()}
-    rows = [[f"{value:g}", shown(s["clip_gain"], sign="+"), shown(s["judge_gain"], sign="+"),
+    rows = [[f"{value:g}", shown(s["preference_gain"], sign="+"), shown(s["judge_gain"], sign="+"),
              shown(s["diversity"], 3), *paper_gains(name, value)] for value, s in scores.items()]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for panel, (key, title) in zip(panels, keys.items()):
@@ -380,10 +389,38 @@ def ablation(args, name):
         panel.set(title=title, xlabel=flag, xticks=range(len(values)),
                   xticklabels=[f"{value:g}" for value in values])
     finish(figure, args.results / f"{name}.png")
-    caption = (f"(sigma, B, p) = (0.5, 4, 2) but for {flag}; {args.iterations} iterations each, lr "
+    caption = (f"(sigma, B, p) = (0.5, 4, 2), except {flag}; {args.iterations} iterations each, lr "
                f"{rate:g}, clip {clip:g}. {ERRORS} The paper's columns are gains too.")
     head = [flag, "reward gain", "judge gain", "diversity", "paper: HPSv2.1", "paper: CLIP"]
     data = dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate, clip=clip,
+                commands=[line for each in jobs.values() for line in commands(each)])
+    return head, rows, data, caption
+
+def variants(args, name):
+    """What other settings, or other rewards, do to Neighbor GRPO with 8 steps; equal iterations."""
+    (rate, clip), jobs = tuned(args)["neighbor"], {}
+    for label, flags in VARIANTS[name].items():
+        jobs[label] = dict(job(args, OURS, seed, rate, clip, args.iterations, flags.split())
+                           for seed in range(args.seeds))
+    ends = finals(args, run_all(args, *jobs.values()))
+    keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
+            "diversity": ""}
+    rows = [["base", *(f"{ends['base'][key]:.3f}" if key in ends["base"] else "" for key in keys)]]
+    rows += [[label, *(shown([ends[folder][key] for folder in each], 3, sign)
+                       for key, sign in keys.items())] for label, each in jobs.items()]
+    known, strips = read_prompts(HELD_OUT), {}
+    chosen = evenly_spaced(len(known), 8)
+    paths = {"base": HERE / "tiny/flux",
+             **{label: checkpoints(next(iter(each)))[-1] for label, each in jobs.items()}}
+    for label, path in paths.items():
+        model = Flux(str(path), 64, frozen=True)
+        strips[label] = as_bytes(sample(model, [known[i] for i in chosen], chosen, schedule(16),
+                                        "dpmpp_2m"))
+    picture_grid(args.results / f"{name}.png", strips, [known[i] for i in chosen])
+    caption = (f"{OURS}, except as named; {args.iterations} iterations each, lr {rate:g}, clip "
+               f"{clip:g}. {ERRORS} The picture: the same held-out prompts and noises, seed 0.")
+    head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity"]
+    data = dict(ends={label: [ends[folder] for folder in each] for label, each in jobs.items()},
                 commands=[line for each in jobs.values() for line in commands(each)])
     return head, rows, data, caption
 
@@ -400,14 +437,15 @@ def figure5(args):
         style = dict(label=label, color=f"C{i % 10}", linewidth=2.5 if ours else 1.2,
                      linestyle="-" if ours else "--")
         gains = {name: [curve(logs[folder], name)[1] for folder in jobs[label]]
-                 for name in ("clip", "judge")}
+                 for name in ("preference", "judge")}
         iterations = curve(logs[next(iter(jobs[label]))])[0]
-        for panel, unit, name in zip(panels, (1, seconds, seconds), ("clip", "clip", "judge")):
+        for panel, unit, name in zip(panels, (1, seconds, seconds),
+                                     ("preference", "preference", "judge")):
             panel.plot(iterations * unit, np.mean(gains[name], 0), **style)
         data[label] = dict(iterations=iterations.tolist(), seconds_an_iteration=seconds)
         for name in gains:
             data[label][f"{name}_gains"] = [each.tolist() for each in gains[name]]
-        rows.append([label, *(shown([each[k] for each in gains["clip"]], sign="+")
+        rows.append([label, *(shown([each[k] for each in gains["preference"]], sign="+")
                               for k in (1, 2, 4, 6, 8, 10))])
     axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
     for panel, (x, y) in zip(panels, axes):
@@ -416,15 +454,15 @@ def figure5(args):
     panels[0].legend(fontsize=7)
     finish(figure, args.results / "figure5.png")
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption = (f"Held-out reward gain after a share of the seconds, of which each method has "
-               f"{seconds:.0f} by the times of table3. {ERRORS}")
+    caption = (f"Held-out reward gain after a share of the {seconds:.0f} seconds that each method "
+               f"has, by the times of table3. {ERRORS}")
     return ["share of the seconds", "0.1", "0.2", "0.4", "0.6", "0.8", "1"], rows, data, caption
 
 @torch.no_grad()
 def group_of(path, prompts, seed, sigma=0.3, G=12):
     """Rollout groups as in training -> images (P, G, 3, H, W), rewards (P, G)."""
     model, rng = Flux(path, 64, frozen=True), torch.Generator().manual_seed(seed)
-    scorers = rewards.load_all(rewards.parse("clip"), "cpu", prompts[:1])
+    scorers = rewards.load_all(rewards.parse("preference"), "cpu", prompts[:1])
     cond, x1 = model.encode(prompts), []
     for _ in prompts:
         eps_star = torch.randn(model.latent_shape, generator=rng)
@@ -433,18 +471,18 @@ def group_of(path, prompts, seed, sigma=0.3, G=12):
     velocity = lambda x, t: model.velocity(x, t, cond)
     traj, _ = rollout(velocity, torch.cat(x1), schedule(8), "dpmpp_2m")
     images = model.decode(traj[-1])                                     # (P G, 3, H, W)
-    return images.unflatten(0, (-1, G)), train.score(scorers, images, prompts)["clip"]
+    return images.unflatten(0, (-1, G)), train.score(scorers, images, prompts)["preference"]
 
 def before_and_after(args, prompts, seed=0):
-    """`group_of` the base and of the first run of ours, from the same noises."""
+    """`group_of` the base and of our first run, from the same noises."""
     folder, what = next(iter(jobs_of(args, OURS).items()))
     run_all(args, {folder: what})
     paths = {"base": HERE / "tiny/flux", "aligned": checkpoints(folder)[-1]}
     return {label: group_of(path, prompts, seed) for label, path in paths.items()}
 
 def figure4(args):
-    """A'_i of real groups. What p does to a group is the length |A'|_2 that it gives to it: 1 for
-    every group at p = 2, and below that less for flat groups."""
+    """A'_i of real groups. The effect of p on a group is the length |A'|_2. At p = 2 it is 1 for
+    every group. At a smaller p, flat groups become shorter."""
     prompts = read_prompts(TRAINED_ON)
     some = evenly_spaced(len(prompts), 16 if args.quick else 64)
     groups = before_and_after(args, [prompts[i] for i in some])
@@ -452,7 +490,7 @@ def figure4(args):
     rows, data = [], {}
     for panel, (label, (_, r)) in zip(panels, groups.items()):
         A = r - r.mean(1, keepdim=True)                                 # (P, G)
-        # 1 where all |A_i| are equal, small where one of them stands out
+        # 1 if all |A_i| are equal, small if one of them stands out
         flatness = (A.abs().sum(1) / A.norm(dim=1) / math.sqrt(A.shape[1])).numpy()     # (P,)
         order, quarter = np.argsort(flatness), len(flatness) // 4
         for p in (2.0, 1.0, 0.8, 0.5):
@@ -491,20 +529,21 @@ def finish(figure, path):
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-WHAT = {"table3": table3, "tune": tune, "table1": table1, "table2": table2,
+RESULT_OF = {"table3": table3, "tune": tune, "table1": table1, "table2": table2,
         **{name: lambda args, name=name: ablation(args, name) for name in SWEEPS},
+        **{name: lambda args, name=name: variants(args, name) for name in VARIANTS},
         "figure4": figure4, "figure5": figure5, "figure8": figure8}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m paper.reproduce", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*WHAT, "all"])
+    parser.add_argument("what", choices=[*RESULT_OF, "all"])
     parser.add_argument("--seeds", type=int, help="runs of each method (default 3; quick: 1)")
-    parser.add_argument("--iterations", type=int, help="of Neighbor GRPO with 8 steps, whose "
-                        "seconds all runs last (default 100; quick: 4)")
+    parser.add_argument("--iterations", type=int, help="iterations of Neighbor GRPO with 8 "
+                        "steps; all runs take their seconds (default 100; quick: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--quick", action="store_true", help="each in minutes, roughly")
-    parser.add_argument("--out_dir", default="out/reproduce", help="of the runs (out/reproduce)")
+    parser.add_argument("--quick", action="store_true", help="only to see that it runs: minutes")
+    parser.add_argument("--out_dir", default="out/reproduce", help="for the runs (out/reproduce)")
     args = parser.parse_args(argv)
     seeds, iterations, args.repeats = (1, 4, 1) if args.quick else (3, 100, 10)
     args.seeds = seeds if args.seeds is None else args.seeds
@@ -518,16 +557,16 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     names = [args.what]
     if args.what == "all":
-        names = [name for name in WHAT if name != "tune" or not args.quick]
+        names = [name for name in RESULT_OF if name != "tune" or not args.quick]
     for name in names:
         began = time.time()
-        head, rows, found, caption = WHAT[name](args)
+        head, rows, found, caption = RESULT_OF[name](args)
         command = (f"python -m paper.reproduce {name} --seeds {args.seeds} --iterations "
                    f"{args.iterations} --jobs {args.jobs}" + " --quick" * args.quick)
         if args.quick:
-            caption += " Quick: 24 prompts and a few iterations, which say nothing yet."
+            caption += " Quick: 24 prompts and a few iterations, so the numbers are meaningless."
         text = (f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, "
-                f"{threads(args)} a run). {caption}\n\n{bench.markdown(head, rows)}\n")
+                f"{threads(args)} per run). {caption}\n\n{bench.markdown(head, rows)}\n")
         (args.results / f"{name}.md").write_text(text, encoding="utf-8")
         data = json.dumps(dict(command=command, head=head, rows=rows, data=found), indent=1)
         (args.results / f"{name}.json").write_text(data, encoding="utf-8")
@@ -538,5 +577,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("reproduce.py: stopped; the same command goes on with the runs, and starts timing "
-                 "again if it was timing")
+        sys.exit("reproduce.py: stopped; the same command continues the runs, but a timing would "
+                 "begin again")

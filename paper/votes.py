@@ -1,8 +1,8 @@
 """
-Let people vote, the paper's Figure 7: a page on which they choose between two models' pictures
-without knowing whose they are, and the win rate from the votes that they send back.
+The paper's Figure 7: a page on which people vote for pictures of two models, without knowing which
+model made which, and the win rate from the votes that they send back.
 
-    python -m paper.votes pairs out/eval/tiny-flux out/eval/tiny-checkpoint-150
+    python -m paper.votes pairs out/eval/tiny-flux out/eval/tiny-checkpoint-60
     python -m paper.votes count votes-*.json
 
 The page is one HTML file, pairs.html, with the pictures inside. It needs no server and no network.
@@ -10,7 +10,7 @@ The page is one HTML file, pairs.html, with the pictures inside. It needs no ser
 import argparse, base64, hashlib, io, json, random, sys
 from pathlib import Path
 from PIL import Image
-from prompts import evenly_spaced
+from inputs import evenly_spaced
 
 HERE = Path(__file__).resolve().parent
 Z_95 = 1.959964                         # 95 % of a normal distribution lies within +- Z_95
@@ -19,13 +19,13 @@ Z_95 = 1.959964                         # 95 % of a normal distribution lies wit
 # The page
 
 def write_pairs(a, b, out, count=100, seed=0):
-    """Write out/pairs.html, on which a person says blindly, prompt by prompt, which of two models
-    made the better picture. Returns its path.
+    """Write out/pairs.html, on which a person says for each prompt which of two pictures is better,
+    without knowing which model made which. Returns its path.
 
     a, b: two folders of eval.py, each with prompts.json and pictures/{prompt:05d}-0.png. The page
-    has at most `count` of the prompts whose first picture both have, evenly spaced. Half of them
-    have b on the left. Order and sides depend on the seed alone. ValueError for folders that cannot
-    be compared.
+    has at most `count` of the prompts whose first picture is in both folders, evenly spaced. Half
+    of them have b on the left. Order and sides depend only on the seed. ValueError for folders that
+    cannot be compared.
     """
     folders = [Path(a).resolve(), Path(b).resolve()]
     prompts, other_prompts = map(read_prompts_of, folders)
@@ -33,19 +33,19 @@ def write_pairs(a, b, out, count=100, seed=0):
     if count < 1:
         raise ValueError(f"count is {count}, but must be at least 1")
     if folders[0] == folders[1]:
-        raise ValueError(f"{a} and {b} are one folder; name two")
+        raise ValueError(f"{a} and {b} are the same folder; name two")
     if labels[0] == labels[1]:
         labels = [str(a), str(b)]
     files = {i: [folder / f"pictures/{i:05d}-0.png" for folder in folders]
              for i in range(min(len(prompts), len(other_prompts)))}
     shared = [i for i, two in files.items() if all(file.is_file() for file in two)]
     if not shared:
-        raise ValueError(f"{a} and {b} share no picture; both must have pictures/00000-0.png or "
-                         "another of one name")
+        raise ValueError(f"{a} and {b} share no picture; both must have pictures/00000-0.png, or "
+                         "another one with the same name")
     for i in shared:
         if prompts[i] != other_prompts[i]:
             raise ValueError(f"prompt {i} is {prompts[i]!r} in {a}, but {other_prompts[i]!r} in "
-                             f"{b}; both must have been given the same prompts")
+                             f"{b}; both must have the same prompts")
     rng, order = random.Random(seed), [shared[i] for i in evenly_spaced(len(shared), count)]
     rng.shuffle(order)
     sides = [i % 2 == 1 for i in range(len(order))]             # flipped: b is on the left
@@ -64,19 +64,19 @@ def write_pairs(a, b, out, count=100, seed=0):
     return path
 
 def read_prompts_of(folder):
-    """The prompts that eval.py kept in its folder."""
+    """The prompts that eval.py saved in its folder."""
     try:
         prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         prompts = None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{folder} holds no pictures of eval.py; it must have prompts.json, a "
-                         "list of prompts, and pictures/")
+        raise ValueError(f"{folder} has no pictures of eval.py; it must have prompts.json, a list "
+                         "of prompts, and pictures/")
     return prompts
 
 def data_urls(paths):
     """Two picture files -> two data URLs: both JPEG (quality 92, no chroma subsampling) or both
-    PNG, whichever is smaller, so that neither side alone shows the traces of a codec."""
+    PNG, whichever is smaller. So compression never shows on one side only."""
     def encode(picture, kind, **how):
         picture.save(file := io.BytesIO(), kind, **how)
         return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
@@ -93,7 +93,7 @@ def read_votes(paths):
     """The files that voters saved from one page -> a list with the content of each: {study, a, b,
     voter, votes: [{index, winner, ...}]}. ValueError for files that cannot be counted.
 
-    A file has the JSON that the page saved, or the text that it shows: the same in base64.
+    A file has the JSON that the page saved, or the text that the page shows, which is base64.
     """
     files = []
     for path in paths:
@@ -111,31 +111,31 @@ def read_votes(paths):
             raise ValueError(f"{path} is not a votes file; it must be the file that "
                              "pairs.html saved, or the text that it showed")
         if not indices or len(indices) != len(set(indices)):
-            raise ValueError(f"{path} must hold at least one vote, and one vote a prompt")
+            raise ValueError(f"{path} must have at least one vote, and one vote per prompt")
         for other, earlier in zip(files, paths):
             if any(file[key] != other[key] for key in ("study", "a", "b")):
-                raise ValueError(f"{path} is of study {file['study']}, but {earlier} of "
+                raise ValueError(f"{path} is from study {file['study']}, but {earlier} from "
                                  f"{other['study']}; all files must come from one page")
             if file["voter"] == other["voter"]:
-                raise ValueError(f"{path} is of the voter of {earlier}, {file['voter']!r}; there "
-                                 "must be one file a voter")
+                raise ValueError(f"{path} and {earlier} have the same voter, {file['voter']!r}; "
+                                 "there must be one file per voter")
         files.append(file)
     return files
 
 def win_rate(files):
-    """Votes as read_votes returns them -> how often b is preferred over a. A tie counts half.
+    """The result of read_votes -> how often b is preferred over a. A tie counts half.
 
-    The unit is the prompt. What several voters say of one pair is averaged first, since their votes
+    The unit is the prompt. The votes of several voters on one pair are averaged first, because they
     are not independent.
 
-    wins, ties, losses  prompts whose average for b lies above, at and below one half
+    wins, ties, losses  prompts whose average for b is above, at and below one half
     rate                the mean over prompts, in [0, 1]
     low, high           Wilson's score interval, 95 %, n = prompts
 
-    The interval assumes that prompts are independent draws. It speaks of other prompts before these
-    same voters, not of other voters. It is made for votes of 0 or 1. A mean of averages in [0, 1]
-    varies no more than rate (1 - rate) / n, so ties and several voters only make the interval wider
-    than it need be. It has a width even at rates of 0 and 1.
+    The interval assumes that prompts are independent draws. It holds for other prompts and the same
+    voters, not for other voters. It is made for votes of 0 or 1. The variance of a mean of averages
+    in [0, 1] is at most rate (1 - rate) / n. So ties and several voters can only make the interval
+    wider than necessary. It has a width even at rates of 0 and 1.
     """
     votes = {}
     for file in files:
@@ -152,7 +152,7 @@ def win_rate(files):
                 low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 def describe(r):
-    """What win_rate returns, in one line."""
+    """The result of win_rate, in one line."""
     rate, low, high = (f"{100 * r[key]:.1f} %" for key in ("rate", "low", "high"))
     return (f"{r['b']} against {r['a']}: {rate} of {r['prompts']} prompts (95 % interval {low} to "
             f"{high}), {r['wins']} wins {r['ties']} ties {r['losses']} losses, "
@@ -166,20 +166,20 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     pairs = commands.add_parser("pairs", help="write a page on which people vote blindly")
-    pairs.add_argument("a", metavar="A", help="a row's folder in eval.py's --out_dir")
-    pairs.add_argument("b", metavar="B", help="another row's")
+    pairs.add_argument("a", metavar="A", help="a row's folder in the --out_dir of eval.py")
+    pairs.add_argument("b", metavar="B", help="the folder of another row")
     pairs.add_argument("--count", type=int, default=100, help="pairs on the page (default 100)")
-    pairs.add_argument("--seed", type=int, default=0, help="of order and sides (default 0)")
-    pairs.add_argument("--out_dir", default="out/eval", help="of the page (default out/eval)")
+    pairs.add_argument("--seed", type=int, default=0, help="for order and sides (default 0)")
+    pairs.add_argument("--out_dir", default="out/eval", help="for the page (default out/eval)")
     count = commands.add_parser("count", help="print how often B was preferred over A")
-    count.add_argument("files", metavar="FILE", nargs="+", help="what people saved from the page")
+    count.add_argument("files", metavar="FILE", nargs="+", help="files that voters saved")
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")                # labels, where there is no UTF-8
+        sys.stdout.reconfigure(errors="replace")                # labels, without UTF-8
     try:
         if args.command == "pairs":
             path = write_pairs(args.a, args.b, args.out_dir, args.count, args.seed)
-            print(f"wrote {path}; give the files that people save from it to: count")
+            print(f"wrote {path}; after the votes: python -m paper.votes count FILE ...")
         else:
             print(describe(win_rate(read_votes(args.files))))
     except (ValueError, OSError) as error:

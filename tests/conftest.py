@@ -1,6 +1,6 @@
 """
-What several test files need: the option --slow, warnings that are not ours, short runs of the small
-world in tiny/.
+What several test files use: the option --slow, filters for warnings of other packages, short runs
+of the small world in tiny/.
 
     python -m pytest -q             # without the tests that are marked slow
     python -m pytest -q --slow      # all of them
@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long, so it runs only with --slow")
     for ignored in ("ignore::DeprecationWarning:diffusers",
-                    "ignore:torch.distributed is disabled"):    # one process saves alone
+                    "ignore:torch.distributed is disabled"):    # a single process saves
         config.addinivalue_line("filterwarnings", ignored)
 
 
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def lines_of(out, seconds=True):
-    """A run's log. The seconds are the only numbers that may differ between equal runs."""
+    """The lines of a run's log. Between equal runs, only the seconds may differ."""
     text = (Path(out) / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     return [{key: value for key, value in line.items() if seconds or "seconds" not in key}
@@ -54,13 +54,13 @@ def weights_of(out, iteration):
 
 @pytest.fixture(scope="session")
 def flux():
-    """The small FLUX. Nobody changes its weights."""
+    """The small FLUX. No test may change its weights."""
     return Flux(TINY / "flux", 64)
 
 
 @pytest.fixture(scope="session")
 def five(tmp_path_factory):
-    """Evaluations on five prompts, which do not divide among two processes."""
+    """Settings for evaluations on five prompts, which cannot be divided by two processes."""
     path = tmp_path_factory.mktemp("prompts") / "five.txt"
     path.write_text("a red apple\nan octopus\na dog\na red car\nthe moon\n", encoding="utf-8")
     return ["--eval_prompts", str(path), "--eval_every", "4"]
@@ -68,7 +68,7 @@ def five(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory, five):
-    """A run of four iterations in one process, with checkpoints after two and four."""
+    """A run of four iterations in one process, with checkpoints after the second and fourth."""
     out = tmp_path_factory.mktemp("alone") / "run"
     assert train.main([*SHORT, *five, "--iterations", "4", "--out_dir", str(out)]) is None
     return out

@@ -43,11 +43,11 @@ SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 def mixture_velocity(x, t):
     """The exact velocity of the flow from N(0, I) at t = 1 to a mixture of three Gaussians:
-    E[eps - x_0 | x_t], component by component."""
+    E[eps - x_0 | x_t], averaged over the components."""
     mean, var = (1 - t) * MEANS, (1 - t) ** 2 * VARIANCES + t**2
     log_weight = SHARES.log() + Independent(Normal(mean, var.sqrt()), 1).log_prob(x[:, None])
     deviation = (x[:, None] - mean) / var                               # (M, 3, 2)
-    eps, x0 = t * deviation, MEANS + (1 - t) * VARIANCES * deviation    # expected
+    eps, x0 = t * deviation, MEANS + (1 - t) * VARIANCES * deviation    # expectations
     return (log_weight.softmax(1)[:, :, None] * (eps - x0)).sum(1)
 
 
@@ -58,7 +58,7 @@ def samples_of_the_mixture(t, M):
 
 
 @pytest.mark.parametrize("level", [dance_level, pytest.param(flow_level, marks=pytest.mark.slow)])
-def test_the_sde_keeps_a_mixtures_marginals_as_the_ode_does_and_without_its_drift_would_not(level):
+def test_the_sde_keeps_the_marginals_of_a_mixture_as_the_ode_does_but_not_without_its_drift(level):
     M, T = 20_000, 250
     ts, x1, noise = schedule(T), torch.randn(M, 2), torch.randn(T, M, 2)
     levels = level(ts, 0.7)
@@ -70,7 +70,7 @@ def test_the_sde_keeps_a_mixtures_marginals_as_the_ode_does_and_without_its_drif
         for traj in (sde, ode):
             assert_close(traj[k].mean(0), exact.mean(0), atol=0.04, rtol=0)
             assert_close(traj[k].T.cov(), exact.T.cov(), atol=0.08, rtol=0)
-    assert (sde[-1] - ode[-1]).norm(dim=1).mean() > 0.2         # another image of the same noise
+    assert (sde[-1] - ode[-1]).norm(dim=1).mean() > 0.2         # other images of the same noise
     x = x1                          # the naive form: noise without the drift that makes room for it
     for k, eps in enumerate(noise):
         x = ddim_step(x, mixture_velocity(x, ts[k]), ts[k], ts[k + 1])
@@ -79,7 +79,7 @@ def test_the_sde_keeps_a_mixtures_marginals_as_the_ode_does_and_without_its_drif
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-def test_a_step_of_the_sde_has_the_mean_that_flow_grpo_states(level):
+def test_a_step_of_the_sde_has_the_mean_in_flow_grpos_paper(level):
     x, v, ts = normal(6, 5), normal(6, 5), schedule(7, 3.0).double()
     for t, t_next, a in zip(ts[:-1], ts[1:], level(ts, 0.6)):
         dt = t - t_next     # arXiv 2505.05470, Eq. 9: drift v + sigma_t^2 / (2 t) (x + (1 - t) v)
@@ -87,27 +87,27 @@ def test_a_step_of_the_sde_has_the_mean_that_flow_grpo_states(level):
         assert_close(sde_mean(x, v, t, t_next, a), theirs)
 
 
-def test_the_noise_level_is_constant_for_dancegrpo_and_eta_root_t_over_one_minus_t_for_flow_grpo():
+def test_the_noise_level_of_dancegrpo_is_constant_and_flow_grpos_is_eta_root_t_over_one_minus_t():
     ts = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
     assert_close(dance_level(ts, 0.3), torch.tensor([0.3, 0.3, 0.3, 0.3]))
     by_hand = torch.tensor([5.0, 4.0, 1.0, 0.25])               # at t = 1: 1 / (1 - 0.8)
     assert_close(flow_level(ts, 0.7), 0.7 * by_hand.sqrt())
 
 
-def test_log_prob_is_the_mean_over_dimensions_of_torch_distributions_normal():
+def test_log_prob_is_the_mean_over_dimensions_of_the_normal_log_density():
     x, mean, std = normal(4, 6, 3), normal(4, 6, 3), normal(4, 1, 1).abs()
     assert_close(log_prob(x, mean, std), Normal(mean, std).log_prob(x).flatten(1).mean(1))
 
 
 def an_sde_step(level=0.8):
-    """An old and a new velocity at the same x, and where the old one's SDE step landed."""
+    """An old and a new velocity at the same x, and the end of the old one's SDE step."""
     x, v, v_old, eps = normal(12, 5), normal(12, 5), normal(12, 5), normal(12, 5)
     t, t_next = torch.tensor(0.7).double(), torch.tensor(0.6).double()
     std = sde_std(t, t_next, torch.tensor(level).double())
     return x, v, v_old, eps, t, t_next, std, sde_mean(x, v_old, t, t_next, level) + std * eps
 
 
-def test_equation_6_the_negative_log_probability_is_a_squared_distance_plus_a_drift_residual():
+def test_equation_6_the_log_probability_is_a_squared_distance_with_a_drift_residual():
     x, v, v_old, eps, t, t_next, std, x_next = an_sde_step()
     perturbed = ddim_step(x, v_old, t, t_next) + std * eps      # x tilde
     residual = drift_residual(noise_estimate(x, v, t), noise_estimate(x, v_old, t), t, std)
@@ -116,7 +116,7 @@ def test_equation_6_the_negative_log_probability_is_a_squared_distance_plus_a_dr
     zero = torch.zeros(5).double()
     constant = Independent(Normal(zero, std), 1).log_prob(zero)
     assert_close(-density.log_prob(x_next) + constant, distance)
-    assert residual.abs().min() > 0                             # and it vanishes at theta_old
+    assert residual.abs().min() > 0                             # but it is 0 at theta_old
     assert not drift_residual(noise_estimate(x, v, t), noise_estimate(x, v, t), t, std).any()
 
 
@@ -126,11 +126,11 @@ def test_section_3_2_the_sde_policy_gradient_is_advantage_weighted_contrastive_r
     log_rho = (log_prob(x_next, sde_mean(x, v, t, t_next, 0.8), std)
                - log_prob(x_next, sde_mean(x, v_old, t, t_next, 0.8), std))
     policy, = torch.autograd.grad(clipped_objective(log_rho, A, 1e-4), v)       # Eq. 4, theta_old
-    # The ODE's step, perturbed, is the target: pulled closer if A > 0, pushed away if A < 0.
+    # The perturbed step of the ODE is the target: pulled closer if A > 0, pushed away if A < 0.
     target = ddim_step(x, v_old, t, t_next) + std * eps
     distance = (target - ddim_step(x, v, t, t_next)).pow(2) / (2 * std**2)
     regression, = torch.autograd.grad((-A[:, None] * distance).mean(1).sum(), v)
-    drift = 1 + 0.8**2 * (1 - t) / (2 * t)      # the residual's: longer, in the same direction
+    drift = 1 + 0.8**2 * (1 - t) / (2 * t)      # due to the residual: longer, same direction
     assert_close(policy, drift * regression, atol=1e-14, rtol=1e-12)
 
 
@@ -138,7 +138,7 @@ def exact(x, t):
     return x.tanh() + t
 
 
-def test_an_sde_step_lands_at_its_mean_plus_the_noise_and_steps_before_and_between_are_eulers():
+def test_sde_steps_end_at_their_mean_plus_noise_and_steps_before_and_between_them_are_eulers():
     x, ts, noise = torch.randn(3, 4), schedule(6, 3.0), torch.randn(2, 3, 4)
     levels = torch.tensor([0, 0, 0.5, 0, 0.7, 0])
     traj, vels = sde_rollout(exact, x, ts, levels, noise, "dpmpp_2m")
@@ -150,21 +150,21 @@ def test_an_sde_step_lands_at_its_mean_plus_the_noise_and_steps_before_and_betwe
         assert_close(traj[k + 1], landed)
 
 
-def test_flow_grpos_advantages_have_their_groups_mean_and_the_spread_of_all_rewards():
+def test_flow_grpos_advantages_use_the_mean_of_the_group_and_the_spread_of_all_rewards():
     r = torch.tensor([[1.0, 2, 6], [5, 5, 5], [0, 40, 80]])
     centred = torch.tensor([[-2.0, -1, 3], [0, 0, 0], [-40, 0, 40]])
-    everywhere = torch.cat([r, r * 2])                          # those of another process too
+    everywhere = torch.cat([r, r * 2])                          # with those of another process
     for known, std in ((None, r.numpy().std()), (everywhere, everywhere.numpy().std())):
         assert_close(baselines.global_advantages(r, known), centred / (std + 1e-4))
     assert baselines.global_advantages(torch.tensor([[0.0] * 59 + [1]])).max() == 5
 
 
-def test_a_flat_group_has_no_advantages_although_its_mean_is_rounded():
+def test_a_flat_group_has_zero_advantages_although_its_mean_is_rounded():
     assert not baselines.global_advantages(torch.full((2, 12), 3.7)).any()
 
 
 @pytest.mark.parametrize("global_std", [False, True])
-def test_several_rewards_are_standardised_each_or_with_global_std_summed_by_their_weights(
+def test_rewards_are_standardised_one_by_one_or_with_global_std_after_a_weighted_sum(
         global_std):
     a, b = torch.tensor([[1.0, 2, 6], [0, 3, 9]]), torch.tensor([[3.0, 1, 2], [7, 7, 1]])
     cfg = Config(method="flow" if global_std else "dance", global_std=global_std)
@@ -190,7 +190,7 @@ def test_with_an_empty_window_the_sde_is_the_ode(solver):
 
 def test_mixgrpo_leaves_the_ode_only_inside_its_window():
     x, cfg = torch.randn(3, 4), Config(method="mix", shift=3.0, **METHODS["mix"])
-    ts, start, end, levels = baselines.times(cfg, it=60)        # moved twice, every 25 iterations
+    ts, start, end, levels = baselines.times(cfg, it=60)        # it has moved twice, at 25 and 50
     assert (start, end) == (2, 6) and levels.nonzero().flatten().tolist() == [2, 3, 4, 5]
     traj, vels = sde_rollout(exact, x, ts, levels, torch.randn(4, 3, 4))
     for k in range(25):
@@ -198,8 +198,8 @@ def test_mixgrpo_leaves_the_ode_only_inside_its_window():
         assert torch.equal(landed, traj[k + 1]) == (k not in (2, 3, 4, 5))
 
 
-def test_mixgrpos_window_leaves_out_the_last_two_steps_shrinks_is_empty_once_and_begins_anew():
-    """Written out from the loop of their grpo_states.py, with max_timesteps = T - 2: 24 places."""
+def test_mixgrpos_window_never_has_the_last_two_steps_shrinks_to_nothing_and_begins_again():
+    """The loop of their grpo_states.py, written out, with max_timesteps = T - 2: 24 places."""
     theirs, start, count = [], 0, 0
     for _ in range(25 * 26):
         theirs.append(list(range(start, min(start + 4, 23))))
@@ -212,10 +212,10 @@ def test_mixgrpos_window_leaves_out_the_last_two_steps_shrinks_is_empty_once_and
     assert ours == theirs
     assert ours[24] == [0, 1, 2, 3] and ours[25] == [1, 2, 3, 4] and ours[25 * 24] == ours[0]
     assert [len(steps) for steps in ours[25 * 19 : 25 * 24 : 25]] == [4, 3, 2, 1, 0]
-    assert baselines.window_at(10_000, 25, 4, 0) == (0, 4)      # Flash*'s stays
+    assert baselines.window_at(10_000, 25, 4, 0) == (0, 4)      # that of Flash* does not move
 
 
-def test_flashs_tail_runs_evenly_in_unshifted_time_from_the_window_to_the_image():
+def test_flashs_steps_after_the_window_are_even_in_unshifted_time():
     ts = baselines.flash_schedule(25, 3.0, 4, 0.2)
     assert_close(ts[:5], schedule(25, 3.0)[:5])
     u = ts / (3 - 2 * ts)                                       # the shift undone
@@ -224,8 +224,8 @@ def test_flashs_tail_runs_evenly_in_unshifted_time_from_the_window_to_the_image(
     assert steps[0] == 12 and round(sum(steps) / 300) == 16     # the published average of Flash
 
 
-def test_flashs_tail_goes_on_from_the_x_0_that_the_windows_last_step_predicted():
-    c, ts = torch.randn(3, 4), schedule(8)                      # all data is one point: x_0 = c
+def test_flashs_first_step_after_the_window_uses_the_x_0_of_the_windows_last_step():
+    c, ts = torch.randn(3, 4), schedule(8)                      # the data is one point: x_0 = c
     to_c = lambda x, t: (x - c) / t
     levels = torch.tensor([0.5, 0.5, 0.5, 0, 0, 0, 0, 0])
     traj, _ = sde_rollout(to_c, torch.randn(3, 4), ts, levels, torch.randn(3, 3, 4), "dpmpp_2m")
@@ -245,7 +245,7 @@ def test_branchgrpos_tree_shares_its_first_steps_and_costs_what_is_published():
     assert baselines.nfe(pruned, 299)[1] == 9.125       # the last split's depth has half the nodes
 
 
-def test_pruning_leaves_out_the_last_five_depths_at_first_then_earlier_ones_to_the_last_splits():
+def test_pruning_skips_the_last_five_depths_at_first_and_then_earlier_ones_up_to_the_last_split():
     pruned = Config(**{**METHODS["branch"], "method": "branch", "prune": 5})
     for it, first in ((0, 15), (28, 15), (29, 14), (148, 11), (149, 10), (179, 9), (300, 9)):
         _, edges = baselines.tree(pruned, it)
@@ -253,7 +253,7 @@ def test_pruning_leaves_out_the_last_five_depths_at_first_then_earlier_ones_to_t
         assert {step + 1 for step, _, _ in edges} == trained
 
 
-def test_reward_fusion_gives_a_node_the_mean_of_its_leaves_standardised_over_its_depth():
+def test_a_nodes_advantage_is_the_mean_of_its_leaves_standardised_over_its_depth():
     r = torch.tensor([[1.0, 3, 0, 4, 10, 10, 2, 6]])
     fused = torch.tensor([[2.0, 2, 10, 4]])
     assert_close(tree_advantages(r, 4), (fused - 4.5) / fused.std())
@@ -269,7 +269,7 @@ def an_nft_point(M=6):
     return (1 - t) * x0 + t * eps, t, x0, eps - x0, v_old
 
 
-def test_nft_with_no_advantage_moves_nothing_and_with_opposite_ones_opposite_ways():
+def test_nft_moves_nothing_at_advantage_zero_and_opposite_ways_at_opposite_advantages():
     x_t, t, x0, _, v_old = an_nft_point()
     v = v_old.clone().requires_grad_()
 
@@ -292,7 +292,7 @@ def test_nft_at_full_advantage_is_flow_matching_on_the_rollouts_images():
     assert_close(nft_loss(x_t, t, x0, v, v_old, A), by_hand)
 
 
-def test_nfts_old_policy_follows_the_trained_one_ever_more_slowly_up_to_half():
+def test_nfts_old_policy_follows_the_trained_one_more_and_more_slowly_until_half_of_it_stays():
     assert [baselines.nft_decay(step) for step in (1, 100, 500, 9000)] == [0.001, 0.1, 0.5, 0.5]
 
 
@@ -309,10 +309,10 @@ def test_fdfos_perturbation_is_equation_7_so_churned_noise_stays_standard_normal
     assert_close((churned * x).mean(0), torch.full((3,), 1 / (1 + c)), atol=0.04, rtol=0)
 
 
-def test_at_any_other_time_a_churned_state_is_one_of_the_flow_at_the_later_time_it_is_given():
+def test_a_churned_state_is_a_state_of_the_flow_at_the_time_that_churn_returns():
     zero, one = torch.zeros(()).double(), torch.ones(()).double()
     for t in torch.linspace(0.05, 0.95, 7).double():
-        image, later = churn(1 - t, t, zero, 0.3)               # what is left of x_0
+        image, later = churn(1 - t, t, zero, 0.3)               # the factor of x_0
         kept, fresh = churn(t, t, zero, 0.3)[0], churn(zero, t, one, 0.3)[0]
         assert_close(image, 1 - later)
         assert_close(kept**2 + fresh**2, later**2)              # the variance of the noise
@@ -331,23 +331,23 @@ def test_with_churn_eulers_steps_still_keep_a_gaussians_distribution():
         assert states[k].var().item() == pytest.approx(expected.item(), abs=0.02)
         assert_close(vels[k], velocity(states[k], ts[k]))
     plain = rollout(velocity, states[0], schedule(T))[0][-1]
-    assert (x0 - plain).abs().mean() > 0.1                      # another image of the same noise
+    assert (x0 - plain).abs().mean() > 0.1                      # other images of the same noise
 
 
 def a_pair(D=6):
-    """Rewards and end points of a pair, and the velocity of both."""
+    """The rewards, end points and velocities of a pair."""
     return normal(2), normal(2, D), normal(2, D)
 
 
 def slope(objective, v_old, x0, r, eps=0.03):
-    """Of FDFO's objective, where v is v_old. (2, D)"""
+    """The gradient of FDFO's objective at v = v_old, (2, D)."""
     v = v_old.clone().requires_grad_()
     log_rho = fdfo_log_ratio(v, v_old, end_point_direction(x0))
     assert not log_rho.any()
     return torch.autograd.grad(objective(log_rho, half_difference(r), eps), v)[0]
 
 
-def test_fdfos_log_ratio_is_that_of_the_negative_mean_squared_distances_to_the_target():
+def test_fdfos_log_ratio_is_the_old_mean_squared_distance_to_the_target_less_the_new_one():
     _, x0, v_old = a_pair()
     v, d = v_old + 0.1 * normal(2, 6), end_point_direction(x0)
     target = v_old - d
@@ -355,10 +355,10 @@ def test_fdfos_log_ratio_is_that_of_the_negative_mean_squared_distances_to_the_t
     assert_close(fdfo_log_ratio(v, v_old, d), distance(v_old) - distance(v))
 
 
-def test_fdfos_direction_is_a_central_difference_of_the_reward_along_the_end_points_difference():
-    """A quadratic reward, of which a central difference is exact: at theta_old each of the pair is
-    pulled by twice the part of the gradient, at the middle, that lies along the difference. Its
-    length does not matter."""
+def test_fdfos_gradient_is_a_central_difference_of_the_reward_between_the_end_points():
+    """For a quadratic reward, a central difference is exact. So at theta_old, each of the pair is
+    pulled by twice the reward's gradient at the middle, projected onto the difference. The length
+    of the difference does not matter."""
     B, b = normal(6, 6), normal(6)
     reward = lambda x: x @ b + ((x @ B) * x).sum(-1)
     middle, h, v_old = normal(6).requires_grad_(), normal(6), normal(2, 6)
@@ -373,16 +373,16 @@ def test_fdfos_direction_is_a_central_difference_of_the_reward_along_the_end_poi
 
 @pytest.mark.parametrize("objective", [spo_objective, clipped_objective])
 def test_at_theta_old_fdfo_is_neighbor_grpo_with_g_2_whose_candidates_are_the_end_points(objective):
-    """By the penalty as by PPO's clip, neither of which acts there. Of Neighbor GRPO: r - mean(r),
-    Eq. 3, for advantages, and tau = 2 (t - t_next) |h|^2 with h the half difference of the end
-    points. With its own candidates, those at t_next, the direction is another one."""
+    """This holds with the penalty and with PPO's clip: neither acts there. Neighbor GRPO gets the
+    advantages r - mean(r), as in Eq. 3, and tau = 2 (t - t_next) |h|^2, where h is the half
+    difference of the end points. With its own candidates, at t_next, the direction is different."""
     r, x0, v_old = a_pair()
     t, t_next = 0.7, 0.45
     tau = 2 * (t - t_next) * half_difference(x0)[0].pow(2).sum().item()
 
     def neighbor(candidates):
         x_t, slopes = normal(2, 6), []
-        for i in range(2):                                      # each of them as the anchor
+        for i in range(2):                                      # the anchor is one, then the other
             v = v_old[i].clone().requires_grad_()
             anchor = ddim_step(x_t[i], v, t, t_next)
             log_rho = log_ratio(candidates, anchor, anchor.detach(), tau)
@@ -396,7 +396,7 @@ def test_at_theta_old_fdfo_is_neighbor_grpo_with_g_2_whose_candidates_are_the_en
 
 
 @pytest.mark.parametrize("advantage", [0.7, -0.002])
-def test_spos_optimum_lies_at_a_ratio_of_one_plus_or_minus_eps(advantage):
+def test_spos_objective_is_largest_at_a_ratio_of_one_plus_or_minus_eps(advantage):
     log_rho = torch.linspace(-0.2, 0.2, 4001).double()
     A = torch.tensor([advantage]).double()
     J = torch.stack([spo_objective(each[None], A, 0.03) for each in log_rho])
@@ -410,8 +410,8 @@ def test_spos_optimum_lies_at_a_ratio_of_one_plus_or_minus_eps(advantage):
 # ============================================================================ the loops
 
 class Stub:
-    """What the loops ask of a model, with a linear velocity. It counts the latents that it is asked
-    about, without gradients and with."""
+    """What the loops need of a model, with a linear velocity. It counts the latents that `velocity`
+    gets, without and with gradients."""
     device, latent_shape, nfe = torch.device("cpu"), (4, 3), 1
 
     def __init__(self):
@@ -425,7 +425,7 @@ class Stub:
         return dict(vec=torch.zeros(len(prompts), 1))
 
     def velocity(self, x, t, cond):
-        """t: a number, or (M,), as FLUX takes it."""
+        """t: a number, or (M,), as for FLUX."""
         if torch.is_grad_enabled():
             self.backwards += len(x)
         else:
@@ -447,7 +447,7 @@ def brightness(images, prompts):
 
 
 def train_stub(folder, model, method, scorer=brightness, **settings):
-    """A loop on a stub -> the lines of its log."""
+    """Run a method's loop on a stub -> the lines of its log."""
     (folder / "prompts.txt").write_text("a\nb\nc\n")
     settings = {**METHODS[method], "method": method, "model": "", "rewards": "brightness",
                 "prompts": str(folder / "prompts.txt"), "out_dir": str(folder / "run"),
@@ -463,10 +463,9 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
     ("branch", 203 / 16, 218 / 16), ("nft", 19, 9), ("fdfo", 40, 40)])
 def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(
         method, nfe_old, nfe_theta, tmp_path):
-    """MixGRPO trains 4 steps by its code and paper (14 in this paper's Table 3). BranchGRPO: the
-    network sees 203 nodes, and 218 edges are trained; published are 13.68 for both. DiffusionNFT
-    has 10 steps and 9 trained points, about which the old policy is asked too. FDFO trains every
-    step."""
+    """MixGRPO trains 4 steps in its code and paper (14 in this paper's Table 3). BranchGRPO: the
+    network sees 203 nodes, and 218 edges are trained (published: 13.68 for both). DiffusionNFT has
+    10 steps and 9 trained points, which the old policy sees too. FDFO trains every step."""
     model = Stub()
     line, = train_stub(tmp_path, model, method, prompts_per_iteration=2)
     images = 2 * METHODS[method].get("group_size", 12)
@@ -481,7 +480,7 @@ def test_the_first_ratio_is_one_in_every_iteration(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dance", "branch"])
-def test_the_clip_holds_back_what_is_outside_it(method, tmp_path):
+def test_the_clip_holds_back_ratios_outside_it(method, tmp_path):
     narrow, wide, start = Stub(), Stub(), Stub().weights()
     train_stub(tmp_path, narrow, method, clip_eps=1e-6)
     train_stub(tmp_path, wide, method, clip_eps=1e9)
@@ -506,7 +505,7 @@ def test_the_window_and_the_pruned_depths_move_as_training_goes_on(
     assert seen == [0, 1, 2]
 
 
-def test_every_candidate_trains_k_steps_of_its_own(tmp_path, monkeypatch):
+def test_each_candidate_trains_its_own_k_steps(tmp_path, monkeypatch):
     seen = []
 
     def watched(x_next, x_t, v, v_old, t, *more):
@@ -518,11 +517,11 @@ def test_every_candidate_trains_k_steps_of_its_own(tmp_path, monkeypatch):
     updates = torch.stack(seen).view(3, 14, 4)                  # 3 updates, 14 steps, 4 candidates
     drawn = [set(times.tolist()) for times in updates.permute(0, 2, 1).flatten(0, 1)]
     assert all(len(times) == 14 for times in drawn) and len(set(map(frozenset, drawn))) == 12
-    assert len(set.union(*drawn)) == 24         # every step but the last, though each trains 14
+    assert len(set.union(*drawn)) == 24         # together all steps but the last
 
 
 @pytest.mark.parametrize("method", ["dance", "flow", "mix"])
-def test_only_flow_grpo_begins_at_unrelated_noises_and_ends_with_a_noisy_step_that_is_not_trained(
+def test_only_flow_grpo_has_independent_first_noises_and_a_noisy_last_step_which_is_not_trained(
         method, tmp_path, monkeypatch):
     begun, levels, trained = [], [], []
     plain_rollout, plain_ratio = baselines.sde_rollout, baselines.sde_log_ratio
@@ -541,13 +540,13 @@ def test_only_flow_grpo_begins_at_unrelated_noises_and_ends_with_a_noisy_step_th
         assert sorted(drawn) == sorted(24 * schedule(6, 3.0)[:5].tolist())
 
 
-def test_mixgrpo_trains_what_is_in_its_window_and_nothing_while_it_is_empty(tmp_path):
+def test_mixgrpo_trains_the_steps_in_its_window_and_nothing_while_it_is_empty(tmp_path):
     model, before = Stub(), []
     scorer = lambda images, prompts: (before.append(model.weights()), brightness(images, None))[1]
     settings = dict(num_rollout_steps=5, window=3, window_every=1, num_train_steps=3, iterations=5)
     lines = train_stub(tmp_path, model, "mix", scorer, **settings)
     assert [line["nfe_theta"] for line in lines] == [3, 2, 1, 0, 3]
-    assert lines[3]["reward_std"] < 1e-6 and lines[3]["grad_norm"] == 0     # all candidates are one
+    assert lines[3]["reward_std"] < 1e-6 and lines[3]["grad_norm"] == 0     # equal candidates
     assert lines[3]["first_ratio"] is None
     moved = [bool((b - a).any()) for a, b in zip(before, before[1:])]
     assert moved == [True, True, True, False]
@@ -558,7 +557,7 @@ def test_mixgrpo_trains_what_is_in_its_window_and_nothing_while_it_is_empty(tmp_
 @pytest.mark.parametrize("method", [
     pytest.param(method, marks=[pytest.mark.slow] * (method in ("mix", "flash", "flow", "fdfo")))
     for method in METHODS])
-def test_every_method_raises_the_reward_of_one_and_the_same_noise(method, tmp_path):
+def test_every_method_raises_the_reward_on_the_same_noises(method, tmp_path):
     def rewards_of_twenty_groups(model):
         lines = train_stub(tmp_path, model, method, iterations=20, lr=1e-12)
         return torch.tensor([line["reward"] for line in lines])
@@ -569,7 +568,7 @@ def test_every_method_raises_the_reward_of_one_and_the_same_noise(method, tmp_pa
     assert gain.mean() > 5 * gain.std() / 20**0.5
 
 
-def test_every_image_of_nft_is_trained_at_k_times_of_the_rollout_that_differ(tmp_path, monkeypatch):
+def test_nft_trains_every_image_at_k_different_times_of_the_rollout(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(baselines, "nft_loss", lambda x_t, t, *more: (
         seen.append(t.flatten()), nft_loss(x_t, t, *more))[1])
@@ -580,7 +579,7 @@ def test_every_image_of_nft_is_trained_at_k_times_of_the_rollout_that_differ(tmp
 
 
 def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "nft_decay", lambda step: 1.0)       # it stays what it was
+    monkeypatch.setattr(baselines, "nft_decay", lambda step: 1.0)       # it never changes
     model, untouched = Stub(), Stub()
     settings = dict(iterations=6, ema=1 - 1e-7)
     lines = train_stub(tmp_path, model, "nft", **settings)
@@ -591,7 +590,7 @@ def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path
 
 
 @pytest.mark.parametrize("ema, stays", [(0.5, 0.001), (0.0004, 0.0004)])
-def test_nfts_loss_compares_with_the_old_policy_which_then_follows_by_its_decay_and_at_most_ema(
+def test_nfts_loss_uses_the_old_policy_whose_decay_is_the_smaller_of_the_published_one_and_ema(
         ema, stays, tmp_path, monkeypatch):
     asked, averages = [], []
 
@@ -611,10 +610,10 @@ def test_nfts_loss_compares_with_the_old_policy_which_then_follows_by_its_decay_
         assert (now - before).abs().max() > 0.01
 
 
-def test_fdfos_pairs_begin_at_one_noise_and_both_are_trained_at_every_churned_state_along_it(
+def test_fdfos_pairs_begin_at_one_noise_and_both_are_trained_at_every_churned_state(
         tmp_path, monkeypatch):
-    """`along it`: the difference of the pair's own end points, by the difference of its own
-    rewards, from the velocity that the old policy had at exactly that state and time."""
+    """The direction is the difference of the pair's own end points, and the advantage that of its
+    own rewards. The old velocity is the one at exactly that state and time."""
     asked, ratios, weighed, begun, images = [], [], [], [], []
     plain = baselines.churned_rollout
 
@@ -648,13 +647,13 @@ def test_fdfos_pairs_begin_at_one_noise_and_both_are_trained_at_every_churned_st
             assert_close(A[i : i + 2], torch.stack([half_r[pair], -half_r[pair]]))
             expected = half_x[pair] / half_x[pair].pow(2).mean()
             assert_close(d[i : i + 2], torch.stack([expected, -expected]))
-            assert (x[i] - x[i + 1]).abs().max() > 0            # churn has driven them apart
+            assert (x[i] - x[i + 1]).abs().max() > 0            # due to churn
             found.append((pair, round(float(t), 4)))
     ts = [round(float(churn(0.0, t, 0.0, 0.0025)[1]), 4) for t in schedule(5, 3.0)[:-1]]
     assert sorted(found) == sorted((pair, t) for pair in range(12) for t in ts)
 
 
-def test_fdfos_penalty_holds_back_what_leaves_its_trust_region(tmp_path):
+def test_fdfos_penalty_holds_back_ratios_outside_its_trust_region(tmp_path):
     narrow, wide, start = Stub(), Stub(), Stub().weights()
     for model, eps in ((narrow, 1e-7), (wide, 1e9)):
         train_stub(tmp_path, model, "fdfo", num_rollout_steps=8, clip_eps=eps)
@@ -664,9 +663,9 @@ def test_fdfos_penalty_holds_back_what_leaves_its_trust_region(tmp_path):
 SMALL_TREE = dict(num_rollout_steps=4, splits="0,2", group_size=4)
 
 
-def test_branchgrpos_edges_carry_the_advantage_of_the_node_they_lead_to(tmp_path, monkeypatch):
-    seen, landed, carried = {}, [], []          # what the network saw in the rollout; where trained
-                                                # edges lead; their advantages
+def test_branchgrpos_edges_have_the_advantage_of_the_node_they_lead_to(tmp_path, monkeypatch):
+    seen, landed, carried = {}, [], []          # the network's inputs in the rollout; the ends of
+                                                # trained edges; their advantages
     class Watched(Stub):
         def velocity(self, x, t, cond):
             if not torch.is_grad_enabled():
@@ -682,14 +681,14 @@ def test_branchgrpos_edges_carry_the_advantage_of_the_node_they_lead_to(tmp_path
     monkeypatch.setattr(baselines, "clipped_objective", lambda log_rho, A, eps: (
         carried.append(A), clipped_objective(log_rho, A, eps))[1])
     train_stub(tmp_path, Watched(), "branch", shift=1.0, updates_per_iteration=4, **SMALL_TREE)
-    last = seen[0.25]                           # the image is what the last step predicts, not its
-    predicted = ddim_step(last, Stub().velocity(last, 0.25, None), 0.25, 0.0)           # noise
+    last = seen[0.25]                           # the image is the last step's x_0, without noise
+    predicted = ddim_step(last, Stub().velocity(last, 0.25, None), 0.25, 0.0)
     assert_close(seen["images"], predicted.detach())
     r = brightness(seen["images"], None)        # of the four leaves
     pairs = r.view(2, 2).mean(1)
     expected = {0.75: pairs, 0.5: pairs, 0.25: r}       # two nodes before the second split, then 4
-    edges = list(zip(torch.cat(landed[::2]), torch.cat(carried), strict=True))  # log_prob is asked
-    assert len(edges) == 2 + 2 + 4 + 4                  # twice: the new mean, the old mean
+    edges = list(zip(torch.cat(landed[::2]), torch.cat(carried), strict=True))  # log_prob runs
+    assert len(edges) == 2 + 2 + 4 + 4                  # twice: for the new and the old mean
     found = 0
     for t, fused in expected.items():
         for node, A in zip(seen[t], (fused - fused.mean()) / fused.std(), strict=True):
@@ -710,14 +709,14 @@ def test_branchgrpos_edges_begin_at_the_parent_of_the_node_they_lead_to(tmp_path
     settings = dict(split_noise=0.0, updates_per_iteration=1, lr=1e-12, **SMALL_TREE)
     train_stub(tmp_path, Stub(), "branch", **settings)
     deviations = torch.stack([((x_next - mean) / std).pow(2).mean() for x_next, mean, std in pairs])
-    # Without noise at the splits, all 2 + 4 children begin where the parent's step ended. The other
-    # 2 + 4 lie off by a standard normal. log_prob is asked about each twice.
+    # Without noise at the splits, the 2 + 4 children there lie exactly at the mean of the parent's
+    # step. The other 2 + 4 deviate by a standard normal. log_prob gets each of them twice.
     zero = deviations < 1e-9
     assert zero.sum() == 2 * (2 + 4)
     assert 0.5 < deviations[~zero].mean() < 1.5 and deviations[~zero].max() < 4
 
 
-def test_mixgrpo_without_a_window_is_flow_grpo_if_candidates_and_the_last_step_have_noise(tmp_path):
+def test_mixgrpo_without_a_window_but_with_flow_grpos_settings_is_flow_grpo(tmp_path):
     mix, flow = Stub(), Stub()
     train_stub(tmp_path, flow, "flow", iterations=3)
     train_stub(tmp_path, mix, "mix", iterations=3, num_rollout_steps=6, window=0, num_train_steps=5,
@@ -748,7 +747,7 @@ def log_without_times(folder):
 
 @pytest.mark.parametrize("method", [
     pytest.param(method, marks=[pytest.mark.slow] * (method != "nft")) for method in SMALL])
-def test_each_loop_aligns_the_small_flux_and_an_interrupted_run_goes_on_as_if_nothing_had_been(
+def test_each_loop_runs_on_the_small_flux_and_an_interrupted_run_ends_like_an_uninterrupted_one(
         method, tmp_path):
     (tmp_path / "five.txt").write_text("a red apple\nan octopus\na dog\na red car\nthe moon\n")
     command = ["--method", method, *SHORT, "--prompts", str(tmp_path / "five.txt"),
@@ -762,8 +761,8 @@ def test_each_loop_aligns_the_small_flux_and_an_interrupted_run_goes_on_as_if_no
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mix", "flow"])             # flow: the spread of all groups
-def test_two_processes_are_one_run_with_as_many_groups(method, tmp_path):
+@pytest.mark.parametrize("method", ["mix", "flow"])             # flow: one std for all groups
+def test_two_processes_make_the_run_of_one_process(method, tmp_path):
     (tmp_path / "two.txt").write_text("a red apple\nan octopus\n")
     command = ["-m", "paper.baselines", "--method", method, *SHORT, "--prompts",
                str(tmp_path / "two.txt"), "--prompts_per_iteration", "2", "--iterations", "2",
@@ -781,7 +780,7 @@ def test_two_processes_are_one_run_with_as_many_groups(method, tmp_path):
 
 @pytest.mark.parametrize("before, now", [
     ("", "--method mix"), ("--method mix", ""), ("--method dance", "--method mix")])
-def test_a_run_is_not_resumed_as_one_of_another_method(before, now, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_another_method(before, now, tmp_path, capsys):
     def parse(words):
         script = baselines if "--method" in words else train
         return script.parse_config([*words.split(), "--out_dir", str(tmp_path)])
@@ -818,7 +817,7 @@ def test_a_run_is_not_resumed_as_one_of_another_method(before, now, tmp_path, ca
     ("--method branch --num_train_steps 9", "num_train_steps is not a setting of branch"),
     ("--method branch --prune 11", "prune is 11, but must lie between 0 and 10"),
     ("--method branch --global_std", "global_std is not a setting of branch"),
-    ("--method nft --updates_per_iteration 2", "but nft has one"),
+    ("--method nft --updates_per_iteration 2", "but must be 1 for nft"),
     ("--method nft --ema 0", "must lie in (0, 0.5]"),
     ("--method nft --ema 0.9", "must lie in (0, 0.5]"),
     ("--method nft --clip_eps 0.1", "clip_eps is not a setting of nft"),

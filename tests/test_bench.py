@@ -1,5 +1,5 @@
 """
-paper/bench.py counts what it says it counts, and paper/float8.py rounds only without gradients. One
+paper/bench.py counts and times what it says, and paper/float8.py rounds only without gradients. One
 test per sentence.
 
     python -m pytest -q tests/test_bench.py
@@ -39,7 +39,7 @@ def scorers_loaded_once():
 
 @pytest.fixture(scope="module")
 def load():
-    """train.load, by which a model of each kind is loaded once."""
+    """train.load, but each kind of model is loaded only once."""
     kept = {}
 
     def load_once(cfg):
@@ -52,7 +52,7 @@ def load():
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """flux-small with one block of each kind, of one head, and a VAE of eight channels."""
+    """flux-small with one block of each kind, with one head, and a VAE with eight channels."""
     blocks = dict(num_layers=1, num_single_layers=1, num_attention_heads=1)
     vae = dict(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4)
     monkeypatch.setitem(bench.BLOCKS, "flux-small", blocks)
@@ -66,7 +66,7 @@ def narrow(monkeypatch):
 
 @pytest.mark.parametrize("method", [
     "dpm8", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mix", "nft"))])
-def test_the_bare_calls_are_those_of_an_iteration_in_the_same_sizes_and_order_backward_passes_too(
+def test_bare_calls_have_the_sizes_and_order_of_an_iterations_calls_and_its_backward_passes(
         method, load, monkeypatch):
     replay, backward, seen, backwards = bench.replay, torch.Tensor.backward, [], []
 
@@ -87,7 +87,7 @@ def test_the_bare_calls_are_those_of_an_iteration_in_the_same_sizes_and_order_ba
     assert found["ratio"] == found["iteration"] / found["bare"]
 
 
-def test_what_is_recorded_is_what_algorithm_1_asks_of_the_networks_with_two_prompts(
+def test_the_recorded_calls_are_those_of_algorithm_1_with_two_prompts(
         load, monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "replay", lambda model, scorers, calls, prompts: seen.append(calls))
@@ -95,13 +95,14 @@ def test_what_is_recorded_is_what_algorithm_1_asks_of_the_networks_with_two_prom
     rollout = [("velocity", (8, 2), False)] * 8                 # two prompts, G = 4
     a_step = ("velocity", (4, 2), True)                         # two of four anchors of each prompt
     update = [*[a_step] * 4, ("step", None, True)]              # K = 4
-    assert seen[0] == [("encode", 2, False), *rollout, ("decode", 8, False), ("clip", 8, True),
+    assert seen[0] == [("encode", 2, False), *rollout, ("decode", 8, False),
+                       ("preference", 8, True),
                        *update, *update]
 
 
-def test_the_phases_make_up_an_iteration_the_first_ones_do_not_count_and_nothing_is_learnt(
+def test_the_phases_add_up_to_an_iteration_the_first_one_does_not_count_and_nothing_is_learnt(
         monkeypatch):
-    """By a clock that stands still but for what is known to take time."""
+    """The clock is false: it moves only in calls whose duration is set here."""
     clock, models = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
@@ -118,12 +119,12 @@ def test_the_phases_make_up_an_iteration_the_first_ones_do_not_count_and_nothing
         monkeypatch.setattr(Flux, "decode", takes(lambda: 7.0, Flux.decode))
         return model
 
-    first = iter([1000.0, 1000.0])              # two updates of the iteration that does not count
+    first = iter([1000.0, 1000.0])              # two updates of the iteration before those counted
     step = takes(lambda: next(first, 5.0), torch.optim.AdamW.step)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     words = [*SMALL, "--num_rollout_steps", "4"]
     found = bench.measure({"dpm16": bench.METHODS["dpm16"]}, 1, words, build, False, 1)["dpm16"]
-    assert found["nfe_old"] == 16               # the method's own settings win
+    assert found["nfe_old"] == 16               # the method's settings override the command line's
     assert (found["rollout"], found["decode"], found["reward"]) == (16, 7, 0)
     assert (found["update"], found["optimizer"]) == (2 * 9 * 100, 2 * 5)
     assert sum(found[phase] for phase in bench.PHASES) == found["iteration"]
@@ -141,7 +142,7 @@ def test_the_phases_make_up_an_iteration_the_first_ones_do_not_count_and_nothing
     pytest.param("dance", 25, 14, 12, 14, marks=pytest.mark.slow),
     pytest.param("fdfo", 40, 40, 12, "all", marks=pytest.mark.slow),
     ("flash", 8, 4, 12, 4)])
-def test_evaluations_are_counted_at_the_network_and_the_columns_are_the_papers(
+def test_evaluations_counted_at_the_network_give_the_columns_of_the_paper(
         method, old, theta, B, K, load):
     words = "--prompts_per_iteration 1 --resolution 32".split()
     found = bench.measure({method: bench.METHODS[method]}, 1, words, load, False, 0)[method]
@@ -149,7 +150,7 @@ def test_evaluations_are_counted_at_the_network_and_the_columns_are_the_papers(
     assert (found["B"], found["K"]) == (B, K)
 
 
-def test_a_change_of_a_model_is_made_once_and_only_to_its_own_methods(load):
+def test_a_model_is_changed_once_and_only_for_its_own_methods(load):
     changed, own = [], bench.METHODS["dpm8"]
     methods = {"plain": own, "changed": own, "again": own, "plain too": own}
     change = lambda model: changed.append(model)
@@ -162,7 +163,7 @@ def test_a_change_of_a_model_is_made_once_and_only_to_its_own_methods(load):
 
 # ============================================================================ tables and rates
 
-def test_the_table_sets_seconds_and_operations_beside_dancegrpos():
+def test_the_table_gives_seconds_and_operations_as_shares_of_dancegrpos():
     def one(iteration, rollout, update, flops):
         return dict(solver="DDIM", nfe_old=1.0, G=12, B=4, K=4, nfe_theta=1.0, iteration=iteration,
                     rollout=rollout, decode=1.0, reward=0.1, update=update, optimizer=0.1,
@@ -176,17 +177,17 @@ def test_the_table_sets_seconds_and_operations_beside_dancegrpos():
     assert found["of its TFLOP |"] == "0.500 |"
 
 
-def test_a_matrix_products_rate_counts_a_product_and_a_sum_for_each_of_n_cubed(monkeypatch):
+def test_a_matrix_product_counts_two_n_cubed_operations(monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr(bench, "now", lambda device: next(ticks))
     assert bench.matmul_rate(torch.device("cpu")) == 2 * 2048**3
 
 
-def test_the_share_is_operations_over_the_iterations_seconds_and_a_matrix_products_rate():
+def test_the_share_is_the_operations_per_second_over_the_rate_of_a_matrix_product():
     assert bench.rates(dict(flops=3e12, iteration=2.0), 6e12) == ("3", "1.5", "6", "0.25")
 
 
-def test_batching_sets_one_forward_of_all_anchors_against_one_for_each(load, monkeypatch, capsys):
+def test_batching_compares_one_pass_of_all_anchors_with_one_pass_each(load, monkeypatch, capsys):
     calls, velocity = [], Flux.velocity
     monkeypatch.setattr(Flux, "velocity", lambda model, x, *more: (
         calls.append(len(x)) or velocity(model, x, *more)))
@@ -196,7 +197,7 @@ def test_batching_sets_one_forward_of_all_anchors_against_one_for_each(load, mon
     assert "at once 1.000 s, one by one 4.000 s: 4.00 times" in capsys.readouterr().out
 
 
-def test_the_lines_of_scaling_are_those_through_the_points(monkeypatch, tmp_path):
+def test_scaling_finds_the_lines_on_which_the_points_lie(monkeypatch, tmp_path):
     def seconds(name):
         setting, value = name.split()
         return 1 + 0.5 * int(value) ** (2 if setting == "resolution" else 1)
@@ -212,7 +213,7 @@ def test_the_lines_of_scaling_are_those_through_the_points(monkeypatch, tmp_path
 # ============================================================================ operations and memory
 
 @pytest.mark.parametrize("rank, blocks", [(0, 0), (4, 0), (0, 1), (4, -1)])
-def test_operations_counted_without_numbers_are_those_of_the_network_with_them(rank, blocks):
+def test_operations_counted_on_tensors_without_numbers_are_those_of_the_real_network(rank, blocks):
     model = Flux(TINY, 64, lora_rank=rank, checkpoint_blocks=blocks)
     cond = model.encode(["a dog", "a cat"])
     x = torch.randn(6, *model.latent_shape)
@@ -225,18 +226,18 @@ def test_operations_counted_without_numbers_are_those_of_the_network_with_them(r
     assert bench.flops_of(bench.operations_of(model, cfg), calls) == counter.get_total_flops()
 
 
-def test_the_peak_of_memory_is_what_is_alive_at_once_without_weights_views_and_what_was_freed():
+def test_the_memory_peak_leaves_out_weights_views_and_tensors_that_were_freed():
     net = torch.nn.Linear(1000, 1000, bias=False)
     with torch.no_grad(), counts.Live(net) as live:
         x = torch.ones(1000, 1000)
         for _ in range(5):
-            x = x @ net.weight.t()              # the old and the new one, 4 MB each
+            x = x @ net.weight.t()              # two are alive: the old and the new x, 4 MB each
         x.view(-1)[0] = 0
     assert live.peak == 8_000_000
 
 
 @pytest.mark.slow
-def test_a_picture_of_flux_narrow_takes_no_more_of_an_evaluation_to_decode_than_flux_1_dev_s():
+def test_decoding_takes_no_more_of_an_evaluation_in_flux_narrow_than_in_flux_1_dev():
     def share(geometry, vae, tokens):
         with torch.device("meta"):
             net = bench.FluxTransformer2DModel(guidance_embeds=True, **bench.BLOCKS[geometry])
@@ -264,24 +265,24 @@ def test_a_step_of_the_ladder_does_what_its_name_says():
     for name, (settings, change) in bench.LADDER.items():
         words = settings.split()
         blocks = words[words.index("--checkpoint_blocks") + 1]
-        assert blocks == ("0" if "nothing" in name else "-1")
+        assert blocks == ("0" if "nothing" in name else "35" if "35" in name else "-1")
         assert name.startswith("compiled") == ("--compile" in words)
         assert ("float8" in name) == (change is float8.prepare)
         assert ("cuDNN" in name) == (change is bench.cudnn_attention)
 
 
-def test_cudnns_attention_reaches_every_block(load):
-    model = load(train.parse_config(["--out_dir", "never", "--lora_rank", "1"]))
+def test_cudnns_attention_reaches_every_block(load, tmp_path):
+    model = load(train.parse_config(["--out_dir", str(tmp_path / "run"), "--lora_rank", "1"]))
     try:
         bench.cudnn_attention(model)
         found = {block.attn.processor._attention_backend.value for block in model.blocks()}
-    finally:                                    # diffusers keeps it for whatever is loaded later
+    finally:                                    # else diffusers would use it in later models
         model.transformer.set_attention_backend("native")
     assert found == {"_native_cudnn"}
 
 
 @pytest.mark.slow
-def test_an_iteration_and_the_ladder_go_through_at_another_geometry_twice_in_a_row(
+def test_an_iteration_and_then_the_ladder_run_at_another_geometry(
         narrow, monkeypatch, capsys):
     monkeypatch.setattr(bench, "LADDER", {"a step": ("--no-compile", None)})
     for command in (["methods", "--only", "dpm8", "--warm", "1", "--no-bare"], ["ladder"]):
@@ -293,7 +294,7 @@ def test_an_iteration_and_the_ladder_go_through_at_another_geometry_twice_in_a_r
         assert float(seconds["update"]) > 0
 
 
-def test_a_step_of_the_ladder_that_cannot_be_had_is_one_line_and_the_others_count(
+def test_a_step_of_the_ladder_that_is_not_possible_is_named_and_the_others_are_timed(
         narrow, monkeypatch, capsys):
     monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "LADDER", {
@@ -311,7 +312,7 @@ def test_a_step_of_the_ladder_that_cannot_be_had_is_one_line_and_the_others_coun
     monkeypatch.setattr(bench, "matmul_rate", lambda device: broken.append(1) or 1e12)
     bench.ladder(1, "flux-small", [*narrow, "--lora_rank", "4"])        # nan from the second step
     out = capsys.readouterr()
-    failed = [line.split(" | ")[1] == "not here, as said above |"
+    failed = [line.split(" | ")[1] == "not possible here, see above |"
               for line in out.out.splitlines()[2:]]
     assert failed == [False, True, True, True, True]
     assert "the gradient is not finite, so nothing was updated" in out.err
@@ -320,7 +321,7 @@ def test_a_step_of_the_ladder_that_cannot_be_had_is_one_line_and_the_others_coun
     assert "four: cuDNN's attention needs a GPU" in out.err
 
 
-def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model_but_for_the_last(
+def test_on_the_small_world_the_steps_of_the_ladder_take_turns_except_the_last(
         monkeypatch, capsys):
     built, load = [], train.load
 
@@ -337,12 +338,45 @@ def test_the_ladders_steps_take_turns_on_the_small_world_each_with_its_own_model
     monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e12)
     bench.ladder(1, "tiny", [*SMALL, "--num_rollout_steps", "2", "--num_train_steps", "1"])
     out = capsys.readouterr()
-    assert built == [0, -1, 0, 0]               # "again" is "other"; the last is alone
+    assert built == [0, -1, 0, 0]               # "again" shares the model of "other"; last alone
     assert len(out.out.splitlines()) == 8
     said = [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))]
     together = ["compiled", "one", "other", "again"]
     assert said == [*(f"1/2 {name}" for name in together), *(f"2/2 {name}" for name in together),
                     "1/2 last", "2/2 last"]
+
+
+def test_the_steps_of_the_ladder_that_are_asked_for_come_alone_each_with_its_busiest_operators(
+        monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LADDER", {
+        "one": ("--no-compile", None), "two": ("--checkpoint_blocks -1", None),
+        "three": ("--checkpoint_blocks 35", None)})
+    monkeypatch.setattr(bench, "operations_of", lambda model, cfg: (1, 3))
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e12)
+    flags = [*SMALL, "--num_rollout_steps", "2", "--num_train_steps", "1"]
+    bench.ladder(1, "tiny", flags, steps=[3, 1], profile=True)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| step", "| ---", "| three", "| one"]
+    for row in rows[2:]:
+        found = dict(zip(rows[0], row, strict=True))
+        assert float(found["gradient norm"]) > 0
+        assert 0 <= float(found["below eps |"].strip(" |")) < 1
+    assert lines.count("three") == lines.count("one") == 1      # heads of the profiles
+    assert sum("aten::addmm" in line for line in lines) == 2
+
+
+def test_the_share_of_gradients_below_adamws_eps_leaves_out_those_that_are_0():
+    w = torch.nn.Parameter(torch.zeros(5))
+    opt = torch.optim.AdamW([w])
+    w.grad = torch.tensor([0, 1e-9, -1e-9, 1e-7, -1])
+    with bench.watched_gradients(opt, wanted=True) as shares:
+        opt.step()
+    opt.step()
+    assert shares == [0.5]
+    with bench.watched_gradients(opt, wanted=False) as shares:
+        opt.step()
+    assert shares == []
 
 
 # ============================================================================ float8
@@ -368,22 +402,22 @@ def test_compiled_blocks_in_float8_give_the_same_velocity_and_gradients_and_shar
         graphs.append(graph)
         return graph
 
-    torch.compiler.reset()                      # of what the last case compiled
+    torch.compiler.reset()                      # forgets the blocks of the last case
     compile = functools.partialmethod(torch.nn.Module.compile, backend=counted)
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     for compiled in (False, True):
-        torch.manual_seed(0)                    # of the adapters
+        torch.manual_seed(0)                    # for the adapters
         model = float8.prepare(Flux(TINY, 64, compiled=compiled, lora_rank=lora_rank))
         x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
         found.append(velocity_and_gradients(model, x))
     for a, b in zip(*found, strict=True):
         assert_close(a, b, rtol=0, atol=1e-6)
-    # Two kinds, with and without gradients. The first of a kind may get its input in another form.
-    assert 4 <= len(graphs) <= 7                # six blocks on their own would be twelve
+    # Two kinds of blocks, with and without gradients. The first block of a kind may get its input
+    assert 4 <= len(graphs) <= 7                # in another form. Six separate blocks need twelve.
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_without_gradients(
+def test_float8_rounds_each_row_that_a_blocks_layers_multiply_and_only_without_gradients(
         lora_rank):
     pytest.importorskip("torchao")
     torch.manual_seed(0)
@@ -400,8 +434,8 @@ def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_witho
     assert adapters == ({torch.nn.Linear} if lora_rank else set())
 
     def rounded(w):
-        """Each row by a scale of its own: the power of two that brings its largest number near
-        e4m3's, 448."""
+        """Each row has its own scale: the power of two that brings its largest number near 448, the
+        largest of e4m3."""
         scale = (448 / w.abs().amax(1, keepdim=True).double()).log2().floor().exp2()
         return (w.double() * scale).to(torch.float8_e4m3fn).double() / scale
 
@@ -418,7 +452,7 @@ def test_float8_rounds_what_the_blocks_layers_multiply_row_by_row_and_only_witho
 
 @pytest.fixture
 def noted(monkeypatch):
-    """A torchao that only notes whether gradients are on where a layer would round: a list."""
+    """A list that a false torchao fills: whether gradients are on, at each call of a layer."""
     seen = []
 
     class Float8Linear(torch.nn.Linear):
@@ -472,15 +506,16 @@ def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, 
     ("scaling --geometry flux", "unrecognized arguments: --geometry flux"),
     ("ladder --warm 3", "unrecognized arguments: --warm 3"),
     ("ladder --only dance", "unrecognized arguments: --only dance"),
+    ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 7"),
     ("batching --json x.json", "unrecognized arguments: --json x.json"),
     ("methods --repeats 0", "--repeats must be at least 1"),
     ("methods --warm -1", "--warm at least 0"),
-    ("methods --only dpm8,foo", "'foo', but must be of dance,"),
+    ("methods --only dpm8,foo", "'foo', but the methods are dance,"),
     ("methods --geometry flux", "--geometry flux needs a GPU"),
     ("methods --json no/such/x.json", "there is no folder no/such"),
     ("floor memory", "unrecognized arguments: memory"),
     ("nothing", "invalid choice: 'nothing'")])
-def test_what_would_have_no_effect_or_fail_at_the_end_is_refused_at_once(
+def test_options_without_effect_and_options_that_would_fail_later_are_refused_at_once(
         words, said, monkeypatch, capsys):
     monkeypatch.setattr(train, "Flux", None)
     with pytest.raises(SystemExit):

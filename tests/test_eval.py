@@ -1,9 +1,8 @@
 """
-eval.py: pictures, scores, tables and drawings. prompts.py and paper/votes.py have tests of their
-own.
+eval.py: pictures, scores, tables and drawings.
 
-    python -m pytest -q tests/test_eval.py              # without several processes
-    python -m pytest -q tests/test_eval.py --slow
+    python -m pytest -q tests/test_eval.py
+    python -m pytest -q tests/test_eval.py --slow       # with tests of several processes
 """
 import functools, io, json, math, os, shutil, subprocess, sys, time
 from pathlib import Path
@@ -17,13 +16,14 @@ import rewards
 from diffusers import FluxPipeline
 from eval import (diversity, draw_curve, evaluate, label_of, mean_and_stderr, picture_grid, sample,
                   wrap_text)
+from inputs import read_prompts
 from model import Flux
-from prompts import read_prompts
 from solvers import schedule
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parents[1]
 FLUX = HERE / "tiny/flux"
+JUDGE = rewards.find("judge")[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ FLUX = HERE / "tiny/flux"
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
-    """A checkpoint as train.py leaves it: other weights than the base's, a log beside it."""
+    """A checkpoint like those of train.py: its weights differ from the base, and it has a log."""
     run = tmp_path_factory.mktemp("world") / "run"
     model = Flux(FLUX, 64)
     with torch.no_grad():
@@ -39,9 +39,9 @@ def aligned(tmp_path_factory):
             w.mul_(1.02)
     model.save(run / "checkpoint-3")
     (run / "checkpoint-3/state").mkdir()
-    config = dict(rewards="clip=some/where,jpeg", solver="dpmpp_2m")
+    config = dict(rewards="preference=some/where,jpeg", solver="dpmpp_2m")
     (run / "checkpoint-3/state/config.json").write_text(json.dumps(config), encoding="utf-8")
-    log = [dict(iter=0, eval_clip=1.0)] + [
+    log = [dict(iter=0, eval_preference=1.0)] + [
         dict(iter=i, seconds_rollout=1.0, seconds_reward=0.5, seconds_update=i, nfe_old=8,
              nfe_theta=4 / 3) for i in (1, 2)]
     text = "".join(json.dumps(line) + "\n" for line in log)
@@ -52,10 +52,11 @@ def aligned(tmp_path_factory):
 
 
 def command_of(out, aligned, *more):
-    """Both models with few steps, or what later settings say instead."""
+    """The arguments that evaluate both models with few steps. `more` can override them."""
     prompts = aligned.parents[1] / "prompts.txt"
     return ["--model", str(FLUX), "--checkpoint", str(aligned), "--prompts", str(prompts),
-            "--steps", "2", "--images_per_prompt", "2", "--batch", "4", "--scorers", "clip,judge",
+            "--steps", "2", "--images_per_prompt", "2", "--batch", "4",
+            "--scorers", "preference,judge",
             "--out_dir", str(out), *more]
 
 
@@ -69,9 +70,9 @@ def results_in(out):
 
 
 def numbers(results, digits=6):
-    """What is in a table. A score may differ in its last bit with the batch it was in."""
+    """The numbers of the tables, rounded, because the last bits of a score depend on its batch."""
     return [{key: round(value, digits) for key, value in row.items()
-             if key.startswith(("clip", "judge", "diversity"))} for row in results]
+             if key.startswith(("preference", "judge", "diversity"))} for row in results]
 
 
 def picture(file):
@@ -80,33 +81,35 @@ def picture(file):
 
 
 @pytest.fixture(scope="module")
-def whole(aligned, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
+def finished(aligned, tmp_path_factory):
+    """A finished evaluation: its folder and its results."""
+    out = tmp_path_factory.mktemp("finished")
     return out, run(out, aligned)[1]
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "out")
+def copied(finished, tmp_path):
+    """The folder of a finished evaluation, to be changed."""
+    shutil.copytree(finished[0], tmp_path / "out")
     return tmp_path / "out"
 
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """The prompts that pictures are made of, in order."""
-    made, draw = [], evaluation.sample
+    """A list of the indices of all prompts that are sampled, in order."""
+    recorded, sample = [], evaluation.sample
 
-    def watched(model, prompts, indices, *more):
-        made.extend(indices)
-        return draw(model, prompts, indices, *more)
+    def sample_and_record(model, prompts, indices, *more):
+        recorded.extend(indices)
+        return sample(model, prompts, indices, *more)
 
-    monkeypatch.setattr(evaluation, "sample", watched)
-    return made
+    monkeypatch.setattr(evaluation, "sample", sample_and_record)
+    return recorded
 
 
-def test_a_row_holds_means_standard_errors_and_gains_of_the_pictures_it_wrote(whole, aligned):
-    out, results = whole
-    prompts, scorer = read_prompts(aligned.parents[1] / "prompts.txt"), rewards.load("clip")
+def test_a_row_has_the_means_standard_errors_and_gains_of_its_pictures(finished, aligned):
+    out, results = finished
+    prompts, scorer = read_prompts(aligned.parents[1] / "prompts.txt"), rewards.load("preference")
     each = []
     for label in ("tiny-flux", "run-checkpoint-3"):
         images = [[picture(out / label / f"pictures/{i:05d}-{k}.png") / 255 for k in range(2)]
@@ -117,23 +120,24 @@ def test_a_row_holds_means_standard_errors_and_gains_of_the_pictures_it_wrote(wh
     for row, scores in zip(results, each, strict=True):
         gain = scores - each[0]
         expected = (scores.mean(), scores.std() / 5**0.5, gain.mean(), gain.std() / 5**0.5)
-        found = [row[f"clip{key}"] for key in ("", "_stderr", "_gain", "_gain_stderr")]
+        found = [row[f"preference{key}"] for key in ("", "_stderr", "_gain", "_gain_stderr")]
         assert found == pytest.approx([x.item() for x in expected], abs=1e-4)
     distance = (images[:, 0] - images[:, 1]).pow(2).mean((1, 2, 3)).sqrt().mean().item()
     assert results[1]["diversity"] == pytest.approx(distance, rel=1e-5)
-    assert results[1]["clip_gain"] != 0 and Image.open(out / "grid.png").size[0] > 5 * 128
+    assert results[1]["preference_gain"] != 0 and Image.open(out / "grid.png").size[0] > 5 * 128
 
 
-def test_the_table_is_the_papers_with_the_runs_cost_and_what_it_was_trained_on_underlined(whole):
-    out, results = whole
+def test_table_1_has_the_cost_of_the_run_and_underlines_the_rewards_it_was_trained_on(finished):
+    out, results = finished
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()[:4]
     head, _, base, row = (line.split(" | ") for line in lines)
     assert [cell.strip("| ") for cell in head] == [
-        "Method", "Solver_old", "NFE_old ↓", "NFE_theta ↓", "s / Iter. ↓", "clip ↑", "judge ↑"]
+        "Method", "Solver_old", "NFE_old ↓", "NFE_theta ↓", "s / Iter. ↓", "preference ↑",
+        "judge ↑"]
     assert base[1:5] == ["N/A"] * 4 and "<u>" not in "".join(base)
     assert row[1:5] == ["DPM++", "8", "1.33", "3.00"]           # (1 + 0.5 + 1 + 1 + 0.5 + 2) / 2 s
-    clip = f"{results[1]['clip']:.4f} ± {results[1]['clip_stderr']:.4f}"
-    assert row[5] == f"<u>{clip}</u>" and row[6].startswith(f"{results[1]['judge']:.4f} ±")
+    reward = f"{results[1]['preference']:.4f} ± {results[1]['preference_stderr']:.4f}"
+    assert row[5] == f"<u>{reward}</u>" and row[6].startswith(f"{results[1]['judge']:.4f} ±")
 
 
 def test_pickscore_is_printed_over_100_as_in_table_1():
@@ -145,32 +149,50 @@ def test_pickscore_is_printed_over_100_as_in_table_1():
     assert "| +0.0100 ± 0.0000 | - |" in table
 
 
-def test_noise_depends_on_the_prompts_place_alone_and_training_evaluates_as_eval_does(
-        whole, aligned):
+def test_a_log_with_a_garbled_line_still_gives_the_cost_of_the_run(tmp_path):
+    step = dict(seconds_rollout=1.0, seconds_update=2.0, nfe_old=8, nfe_theta=4 / 3)
+    lines = [json.dumps(dict(step, iter=1)), "\0\0\0", "[1]", json.dumps(dict(step, iter=2)),
+             '{"iter": 3, "seconds_ro']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "checkpoint-2/state").mkdir(parents=True)
+    (tmp_path / "checkpoint-2/state/config.json").write_text(
+        json.dumps(dict(rewards="preference", solver="ddim")), encoding="utf-8")
+    row = evaluation.Row.__new__(evaluation.Row)
+    row.path = str(tmp_path / "checkpoint-2")
+    assert row.from_run() == dict(solver="DDIM", nfe_old="8", nfe_theta="1.33", seconds="3.00",
+                                  trained_on=["preference"])
+
+
+def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eval(
+        finished, aligned):
     prompts, model = read_prompts(aligned.parents[1] / "prompts.txt"), Flux(FLUX, 64)
-    scorers = {"clip": rewards.load("clip")}
-    images, scores = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m",
-                              images_per_prompt=2, batch=64)
-    mean = whole[1][0]["clip"]                                  # by main, in other batches
-    assert_close(scores["clip"].mean().item(), mean, rtol=0, atol=1e-3)
-    first = picture(whole[0] / "tiny-flux/pictures/00003-1.png")
-    assert (images[3, 1].int() - first.int()).abs().max() <= 1  # pixels may round the other way
-    alone = sample(model, [prompts[3]], [3], schedule(2), "dpmpp_2m", n=2)[1]
-    assert (alone * 255 - first).abs().max() <= 1
+    scorers = {"preference": rewards.load("preference")}
+    images, scores = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m", range(5))
+    assert images.shape == (5, 1, 3, 64, 64) and scores["preference"].shape == (5, 1)
+    folder = finished[0] / "tiny-flux/pictures"                 # by main, in other batches
+    stored = [json.loads((folder / f"{i:05d}.json").read_text(encoding="utf-8"))["preference"][0]
+              for i in range(5)]
+    assert_close(scores["preference"][:, 0], torch.tensor(stored), rtol=0, atol=1e-3)
+    first, second = (picture(folder / f"00003-{k}.png") for k in range(2))
+    assert (images[3, 0].int() - first.int()).abs().max() <= 1  # pixels may round the other way
+    alone = sample(model, [prompts[3]], [3], schedule(2), "dpmpp_2m", n=2)
+    assert (alone * 255 - torch.stack([first, second])).abs().max() <= 1
 
 
-def test_evaluation_gives_the_same_noise_to_every_checkpoint_whatever_the_batch():
-    flux, scorers = Flux(FLUX, 64), {"clip": rewards.load("clip")}
+def test_training_evaluates_with_the_same_noise_for_every_batch():
+    flux, scorers = Flux(FLUX, 64), {"preference": rewards.load("preference")}
     prompts = ["a red apple", "an octopus"] * 2
-    images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", images_per_prompt=2,
-                              batch=2)
-    _, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", images_per_prompt=2, batch=64)
-    assert_close(scores["clip"], more["clip"], rtol=0, atol=1e-3)
-    assert not torch.equal(images[0], images[2])                # the same prompt has other noise
-    assert (images[:, 0] != images[:, 1]).any()
+    images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
+    _, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
+    assert_close(scores["preference"], more["preference"], rtol=0, atol=1e-3)
+    part, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", [3, 1])
+    assert (part.int() - images[[3, 1]].int()).abs().max() <= 1
+    assert not torch.equal(images[0], images[2])                # the same prompt, other noise
+    first, second = sample(flux, prompts[:1], [0], schedule(3), "ddim", n=2)
+    assert (first != second).any()                              # two pictures of a prompt
 
 
-def test_a_mean_has_the_standard_error_of_prompts_and_diversity_is_a_distance_of_pixels():
+def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of_pixels():
     scores = torch.tensor([[1.0, 3.0], [4.0, 4.0], [5.0, 7.0]])             # prompts: 2, 4, 6
     assert mean_and_stderr(scores) == pytest.approx((4, 2 / 3**0.5))
     assert mean_and_stderr(torch.tensor([[1.0, 3.0]])) == (2, 0)
@@ -181,11 +203,11 @@ def test_a_mean_has_the_standard_error_of_prompts_and_diversity_is_a_distance_of
 
 
 # ------------------------------------------------------------------------------------------------
-# what is kept in --out_dir
+# files in --out_dir
 
-def test_an_evaluation_that_was_stopped_goes_on_and_makes_nothing_twice(
-        whole, aligned, tmp_path, monkeypatch, sampled):
-    scored, score = [], rewards.Judge.score
+def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
+        finished, aligned, tmp_path, monkeypatch, sampled):
+    scored, score = [], JUDGE.score
 
     def breaks(self, pixels, prompts):
         scored.append(len(pixels))
@@ -193,22 +215,22 @@ def test_an_evaluation_that_was_stopped_goes_on_and_makes_nothing_twice(
             raise KeyboardInterrupt
         return score(self, pixels, prompts)
 
-    monkeypatch.setattr(rewards.Judge, "score", breaks)
+    monkeypatch.setattr(JUDGE, "score", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, aligned)
     assert sampled and not (tmp_path / "results.json").exists()
-    assert numbers(run(tmp_path, aligned)[1]) == numbers(whole[1])
+    assert numbers(run(tmp_path, aligned)[1]) == numbers(finished[1])
     assert len(sampled) == 10                                   # five prompts, two models
     before = len(scored)
-    assert numbers(run(tmp_path, aligned)[1]) == numbers(whole[1]) and len(sampled) == 10
-    assert len(scored) == before + 2                            # tried on one picture, and on two
-    results = run(tmp_path, aligned, "--scorers", "clip,judge,jpeg")[1]
-    assert len(sampled) == 10 and "jpeg" in results[0]          # one scorer more, no picture more
+    assert numbers(run(tmp_path, aligned)[1]) == numbers(finished[1]) and len(sampled) == 10
+    assert len(scored) == before + 2                            # only load_all's two trials
+    results = run(tmp_path, aligned, "--scorers", "preference,judge,jpeg")[1]
+    assert len(sampled) == 10 and "jpeg" in results[0]          # a new scorer needs no new pictures
 
 
-def test_several_processes_share_what_is_missing_and_not_what_there_was(
+def test_several_processes_divide_the_missing_prompts_and_not_all_prompts(
         copied, aligned, monkeypatch, sampled):
-    for i in (0, 2, 4):                                         # all of them were process 0's
+    for i in (0, 2, 4):                                         # process 0 would make all three
         (copied / f"tiny-flux/pictures/{i:05d}-1.png").unlink()
     monkeypatch.setattr(evaluation, "WORLD", 2)
     monkeypatch.setattr(evaluation, "RANK", 1)
@@ -219,49 +241,54 @@ def test_several_processes_share_what_is_missing_and_not_what_there_was(
     ["--steps", "3"], ["--seed", "1"], ["--guidance", "1.5"], ["--shift", "2.0"],
     ["--solver", "ddim"], ["--resolution", "32"], ["--resolution", "64x32"],
     ["--images_per_prompt", "1"]])
-def test_pictures_of_another_setting_are_not_mixed_in(whole, aligned, more, capsys):
+def test_pictures_with_other_settings_are_not_mixed_in(finished, aligned, more, capsys):
     with pytest.raises(SystemExit) as exit:
-        run(whole[0], aligned, *more)
-    said = f"holds pictures of another {more[0][2:]} than {more[1]}; use --overwrite"
-    assert exit.value.code == 2 and said in capsys.readouterr().err
+        run(finished[0], aligned, *more)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and f"holds pictures made with {more[0][2:]} " in error
+    assert f", not {more[1]}; use --overwrite or another --out_dir" in error
 
 
-def test_pictures_of_other_prompts_or_weights_are_not_mixed_in(copied, whole, aligned, tmp_path):
+def test_pictures_of_other_prompts_or_weights_are_not_mixed_in(
+        copied, finished, aligned, tmp_path, capsys):
     (tmp_path / "others.txt").write_text("a\nb\nc\nd\ne\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         run(copied, aligned, "--prompts", str(tmp_path / "others.txt"))
+    assert "made with other prompts; use" in capsys.readouterr().err
     moved = tmp_path / "run/checkpoint-3"                       # the same name, other weights
     shutil.copytree(FLUX, moved)
     shutil.copy(aligned.parents[1] / "prompts.txt", tmp_path)
     with pytest.raises(SystemExit):
         run(copied, moved)
-    (copied / "tiny-flux/notes.txt").write_text("mine", encoding="utf-8")
+    assert "made with other weights; use" in capsys.readouterr().err
+    (copied / "tiny-flux/notes.txt").write_text("a user's file", encoding="utf-8")
     again = run(copied, aligned, "--seed", "1", "--overwrite")[1]
-    assert numbers(again) != numbers(whole[1])
-    assert (copied / "tiny-flux/notes.txt").exists()            # it deletes pictures and scores
+    assert numbers(again) != numbers(finished[1])
+    assert (copied / "tiny-flux/notes.txt").exists()            # it deletes only its own files
 
 
-def test_half_a_folder_and_broken_files_are_refused_or_made_again_and_never_counted(
-        copied, whole, aligned, capsys):
+def test_incomplete_folders_and_broken_files_are_refused_or_replaced_and_never_counted(
+        copied, finished, aligned, capsys):
     row = copied / "tiny-flux"
     scores, png = row / "pictures/00002.json", row / "pictures/00002-0.png"
-    for text in ("", "[]", '{"clip": [1]}', '{"clip": [NaN, 1.0], "judge": [0, 1e999]}', "null"):
+    for text in ("", "[]", '{"preference": [1]}',
+                 '{"preference": [NaN, 1.0], "judge": [0, 1e999]}', "null"):
         scores.write_text(text, encoding="utf-8")
-        assert numbers(run(copied, aligned)[1]) == numbers(whole[1])
+        assert numbers(run(copied, aligned)[1]) == numbers(finished[1])
     png.write_bytes(png.read_bytes()[:500])
-    assert run(copied, aligned)[0] == 1 and "is not a whole picture" in capsys.readouterr().err
+    assert run(copied, aligned)[0] == 1 and "is incomplete" in capsys.readouterr().err
     png.unlink()
-    assert numbers(run(copied, aligned)[1]) == numbers(whole[1])
+    assert numbers(run(copied, aligned)[1]) == numbers(finished[1])
     (row / "settings.json").unlink()
     with pytest.raises(SystemExit):
         run(copied, aligned)
-    assert "nothing that says how they were made" in capsys.readouterr().err
-    os.replace(row / "pictures", row / "pictures.old")          # a killed --overwrite
-    assert numbers(run(copied, aligned)[1]) == numbers(whole[1])
+    assert "holds pictures, but no settings.json" in capsys.readouterr().err
+    os.replace(row / "pictures", row / "pictures.old")          # as a killed --overwrite leaves it
+    assert numbers(run(copied, aligned)[1]) == numbers(finished[1])
     assert not (row / "pictures.old").exists()
 
 
-def test_leftovers_of_a_killed_save_go_and_those_of_a_living_one_stay(copied, aligned):
+def test_old_leftovers_of_killed_saves_are_deleted_and_recent_ones_stay(copied, aligned):
     row = copied / "tiny-flux"
     old, new = ([row / f"pictures/00001-0.png.{pid}", row / f"settings.json.{pid}"]
                 for pid in (1234, 5678))
@@ -281,23 +308,24 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError):
-        evaluation.write(tmp_path / "a.txt", full)
+        evaluation.write_atomically(tmp_path / "a.txt", full)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
 
 
-def test_scores_of_other_weights_are_made_again(whole, aligned, tmp_path):
-    named = ["--scorers", f"clip={tmp_path / 'w'}"]
-    shutil.copytree(HERE / "tiny/reward", tmp_path / "w")
+def test_pictures_are_scored_again_when_the_weights_of_a_scorer_have_changed(
+        finished, aligned, tmp_path):
+    named = ["--scorers", f"preference={tmp_path / 'w'}"]
+    shutil.copytree(HERE / "tiny/preference", tmp_path / "w")
     first = run(tmp_path / "out", aligned, *named)[1]
     shutil.rmtree(tmp_path / "w")
     shutil.copytree(HERE / "tiny/judge", tmp_path / "w")
     again = run(tmp_path / "out", aligned, *named)[1]
-    assert first[0]["clip"] == pytest.approx(whole[1][0]["clip"], abs=1e-5)
-    assert again[0]["clip"] == pytest.approx(whole[1][0]["judge"], abs=1e-5)
+    assert first[0]["preference"] == pytest.approx(finished[1][0]["preference"], abs=1e-5)
+    assert again[0]["preference"] == pytest.approx(finished[1][0]["judge"], abs=1e-5)
 
 
-def test_every_row_lies_in_out_dir_under_the_last_two_parts_of_its_path(tmp_path, monkeypatch):
+def test_a_row_is_named_after_the_last_two_parts_of_its_path(tmp_path, monkeypatch):
     (tmp_path / "run/checkpoint-3").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "run/checkpoint-3")
     assert label_of(".") == "run-checkpoint-3" and label_of("..") == f"{tmp_path.name}-run"
@@ -317,21 +345,21 @@ def test_every_row_lies_in_out_dir_under_the_last_two_parts_of_its_path(tmp_path
 # ------------------------------------------------------------------------------------------------
 # settings
 
-def test_solver_steps_shift_guidance_and_the_number_of_prompts_are_those_asked_for(
+def test_solver_steps_shift_guidance_seed_and_the_number_of_prompts_have_an_effect(
         aligned, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "load", functools.cache(rewards.load))
     settings = [[], ["--solver", "ddim"], ["--shift", "3"], ["--guidance", "1"], ["--steps", "4"],
                 ["--seed", "3"], ["--num_prompts", "2"]]
-    few = ["--checkpoint", "--steps", "3", "--scorers", "clip"]             # the base alone
-    results = [run(tmp_path / str(k), aligned, *few, *more)[1][0]["clip"]
+    few = ["--checkpoint", "--steps", "3", "--scorers", "preference"]             # only the base
+    results = [run(tmp_path / str(k), aligned, *few, *more)[1][0]["preference"]
                for k, more in enumerate(settings)]
     assert len(set(results)) == len(settings)
     two = sorted(path.name for path in (tmp_path / "6/tiny-flux/pictures").glob("*-0.png"))
     assert two == ["00001-0.png", "00003-0.png"]                # evenly spaced
     base, prompts = Flux(FLUX, 64, frozen=True), read_prompts(aligned.parents[1] / "prompts.txt")
-    image = sample(base, [prompts[1]], [1], schedule(3, 3), "dpmpp_2m", n=2)[0]     # as the model
-    drawn = picture(tmp_path / "2/tiny-flux/pictures/00001-0.png")                  # draws it
-    assert (image * 255 - drawn).abs().max() <= 1
+    image = sample(base, [prompts[1]], [1], schedule(3, 3), "dpmpp_2m", n=2)[0]
+    with_shift_3 = picture(tmp_path / "2/tiny-flux/pictures/00001-0.png")
+    assert (image * 255 - with_shift_3).abs().max() <= 1
 
 
 def test_pictures_may_be_wider_than_high_and_the_grid_keeps_their_shape(aligned, tmp_path):
@@ -340,7 +368,7 @@ def test_pictures_may_be_wider_than_high_and_the_grid_keeps_their_shape(aligned,
     assert code == 0
     assert Image.open(tmp_path / "tiny-flux/pictures/00001-0.png").size == (64, 32)
     width, height = Image.open(tmp_path / "grid.png").size
-    assert width == 96 + 2 * (128 + 6) and 64 < height < 128    # one row of two, and the prompts
+    assert width == 96 + 2 * (128 + 6) and 64 < height < 128    # a row of two, prompts below
 
 
 def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned, tmp_path, capsys):
@@ -355,7 +383,7 @@ def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned,
     assert not list((tmp_path / "out").glob("*broken/pictures/*.png"))
 
 
-def test_a_checkpoint_of_adapters_is_sampled_over_its_base_and_not_taken_for_another_one(tmp_path):
+def test_adapters_are_sampled_on_top_of_their_base_and_changed_adapters_are_noticed(tmp_path):
     lora = tmp_path / "run/checkpoint-7"
     model = Flux(FLUX, 64, lora_rank=2)
     model.save(tmp_path / "start")                              # adapters begin as zero
@@ -363,28 +391,28 @@ def test_a_checkpoint_of_adapters_is_sampled_over_its_base_and_not_taken_for_ano
         for w in model.trained():
             w.normal_(std=0.3)
     model.save(lora)
-    pipe = FluxPipeline.from_pretrained(FLUX)                   # the same weights, added up by
-    pipe.load_lora_weights(lora)                                # somebody else's code
+    pipe = FluxPipeline.from_pretrained(FLUX)                   # diffusers adds up the same weights
+    pipe.load_lora_weights(lora)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "fused")
     (tmp_path / "p.txt").write_text("a red apple\nan octopus\n", encoding="utf-8")
     paths = [str(path) for path in (tmp_path / "start", lora, tmp_path / "fused")]
     command = ["--model", str(FLUX), "--checkpoint", *paths, "--prompts", str(tmp_path / "p.txt"),
-               "--steps", "2", "--images_per_prompt", "1", "--scorers", "clip",
+               "--steps", "2", "--images_per_prompt", "1", "--scorers", "preference",
                "--out_dir", str(tmp_path / "out")]
     assert evaluation.main(command) == 0
     base, start, aligned, fused = results_in(tmp_path / "out")
-    assert start["clip"] == base["clip"]
-    assert aligned["clip"] == pytest.approx(fused["clip"], abs=1e-3)
-    assert abs(aligned["clip"] - base["clip"]) > 0.01
-    model.save(lora)                                            # written again: other files
+    assert start["preference"] == base["preference"]
+    assert aligned["preference"] == pytest.approx(fused["preference"], abs=1e-3)
+    assert abs(aligned["preference"] - base["preference"]) > 0.01
+    model.save(lora)                                            # the files have other times now
     with pytest.raises(SystemExit):
         evaluation.main(command)
 
 
-class Half:
-    """A velocity that notes when it was asked."""
+class Recorder:
+    """A model that records the times at which its velocity is computed."""
     device, latent_shape = torch.device("cpu"), (4, 3)
 
     def __init__(self):
@@ -401,9 +429,9 @@ class Half:
         return x
 
 
-def test_the_noise_of_a_picture_is_standard_normal_and_drawn_by_its_prompts_own_generator():
-    model = Half()
-    model.velocity = lambda x, t, cond: torch.zeros_like(x)     # so the noise stays as it is
+def test_the_noise_of_a_prompt_is_standard_normal_from_a_generator_of_its_own():
+    model = Recorder()
+    model.velocity = lambda x, t, cond: torch.zeros_like(x)     # the noise does not move
     x = sample(model, ["a", "b"], [7, 2], schedule(3), "ddim", n=2, seed=5)
     drawn = [torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(5_000_015 + i))
              for i in (7, 2)]
@@ -412,22 +440,23 @@ def test_the_noise_of_a_picture_is_standard_normal_and_drawn_by_its_prompts_own_
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_hybrid_sampling_begins_with_the_aligned_model_and_ends_with_the_base(solver):
-    model, base = Half(), Half()
+    model, base = Recorder(), Recorder()
     sample(model, ["a"], [0], schedule(10), solver, base=base, hybrid=0.8)
     assert model.times == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3] and base.times == [0.2, 0.1]
-    model, base = Half(), Half()
+    model = Recorder()
     sample(model, ["a"], [0], schedule(10), solver)
     assert len(model.times) == 10
 
 
-def test_hybrid_rows_are_labelled_and_the_base_is_left_alone(whole, aligned, tmp_path):
+def test_hybrid_rows_are_labelled_and_the_row_of_the_base_does_not_change(
+        finished, aligned, tmp_path):
     results = run(tmp_path, aligned, "--hybrid", "0.5")[1]
     assert [row["label"] for row in results] == ["tiny-flux", "run-checkpoint-3-hybrid-0.5"]
-    base, plain = (row["clip"] for row in whole[1])
-    assert results[0]["clip"] == base and results[1]["clip"] not in (base, plain)
+    base, plain = (row["preference"] for row in finished[1])
+    assert results[0]["preference"] == base and results[1]["preference"] not in (base, plain)
 
 
-def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_in_its_own_way(tmp_path):
+def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_in_8(tmp_path):
     def settings(*given):
         args, rows = evaluation.parse_args([*given, "--out_dir", str(tmp_path)])
         return (args.steps, args.resolution, args.solver, args.images_per_prompt, args.scorers,
@@ -438,7 +467,8 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_in_its
     large = settings("--model", "black-forest-labs/FLUX.1-dev", "--prompts", str(prompts))
     assert large == (50, 1024, "ddim", 1, "hpsv2,pickscore,imagereward,clipscore,aesthetic",
                      "black-forest-labs-FLUX.1-dev")
-    assert settings() == (8, 64, "dpmpp_2m", 4, "clip,judge", "tiny-flux")
+    small = settings()
+    assert small == (8, 64, "dpmpp_2m", 4, "preference,judge,named,flawless", "tiny-flux")
     assert settings("--resolution", "832x640")[1] == "832x640"
     assert settings("--resolution", "64x64")[1] == 64
 
@@ -448,7 +478,7 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_in_its
     ("--checkpoint {tmp}", "is not a FluxPipeline directory"),
     ("--checkpoint tiny/flux", "must differ in the last two parts of their paths"),
     ("--scorers beauty", "there is no scorer 'beauty'"),
-    ("--scorers clip,clip", "scorer 'clip' is named twice"),
+    ("--scorers preference,preference", "scorer 'preference' is named twice"),
     ("--scorers ,", "scorers is empty"),
     ("--hybrid 1", "hybrid is 1, but must be 0, or leave both models some of the 8 steps"),
     ("--hybrid 0.05", "hybrid is 0.05, but must be 0, or leave both models some of the 8 steps"),
@@ -474,11 +504,31 @@ def test_eval_refuses_bad_settings_in_one_sentence_before_anything_is_loaded(
     assert exit.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_a_terminal_that_does_not_know_an_arrow_shows_the_table_all_the_same(
-        whole, aligned, monkeypatch):
+def test_only_process_0_prints_bad_settings_even_if_another_process_finds_them(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "RANK", 1)
+    for bad in (["--steps", "0"], ["--steps", "many"], ["--nothing"]):
+        with pytest.raises(SystemExit) as exit:
+            evaluation.parse_args([*bad, "--out_dir", str(tmp_path)])
+        assert exit.value.code == 2 and capsys.readouterr() == ("", "")
+    monkeypatch.setattr(evaluation, "RANK", 0)
+    monkeypatch.setattr(evaluation, "gather_objects", lambda mine: [mine, "no such disk"])
+    with pytest.raises(SystemExit) as exit:
+        evaluation.parse_args(["--out_dir", str(tmp_path)])
+    assert exit.value.code == 2 and "error: no such disk" in capsys.readouterr().err
+
+
+def test_the_help_says_how_to_name_your_own_scorer(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse_args(["--help"])
+    assert "FILE.py:FUNCTION" in capsys.readouterr().out
+
+
+def test_a_terminal_without_unicode_shows_the_table_with_question_marks(
+        finished, aligned, monkeypatch):
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
-    assert evaluation.main(command_of(whole[0], aligned)) == 0
+    assert evaluation.main(command_of(finished[0], aligned)) == 0
     sys.stdout.flush()
     assert b"| NFE_old ? |" in screen.getvalue()
 
@@ -497,15 +547,19 @@ def test_nothing_depends_on_the_encoding_of_the_locale(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_print_the_table_of_one(whole, aligned, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--standalone", "eval.py", *command_of(tmp_path, aligned)]
-    done = subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, encoding="utf-8", timeout=300)
+def test_two_processes_of_torchrun_print_one_table_or_one_error(finished, aligned, tmp_path):
+    def torchrun(*more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                   "--standalone", "eval.py", *command_of(tmp_path, aligned, *more)]
+        return subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              capture_output=True, encoding="utf-8", timeout=300)
+
+    done = torchrun()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| Method |") == 1 and "on 2 x cpu" in done.stdout
-    for ours, theirs in zip(numbers(results_in(tmp_path)), numbers(whole[1]), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3)          # pixels may round the other way
+    for two, one in zip(numbers(results_in(tmp_path)), numbers(finished[1]), strict=True):
+        assert two == pytest.approx(one, abs=1e-3)              # pixels may round the other way
+    assert torchrun("--steps", "0").stderr.count("at least one step") == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -526,11 +580,11 @@ class Letters:
     ("a tiny-checkpoint b", ["a", "tiny-c", "heckpo", "int b"]),
     ("bigger cat", ["bigger", "cat"]),
 ])
-def test_lines_break_at_spaces_and_words_only_where_they_must(text, lines):
+def test_lines_break_at_spaces_and_inside_a_word_only_if_it_is_too_long(text, lines):
     assert wrap_text(text, 60, Letters()) == lines
 
 
-def test_captions_show_accents_and_cyrillic_and_a_box_for_what_the_font_lacks(tmp_path):
+def test_captions_show_accents_and_cyrillic_and_boxes_for_letters_that_the_font_lacks(tmp_path):
     def grid(caption):
         path = tmp_path / "grid.png"
         picture_grid(path, {"a": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}, [caption])
@@ -543,13 +597,13 @@ def test_captions_show_accents_and_cyrillic_and_a_box_for_what_the_font_lacks(tm
     assert len({image.tobytes() for image in drawn}) == len(drawn)
 
 
-def test_a_grid_holds_every_picture_at_its_place_in_its_own_shape(tmp_path):
+def test_a_grid_shows_every_picture_in_its_place_and_keeps_its_shape(tmp_path):
     shades = torch.tensor([[0, 40, 80], [120, 160, 200]], dtype=torch.uint8)
     rows = {label: shades[row, :, None, None, None].expand(3, 3, 96, 64)
             for row, label in enumerate(["base", "aligned"])}
     picture_grid(tmp_path / "grid.png", rows, ["one", "two", "three"])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    width, height, left, gap = 85, 128, 96, 6                   # 96 high, 64 wide: 128 / 96 larger
+    width, height, left, gap = 85, 128, 96, 6                   # 64 x 96, enlarged by 128 / 96
     assert grid.shape[1] == left + 3 * (width + gap)
     for row in range(2):
         for column in range(3):
@@ -563,14 +617,15 @@ def test_the_curve_has_a_panel_for_the_reward_and_one_for_each_held_out_score(
     from matplotlib.figure import Figure
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
-    evals = [dict(iter=i, eval_clip=0.2 + i, eval_clip_stderr=0.1, eval_clip_gain=float(i),
-                  eval_clip_gain_stderr=0.1) for i in (0, 12)]
+    evals = [dict(iter=i, eval_preference=0.2 + i, eval_preference_stderr=0.1,
+                  eval_preference_gain=float(i),
+                  eval_preference_gain_stderr=0.1) for i in (0, 12)]
     steps = [dict(iter=i, reward=None if i == 1 else float(i)) for i in range(1, 13)]
     draw_curve([evals[0], *steps, evals[1]], tmp_path / "curve.png")
-    reward, clip = drawn[0].axes
+    reward, held_out = drawn[0].axes
     assert [line.get_xdata().tolist() for line in reward.lines] == [
-        list(range(1, 13)), [10, 11, 12]]                       # each reward, and the mean of ten
-    assert clip.lines[0].get_xydata().tolist() == [[0, 0.2], [12, 12.2]]
+        list(range(1, 13)), [10, 11, 12]]                       # each reward; the mean of ten
+    assert held_out.lines[0].get_xydata().tolist() == [[0, 0.2], [12, 12.2]]
     mean = reward.lines[1].get_ydata()                          # the first iteration has no reward
     assert mean.tolist() == pytest.approx([math.nan, 6.5, 7.5], nan_ok=True)
     draw_curve([], tmp_path / "curve.png")                      # a run without an iteration

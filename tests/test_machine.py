@@ -3,9 +3,8 @@ machine.py: torchvision over any build of torch. One test per sentence.
 
     python -m pytest -q tests/test_machine.py
 
-The systems that are not here (macOS, ROCm, two CPU builds) are played by a torchvision whose
-library declares an operator when it is loaded: torch's own libtorchbind_test, under torchvision's
-name.
+A false torchvision stands in for other systems (macOS, ROCm, two CPU builds). Its library declares
+an operator when it is loaded. It is torch's own libtorchbind_test, under torchvision's name.
 """
 import shutil, subprocess, sys
 from pathlib import Path
@@ -17,8 +16,8 @@ LIBRARY = Path(torch.__file__).parent / "lib/libtorchbind_test.so"
 
 
 def start(folder, library, then=""):
-    """A new process runs machine.py beside a torchvision with this library, whose operator stands
-    in for torchvision::nms."""
+    """Run machine.py in a new process, beside a torchvision with this library. The library's
+    operator stands in for torchvision::nms."""
     package = folder / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("", encoding="utf-8")
@@ -32,13 +31,13 @@ def start(folder, library, then=""):
     return subprocess.run(run, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="this torch brings no library to test with")
+@pytest.mark.skipif(not LIBRARY.exists(), reason="this torch does not have the library")
 def test_operators_that_a_library_declares_itself_are_not_declared_again(tmp_path):
     again = ("torch.ops.load_library('torchvision/_C.so')\n"
              "print(torch.ops._TorchScriptTesting.takes_foo)")
     done = start(tmp_path, lambda file: shutil.copy(LIBRARY, file), again)
     assert done.returncode == 0 and "imported" in done.stdout, done.stderr[-500:]
-    naive = tmp_path / "naive"                          # the naive form: declared in any case
+    naive = tmp_path / "naive"                          # the naive form: always declare
     naive.mkdir()
     code = ("import torch\ntorch.library.define('_TorchScriptTesting::takes_foo', '(Tensor x) -> "
             f"Tensor')\ntorch.ops.load_library({str(LIBRARY)!r})\n")

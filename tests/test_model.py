@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
 import train
-from loading import check_model, is_lora
+from inputs import check_model, is_lora
 from model import Flux, Klein
 from paper import bench
 from run import Run, read_log

@@ -1,12 +1,12 @@
 """
-prompts.py: what it takes for a file of prompts, and what it refuses.
+inputs.py: which files of prompts it reads, and which it refuses. Models are in test_model.py.
 
     python -m pytest -q tests/test_prompts.py
 """
 import json
 from pathlib import Path
 import pytest
-from prompts import evenly_spaced, read_prompts
+from inputs import evenly_spaced, read_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +44,10 @@ def test_hpdv2s_published_files_are_read_as_they_are():
     ('"Hello", he said\n"unclosed\nthe "word"\n', ['"Hello", he said', '"unclosed', 'the "word"']),
     ("[photo] a cat\n{red|blue} dog\n", ["[photo] a cat", "{red|blue} dog"]),
     ("one\r\ntwo\rthree", ["one", "two", "three"]),
-    ("\ta cat\t\n a dog ", ["a cat", "a dog"]),                 # tabs around a prompt are spaces
+    ("\ta cat\t\n a dog ", ["a cat", "a dog"]),                 # these tabs make no table
     ("a cat", ["a cat"]),
 ])
-def test_a_text_file_has_one_prompt_a_line_whatever_its_commas(text, prompts):
+def test_a_text_file_has_one_prompt_per_line_and_prompts_may_have_commas(text, prompts):
     assert read("a.txt", text) == prompts
 
 
@@ -69,7 +69,7 @@ def test_partiprompts_is_read_by_its_column(name):
     ("p.CSV", 'prompt\n"a cat, ""red"""\n"two\nlines"\n'),
     ("p.txt", 'Prompts,Category\n"a cat, ""red""",Colors\n"two\nlines",Text\n'),    # DrawBench's
 ])
-def test_a_table_is_read_by_its_column_named_prompt_and_quotes_are_those_of_csv(name, table):
+def test_a_table_is_read_by_its_column_named_prompt_with_the_quotes_of_csv(name, table):
     assert read(name, table) == ['a cat, "red"', "two\nlines"]
 
 
@@ -91,9 +91,9 @@ def test_json_and_json_lines_hold_strings_or_objects_with_a_prompt(name, text):
     ("p.csv", lambda p: "prompt\n" + "\n".join(p)),
     ("p.tsv", lambda p: "prompt\tx\n" + "\n".join(f"{line}\t1" for line in p)),
 ])
-def test_in_every_format_blank_lines_and_invisible_letters_go_and_a_second_time_does_not_count(
+def test_every_format_drops_blank_lines_invisible_letters_at_the_ends_and_repeated_prompts(
         name, form):
-    family = "👨\u200d👩"                                        # the joiner inside belongs to it
+    family = "👨\u200d👩"                                        # keeps the joiner inside
     dirty = ["\ufeffb", "", "\u200b", " a\u200b ", "\u2060\u00a0", "b", family, "a", "\ufeff"]
     assert read(name, form(dirty)) == ["b", "a", family]
 
@@ -106,13 +106,13 @@ def test_a_prompt_counts_once_in_each_file_of_a_folder():          # hpdv2_test 
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("hpdv2_test", None, "get it by: hf download --repo-type dataset zhwang/HPDv2 --include "
-                         '"benchmark/.*.json" --local-dir hpdv2'),
-    ("hpdv2_train", None, "get it by: hf download --repo-type dataset ymhao/HPDv2 train.json "
-                          "--local-dir hpdv2"),
+    ("hpdv2_test", None, "download it with: hf download --repo-type dataset zhwang/HPDv2 "
+                         '--include "benchmark/.*.json" --local-dir hpdv2'),
+    ("hpdv2_train", None, "download it with: hf download --repo-type dataset ymhao/HPDv2 "
+                          "train.json --local-dir hpdv2"),
     ("", None, "prompts is empty"),
     ("b.txt", None, "b.txt is not a prompt file: No such file"),
-    ("a.txt", "\n \n\u200b\n", "a.txt holds no prompt"),
+    ("a.txt", "\n \n\u200b\n", "a.txt has no prompts"),
     ("a.txt", "a\nb".encode("utf-16"), "it must be a UTF-8 text file"),
     ("a.json", '{"a": 1', "a.json is not a prompt file"),
     ("a.json", "3", "an entry has no prompt"),
@@ -120,18 +120,18 @@ def test_a_prompt_counts_once_in_each_file_of_a_folder():          # hpdv2_test 
     ("a.json", '{"prompts": ["a"]}', "an entry has no prompt"),
     ("a.json", '[["a"]]', "an entry has no prompt"),
     ("a.json", "[" * 100_000, "is not a prompt file"),
-    ("a.json", "[]", "holds no prompt"),
+    ("a.json", "[]", "has no prompts"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": null}', "an entry has no prompt"),
     ("a.txt", '{"caption": "a"}\n{"caption": "b"}', "an entry has no prompt"),
-    ("a.tsv", "Text\tCategory\na cat\tAnimals\n", "names no column prompt"),
+    ("a.tsv", "Text\tCategory\na cat\tAnimals\n", "has no column named prompt"),
     ("a.txt", "a cat\tAnimals\na dog\tAnimals\n", "looks like a table"),
     ("a.txt", "a cat\nwith\ta tab\n", "looks like a table"),
-    ("a.txt", "id,caption\n1,a cat\n2,\"a dog, red\"\n", "'id,caption', names no column prompt"),
-    ("a.csv", "a cat\na dog\n", "'a cat', names no column prompt"),
+    ("a.txt", "id,caption\n1,a cat\n2,\"a dog,\"\n", "'id,caption', has no column named prompt"),
+    ("a.csv", "a cat\na dog\n", "'a cat', has no column named prompt"),
     ("a.csv", "prompt\na cat, red\n", "'a cat, red' has more columns than the first line"),
     ("a.csv", 'prompt,id\n"a cat,1\n', "unexpected end of data"),
 ])
-def test_what_is_not_a_file_of_prompts_is_refused_in_a_sentence(name, content, sentence):
+def test_a_file_that_is_not_a_prompt_file_is_refused_in_one_sentence(name, content, sentence):
     if content is not None:
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=sentence) as error:
@@ -139,6 +139,6 @@ def test_what_is_not_a_file_of_prompts_is_refused_in_a_sentence(name, content, s
     assert "\n" not in str(error.value)
 
 
-def test_evenly_spaced_prompts_are_spread_over_the_whole_list():
+def test_evenly_spaced_prompts_cover_the_whole_list():
     assert evenly_spaced(10, 2) == [2, 7] and evenly_spaced(5, 1) == [2]
     assert evenly_spaced(3, 8) == [0, 1, 2] and evenly_spaced(0, 3) == []

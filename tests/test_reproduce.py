@@ -1,6 +1,6 @@
 """
-The sums of paper/reproduce.py, on curves that were drawn by hand, and the runs of paper/jobs.py.
-One test per sentence.
+What paper/reproduce.py computes, on curves made by hand, and the runs of paper/jobs.py. One test
+per sentence.
 
     python -m pytest -q tests/test_reproduce.py
 """
@@ -27,18 +27,18 @@ def after(flags, name):
 
 def log(*points):
     return [dict(iter=0, reward=1.0)] + [
-        dict(iter=it, eval_clip=0.5, eval_clip_gain=gain, eval_judge_gain=-gain)
+        dict(iter=it, eval_preference=0.5, eval_preference_gain=gain, eval_judge_gain=-gain)
         for it, gain in points]
 
 
-def test_a_curve_is_straight_between_evaluations_and_given_at_the_tenths_of_its_run():
+def test_a_curve_is_straight_between_evaluations_and_has_a_value_at_every_tenth_of_its_run():
     iterations, gains = curve(log((0, 0.0), (33, 0.33), (50, 0.5), (100, 0.0)))
     assert_allclose(iterations, np.arange(0, 101, 10))
     assert_allclose(gains, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
     assert_allclose(curve(log((0, 0.0), (10, 0.5)), "judge")[1], -np.arange(11) / 20)
 
 
-def test_the_time_to_a_goal_lies_on_the_line_between_two_evaluations_and_is_infinite_if_never():
+def test_the_time_to_a_goal_is_interpolated_and_infinite_if_the_goal_is_never_reached():
     times, gains = [0, 10, 20, 30], [0.0, 0.2, 0.1, 0.4]
     assert first_time(times, gains, 0.1) == 5
     assert first_time(times, gains, 0.3) == pytest.approx(20 + 10 * 2 / 3)
@@ -46,15 +46,15 @@ def test_the_time_to_a_goal_lies_on_the_line_between_two_evaluations_and_is_infi
     assert first_time(times, gains, 0.5) == math.inf and first_time(times, gains, -0.2) == 0
 
 
-def test_one_seed_that_misses_the_goal_is_said_and_not_averaged_away():
+def test_a_seed_that_misses_the_goal_is_reported_and_not_averaged_away():
     fast, slow, never = ([0, 10], [0.0, 1.0]), ([0, 10], [0.0, 0.5]), ([0, 10], [0.0, 0.4])
     assert times_to([fast, slow], 0.5, 20) == "0.38 ± 0.12"
     assert times_to([fast, slow, never], 0.5, 20) == "not reached by 1 of 3"
 
 
-def test_a_rival_that_lost_is_reached_at_once_so_the_goal_is_no_gain():
+def test_no_time_is_given_if_the_rival_gained_nothing():
     rival_time = first_time([0, 10], [0.0, -0.1], -0.1)
-    assert times_to([([0, 10], [0.0, 1.0])], -0.1, rival_time) == "the goal is no gain"
+    assert times_to([([0, 10], [0.0, 1.0])], -0.1, rival_time) == "the rival gained nothing"
 
 
 def test_the_error_is_the_standard_error_over_seeds_and_one_seed_has_none():
@@ -63,10 +63,10 @@ def test_the_error_is_the_standard_error_over_seeds_and_one_seed_has_none():
     assert shown([0.25]) == "0.2500" and shown([1.0, 3.0], 1, "+") == "+2.0 ± 1.0"
 
 
-# ============================================================================ which runs there are
+# ============================================================================ the runs of a table
 
 def all_cost(seconds):
-    """costs(args) of methods that all take these seconds an iteration, and ours 2."""
+    """costs(args) if an iteration takes these seconds, but 2 for ours."""
     return {label: dict(seconds=2.0 if label == OURS else seconds, solver="", nfe_old=1,
                         nfe_theta=1) for label in reproduce.METHODS}
 
@@ -78,7 +78,7 @@ def test_runs_last_equal_seconds(tmp_path, monkeypatch):
     assert reproduce.lasting(args, OURS) == reproduce.lasting(args, reproduce.OURS_2) == 60
 
 
-def test_what_was_found_once_is_found_again_only_for_the_same_question(tmp_path):
+def test_a_saved_result_is_used_only_for_the_same_inputs(tmp_path):
     asked = []
 
     @jobs.cached(lambda args: args.repeats)
@@ -91,7 +91,7 @@ def test_what_was_found_once_is_found_again_only_for_the_same_question(tmp_path)
     assert asked == [1, 2, 1] and (tmp_path / "costs.json").exists()
 
 
-def test_every_row_runs_its_method_with_the_settings_it_is_named_for(tmp_path):
+def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_path):
     found = {}
     for label, (script, _, family) in reproduce.METHODS.items():
         folder, (its, flags) = reproduce.job(settings(tmp_path), label, 0, 2e-5, 1e-4, 100)
@@ -122,7 +122,7 @@ def test_every_row_of_the_papers_tables_has_a_row_here():
         assert set(reproduce.PAPER[name]) == set(values)
 
 
-def test_the_papers_columns_are_gains_over_its_base():
+def test_the_papers_columns_are_gains_over_the_papers_base():
     assert reproduce.paper_gains("table1", "Neighbor GRPO, 8 steps") == ["+0.056", "+0.002"]
     assert reproduce.paper_gains("table4", 0.1) == ["+0.047", "-0.025"]
     assert reproduce.paper_gains("table1", "DiffusionNFT") == ["", ""]
@@ -130,15 +130,15 @@ def test_the_papers_columns_are_gains_over_its_base():
 
 # ============================================================================ tables
 
-def test_final_scores_are_read_by_their_checkpoints_names_and_the_base_is_the_first(
+def test_final_scores_are_found_by_the_checkpoints_names_and_the_first_row_is_the_base(
         tmp_path, monkeypatch):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         for iteration in (3, 12):
             (folder / f"checkpoint-{iteration}/state").mkdir(parents=True)
             (folder / f"checkpoint-{iteration}/state/state.pt").touch()
-    rows = [dict(label="tiny-flux", clip=1), dict(label="b-checkpoint-12", clip=2),
-            dict(label="a-checkpoint-12", clip=3)]
+    rows = [dict(label="tiny-flux", preference=1), dict(label="b-checkpoint-12", preference=2),
+            dict(label="a-checkpoint-12", preference=3)]
 
     def evaluate(command, **_):
         assert all(str(folder / "checkpoint-12") in command for folder in folders)
@@ -151,10 +151,10 @@ def test_final_scores_are_read_by_their_checkpoints_names_and_the_base_is_the_fi
     assert found == {"base": rows[0], folders[0]: rows[2], folders[1]: rows[1]}
 
 
-def test_the_sweep_tries_each_methods_two_best_rates_over_the_whole_seconds_and_takes_the_better(
+def test_the_sweep_tries_each_methods_two_best_rates_for_all_the_seconds_and_takes_the_better(
         tmp_path, monkeypatch):
-    """A made-up reward. After a third of the seconds 1e-4 is best, over the whole of them 5e-5.
-    2e-5 would then be best of all, but is not tried again. The wider clip is always better. 2e-4
+    """The reward is made up. After a third of the seconds 1e-4 is best, after all of them 5e-5.
+    Then 2e-5 would be even better, but it is not tried again. The wider clip is always better. 2e-4
     diverges."""
     reward = {"20": {"2e-05": 0.1, "5e-05": 0.2, "0.0001": 0.3},
               "60": {"2e-05": 9, "5e-05": 0.25, "0.0001": 0.2}}
@@ -173,7 +173,7 @@ def test_the_sweep_tries_each_methods_two_best_rates_over_the_whole_seconds_and_
                        *(after(flags, name) for name in ("--lr", "--clip_eps", "--seed")))
                       for flags in each})
         prompts = {after(flags, "--eval_prompts") for flags in each}
-        assert prompts == {"tiny/prompts/test_pair.txt"}        # no table has these, nor the seeds
+        assert prompts == {"tiny/prompts/test_pair.txt"}        # no table uses them, or these seeds
         return {folder: log_of(flags) for folder, (_, flags) in asked.items()}
 
     monkeypatch.setattr(reproduce, "run_all", run_all)
@@ -190,7 +190,7 @@ def test_the_sweep_tries_each_methods_two_best_rates_over_the_whole_seconds_and_
 
 
 @pytest.mark.parametrize("table", reproduce.SWEEPS)
-def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(
+def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
         table, tmp_path, monkeypatch):
     asked, flag = {}, reproduce.SWEEPS[table][0]
 
@@ -201,7 +201,7 @@ def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(
             moved = dict(sigma=cfg.sigma, num_anchors=cfg.num_anchors, p=cfg.p)
             assert (cfg.iterations, cfg.lr, cfg.clip_eps) == (60, 3e-5, 1e-3)
             assert moved == {**reproduce.START, flag: moved[flag]}
-            keys = ("clip_gain", "judge_gain", "diversity")
+            keys = ("preference_gain", "judge_gain", "diversity")
             found[folder] = dict.fromkeys(keys, moved[flag])
         return found
 
@@ -212,15 +212,15 @@ def test_a_sweep_moves_one_setting_holds_the_others_and_lasts_equal_iterations(
     monkeypatch.setattr(reproduce, "finals", finals)
     _, rows, _, _ = reproduce.ablation(settings(tmp_path, seeds=2), table)
     for value, row in zip(reproduce.SWEEPS[table][1], rows, strict=True):
-        assert row[:2] == [f"{value:g}", f"{value:+.4f} ± 0.0000"]      # of its own runs, two seeds
+        assert row[:2] == [f"{value:g}", f"{value:+.4f} ± 0.0000"]      # its own two runs
     assert len(asked) == 2 * len(rows)
 
 
-def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(
+def test_methods_are_compared_by_seconds_and_the_goal_is_the_last_mean_of_the_rival(
         tmp_path, monkeypatch):
-    """DanceGRPO: ten iterations of 8 s, evenly to +0.3 and +0.5, and at the very end back to +0.1
-    and +0.3. Neighbor GRPO: forty of 2 s, evenly to +0.4, so it has +0.2 after 40 s. DanceGRPO's
-    mean has it first after 36."""
+    """DanceGRPO: ten iterations of 8 s. The two seeds rise evenly to +0.3 and +0.5, and in the last
+    iteration fall to +0.1 and +0.3. So the mean first has +0.2 after 36 s. Neighbor GRPO: forty
+    iterations of 2 s, rising evenly to +0.4. It has +0.2 after 40 s."""
     ends = {("DanceGRPO", "0"): 0.1, ("DanceGRPO", "1"): 0.3, (OURS, "0"): 0.4, (OURS, "1"): 0.4}
 
     def run_all(args, *groups):
@@ -233,7 +233,7 @@ def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(
                 found[folder] = log((0, 0.0), (last - 1, end + 0.2), (last, end))
         return found
 
-    row = dict(clip=0.5, judge=0.6, clip_gain=0.1, judge_gain=-0.1, diversity=0.2)
+    row = dict(preference=0.5, judge=0.6, preference_gain=0.1, judge_gain=-0.1, diversity=0.2)
     monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(
         ("dance", "neighbor"), (1e-5, 1e-4)))
@@ -256,7 +256,7 @@ def test_methods_are_compared_by_seconds_and_the_goal_is_the_rivals_last_mean(
     assert [line[judge + 1] for line in rows[1:]] == ["-0.1000 ± 0.0000"] * 2
 
 
-def test_a_rollout_group_of_the_figures_is_one_of_training():
+def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
     def within_and_between(sigma):
         images, r = group_of(HERE / "tiny/flux", ["a dog", "a dog"], seed=0, sigma=sigma, G=3)
         assert images.shape == (2, 3, 3, 64, 64) and r.shape == (2, 3)
@@ -265,11 +265,11 @@ def test_a_rollout_group_of_the_figures_is_one_of_training():
 
     within, between = within_and_between(0.3)
     assert 0 < within < between / 2
-    within, between = within_and_between(1.0)                   # no neighbours any more
+    within, between = within_and_between(1.0)                   # no longer neighbours
     assert within > between / 2
 
 
-# ============================================================================ runs, made once
+# ============================================================================ runs made once
 
 STUB = """
 import json, pathlib, sys
@@ -286,14 +286,14 @@ if asked("diverge"):
     sys.exit("train.py: the model's latents are no longer finite")
 (out / "checkpoint-1/state").mkdir(parents=True, exist_ok=True)
 (out / "checkpoint-1/state/state.pt").touch()
-line = dict(iter=1 if asked("stop") else last, eval_clip=0.5, eval_clip_gain=0.1)
+line = dict(iter=1 if asked("stop") else last, eval_preference=0.5, eval_preference_gain=0.1)
 (out / "log.jsonl").write_text(json.dumps(line) + "\\n" + '{"iter": 2, "cut')
 sys.exit(asked("fail"))
 """
 
 
 class Stubbed:
-    """Runs of a script that does what it is asked to by files beside the runs' folders."""
+    """Runs of the script STUB. Files beside the runs' folders tell it what to do."""
 
     def __init__(self, tmp_path):
         (tmp_path / "stub.py").write_text(STUB)
@@ -321,17 +321,17 @@ def stub(tmp_path):
     return Stubbed(tmp_path)
 
 
-THREE = [dict(iter=3, eval_clip=0.5, eval_clip_gain=0.1)]       # the log, but for a line cut short
+THREE = [dict(iter=3, eval_preference=0.5, eval_preference_gain=0.1)]    # without the cut-off line
 
 
-def test_a_run_that_was_stopped_goes_on_and_one_that_is_whole_is_not_made_again(stub):
+def test_a_stopped_run_continues_and_a_complete_one_is_not_made_again(stub):
     with pytest.raises(RuntimeError, match="before it was done"):       # its exit status was 0
         stub.run("3", asked="stop")
     assert stub.run("3") == stub.run("3") == THREE
     assert stub.calls() == ["--overwrite", "--resume"]
 
 
-def test_a_run_that_is_asked_for_otherwise_begins_anew_without_its_old_pictures(stub):
+def test_a_run_with_another_command_begins_again_without_its_old_pictures(stub):
     stub.run("3")
     pictures = stub.out / f"eval/{stub.folder.name}-checkpoint-3"
     others = stub.out / "eval/run-2e-05-checkpoint-3"
@@ -340,11 +340,11 @@ def test_a_run_that_is_asked_for_otherwise_begins_anew_without_its_old_pictures(
     with pytest.raises(RuntimeError, match="before it was done"):
         stub.run("4", asked="stop")
     assert not pictures.exists() and others.exists()
-    assert stub.run("3") == THREE               # the folder held what is left of the other
+    assert stub.run("3") == THREE               # the folder had leftovers of the other run
     assert stub.calls() == ["--overwrite"] * 3
 
 
-def test_a_run_that_diverged_is_not_made_again_and_has_no_lines_if_it_may(stub):
+def test_a_run_that_diverged_is_not_made_again_and_has_no_lines_if_that_is_allowed(stub):
     with pytest.raises(RuntimeError, match="diverged"):
         stub.run("4", asked="diverge")
     with pytest.raises(RuntimeError, match="diverged"):
@@ -353,16 +353,16 @@ def test_a_run_that_diverged_is_not_made_again_and_has_no_lines_if_it_may(stub):
     assert stub.calls() == ["--overwrite"]
 
 
-def test_a_run_that_failed_after_its_last_iteration_or_was_deleted_is_not_whole(stub):
+def test_a_run_that_failed_after_its_last_iteration_or_was_deleted_is_not_complete(stub):
     with pytest.raises(RuntimeError, match="ended with 1"):
         stub.run("3", asked="fail")
     assert stub.run("3") == THREE
-    shutil.rmtree(stub.folder)                  # the note beside it still says that it was whole
+    shutil.rmtree(stub.folder)                  # the note still says that it is complete
     assert stub.run("3") == THREE
     assert stub.calls() == ["--overwrite", "--resume", "--overwrite"]
 
 
-def test_a_signal_to_stop_reaches_the_runs_which_end_by_themselves(stub):
+def test_a_stop_signal_is_passed_to_the_runs_and_they_end_by_themselves(stub):
     def kill_when_it_waits():
         while not (stub.out / "waits").exists():
             time.sleep(0.05)
@@ -379,9 +379,9 @@ def test_a_signal_to_stop_reaches_the_runs_which_end_by_themselves(stub):
 
 
 @pytest.mark.slow
-def test_a_real_run_is_a_call_of_the_module_from_the_root(tmp_path):
-    """One iteration of MixGRPO, by the command that is printed."""
-    words = "--num_rollout_steps 5 --prompts_per_iteration 1 --resolution 32 --group_size 4".split()
+def test_the_printed_command_makes_a_real_run_from_the_root(tmp_path):
+    """The run is one iteration of MixGRPO."""
+    words = "--num_rollout_steps 6 --prompts_per_iteration 1 --resolution 32 --group_size 4".split()
     folder, (script, flags) = reproduce.job(settings(tmp_path), "MixGRPO", 0, 1e-5, 1e-4, 1, words)
     prompts = tmp_path / "two.txt"
     prompts.write_text("a dog\na cat\n")

@@ -11,7 +11,9 @@ same random weights.
   aesthetic       transformers         open_clip's vision tower
   imagereward     transformers' BLIP   timm's vision transformer, transformers' BERT with
                                        cross-attention
-  clip, judge     open_clip            open_clip's own logits, real pictures
+  preference, judge, named
+                  open_clip            open_clip's own logits, real pictures
+  flawless        timm                 real pictures, with flaws and without
   unifiedreward   a server             a local server with canned replies
   ocr, imagenet, brisque               drawn text, the packages' own network and score
 
@@ -424,15 +426,15 @@ def test_each_prompt_is_encoded_once_and_alone_so_a_score_does_not_depend_on_ear
 def test_half_precision_networks_keep_the_third_decimal_and_half_precision_scores_would_not():
     """hpsv2 and clipscore run in half precision on a GPU. The test runs on the CPU with the small
     trained CLIP and real pictures."""
-    scorer, x = rewards.load("clip"), emoji(range(0, 30 * 64, 30))
+    scorer, x = rewards.load("preference"), emoji(range(0, 30 * 64, 30))
     prompts, pixels = ["a red apple, 3d style"] * 64, (x * 255).round().byte()
     exact = scorer(x, prompts)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         image, text = scorer.encode_image(pixels), scorer.encode_text(prompts)
         assert image.dtype == torch.float16
     half = (F.normalize(image.float(), dim=1) * F.normalize(text.float(), dim=1)).sum(1)
-    assert (half - exact).abs().max() < 5e-4
-    assert (exact.bfloat16().float() - exact).abs().max() > 5e-4        # the naive form
+    assert (half - exact).abs().max() < 7e-4
+    assert (exact.bfloat16().float() - exact).abs().max() > 7e-4        # the naive form
 
 
 # ------------------------------------------------------------------------------------------------
@@ -453,7 +455,7 @@ def real_pictures(chosen):
     return emoji(cells), [f"{lines[i][0]}, {lines[i][1]} style" for i in cells]
 
 
-@pytest.mark.parametrize("name, least", [("clip", 0.5), ("judge", 0.1)])
+@pytest.mark.parametrize("name, least", [("preference", 0.5), ("judge", 0.1)])
 def test_the_scorers_match_held_out_real_pictures_to_their_captions(name, least):
     images, prompts = real_pictures(lambda row: row["core"] == "1" and row["pair"] == "heldout")
     images, prompts, n, scorer = images[::2], prompts[::2], 53, rewards.load(name)
@@ -462,8 +464,8 @@ def test_the_scorers_match_held_out_real_pictures_to_their_captions(name, least)
     assert (table.argmax(1) == torch.arange(n)).float().mean() > least          # by chance: 0.02
 
 
-def test_the_clip_score_is_open_clips_own_cosine():
-    scorer = rewards.load("clip")
+def test_the_preference_is_open_clips_own_cosine():
+    scorer = rewards.load("preference")
     images, prompts = real_pictures(lambda row: row["phrase"] == "a red apple")
     ids = scorer.tokenizer(prompts, padding="max_length", max_length=16,
                            return_tensors="pt").input_ids
@@ -475,8 +477,8 @@ def test_the_clip_score_is_open_clips_own_cosine():
     assert_close(large, scores, rtol=0, atol=0.1)       # pictures may have any size
 
 
-def test_the_small_clip_resizes_other_pictures_with_antialiasing():
-    scorer, x = rewards.load("clip"), pictures((128, 128))[0]
+def test_the_small_scorers_resize_other_pictures_with_antialiasing():
+    scorer, x = rewards.load("preference"), pictures((128, 128))[0]
     small = TF.resize((x * 255).round() / 255, [64, 64], TF.InterpolationMode.BILINEAR,
                       antialias=True)
     ids = scorer.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True,
@@ -487,11 +489,40 @@ def test_the_small_clip_resizes_other_pictures_with_antialiasing():
     assert_close(scorer(x, PROMPTS), (image * text).sum(1), rtol=0, atol=1e-4)
 
 
-def test_a_tilde_in_the_path_of_the_small_clip_is_the_home_folder(monkeypatch):
+def test_named_is_1_where_the_prompts_concept_is_the_first_of_252_that_the_judge_would_choose():
+    images, prompts = real_pictures(lambda row: row["core"] == "1" and row["style"] == "noto")
+    judge, named = rewards.load("judge"), rewards.load("named")
+    phrases = sorted({prompt.partition(",")[0] for prompt in real_pictures(
+        lambda row: row["core"] == "1")[1]})
+    assert len(phrases) == 252
+    table = torch.stack([judge(images, [phrase] * len(images)) for phrase in phrases], 1)
+    first = [phrases[k] for k in table.argmax(1)]
+    expected = [float(f == prompt.partition(",")[0]) for f, prompt in zip(first, prompts)]
+    assert named(images, prompts).tolist() == expected and 0.1 < np.mean(expected) < 0.9
+    with pytest.raises(ValueError, match="does not know the concept 'a zebra crossing'"):
+        rewards.load_all({"named": "named"}, "cpu", ["a zebra crossing, 3d style"])
+
+
+def test_flawless_tells_real_pictures_from_the_same_with_a_flaw():
+    """The flaws are tiny/make_tiny.py's, written down here once more."""
+    images, prompts = real_pictures(lambda row: row["core"] == "1")
+    images, prompts = images[::8], prompts[::8]
+    tint = torch.tensor([0.35, 0.85, 0.80])[:, None, None]
+    flawed = {"negative": 1 - images, "tinted": images * tint, "barred": images.clone(),
+              "shrunk": torch.ones_like(images)}
+    flawed["barred"][:, :, :12] = flawed["barred"][:, :, -12:] = 0
+    flawed["shrunk"][:, :, 18:46, 18:46] = F.interpolate(images, 28, mode="area")
+    flawless = rewards.load("flawless")
+    assert (flawless(images, prompts) > 0.5).float().mean() > 0.9
+    for name, x in flawed.items():
+        assert (flawless(x, prompts) > 0.5).float().mean() < 0.1, name
+
+
+def test_a_tilde_in_the_path_of_a_small_scorer_is_the_home_folder(monkeypatch):
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(HERE / "tiny"))
     x = pictures((64, 64))[0]
-    from_home, given = rewards.load("clip=~/judge"), rewards.load("judge")
+    from_home, given = rewards.load("preference=~/judge"), rewards.load("judge")
     assert torch.equal(from_home(x, PROMPTS), given(x, PROMPTS))
 
 
@@ -705,8 +736,8 @@ def test_the_error_for_a_missing_or_wrong_file_names_the_file_that_was_expected(
      "clipscore=.*: ViT-B-32/nobody is not a model/tag of open_clip.list_pretrained"),
     ("unifiedreward=my server", "unifiedreward=my server: my server is not an address"),
     ("unifiedreward=http://host:port/v1", "is not an address"),
-    ("clip={folder}", "^clip=.* should be a folder with model.safetensors, but is not"),
-    ("=clip", "there is no scorer ''"),
+    ("preference={folder}", "^preference=.* should be a folder with model.safetensors, but is not"),
+    ("=preference", "there is no scorer ''"),
     ("hpsv2=nowhere/HPS_v2.1_compressed.pt", "or a hub id, but is neither"),
     ("hpsv2=nowhere/at/all", "^hpsv2=nowhere/at/all: nowhere/at/all should be the path of"),
 ])
@@ -1388,7 +1419,7 @@ def test_your_own_reward_may_be_in_a_module_or_be_a_scorer_class_with_an_argumen
     assert rewards.load("some_rewards:zero")(images, ["a", "b"]).tolist() == [0, 0]
     scorers = rewards.load_all(rewards.parse("jpeg,some_rewards:zero"), "cpu", ["a"])
     assert list(scorers) == ["jpeg", "zero"]            # in the order of --reward_weights
-    assert list(rewards.fingerprints("clip,some_rewards:zero")) == ["SHA-256 of some_rewards"]
+    assert list(rewards.fingerprints("preference,some_rewards:zero")) == ["SHA-256 of some_rewards"]
 
 
 OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
@@ -1405,9 +1436,9 @@ OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
     ("f = 3", "{file}:f", "'f' of {file} is of type int, but must be a function"),
     ("class f: pass", "{file}:f", "'f' of {file} is of type type, but must be a function f(images, "
                                   "prompts) or a subclass of rewards.Scorer"),
-    (OWN.replace("f(", "clip("), "{file}:clip", "the name 'clip' belongs to another scorer"),
+    (OWN.replace("f(", "judge("), "{file}:judge", "the name 'judge' belongs to another scorer"),
     (OWN.replace("f(", "reward("), "{file}:reward", "or to another number in the log"),
-    (OWN.replace("f(", "clip_gain("), "{file}:clip_gain", "or to another number in the log"),
+    (OWN.replace("f(", "judge_gain("), "{file}:judge_gain", "or to another number in the log"),
     ("\nimport nothing_like_it\n", "{file}:f", "{file} cannot be imported: ModuleNotFoundError: No "
                                      "module named 'nothing_like_it' (line 2 of own.py)"),
     ("def f(:\n", "{file}:f", "{file} cannot be imported: SyntaxError: invalid syntax (own.py, "
@@ -1447,9 +1478,10 @@ def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
 def test_a_wrong_result_ends_the_run_with_one_sentence_before_the_model_is_loaded(
         body, sentence, own, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(rewards.Clip, "__init__", lambda *a: pytest.fail("clip came first"))
+    monkeypatch.setattr(rewards.find("preference")[0], "__init__",
+                        lambda *a: pytest.fail("preference came first"))
     path = own(f"def wrong(images, prompts):\n    {body}\n")
-    assert train.main([*SHORT, "--rewards", f"clip,{path}:wrong", "--out_dir",
+    assert train.main([*SHORT, "--rewards", f"preference,{path}:wrong", "--out_dir",
                        str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert re.search("scorer 'wrong' .*" + sentence, error)
@@ -1462,7 +1494,8 @@ def test_a_run_with_your_own_reward_is_resumed_only_with_the_same_file(
     path, out = own(code), tmp_path / "out"
 
     def run(iterations, *more):
-        return train.main([*SHORT, "--rewards", f"clip,{path}:dark", "--reward_weights", "2,1",
+        return train.main([*SHORT, "--rewards", f"preference,{path}:dark",
+                           "--reward_weights", "2,1",
                            "--iterations", str(iterations), "--out_dir", str(out), *more])
 
     assert run(1) is None
@@ -1477,7 +1510,8 @@ def test_a_run_with_your_own_reward_is_resumed_only_with_the_same_file(
     assert [line["iter"] for line in lines] == [1, 2]
     for line in lines:
         assert -1 < line["dark"] < 0
-        assert line["reward"] == pytest.approx((2 * line["clip"] + line["dark"]) / 3, rel=1e-5)
+        mean = (2 * line["preference"] + line["dark"]) / 3
+        assert line["reward"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_eval_has_a_column_for_your_own_reward_and_scores_again_after_its_file_has_changed(
@@ -1548,18 +1582,19 @@ def test_the_error_for_scores_that_are_not_one_finite_number_per_image_names_the
 
 
 def test_training_with_two_rewards_from_the_command_line_logs_both(tmp_path):
-    assert train.main([*SHORT, "--rewards", "clip,jpeg", "--reward_weights", "2,1",
+    assert train.main([*SHORT, "--rewards", "preference,jpeg", "--reward_weights", "2,1",
                        "--out_dir", str(tmp_path)]) is None
     lines = log_of(tmp_path)
     assert len(lines) == 2
     for line in lines:
-        assert line["reward"] == pytest.approx((2 * line["clip"] + line["jpeg"]) / 3, rel=1e-5)
+        mean = (2 * line["preference"] + line["jpeg"]) / 3
+        assert line["reward"] == pytest.approx(mean, rel=1e-5)
         assert line["grad_norm"] > 0
 
 
 def test_training_with_a_real_network_from_a_package_runs_from_the_command_line(
         imagenet, tmp_path):
-    assert train.main([*SHORT, "--rewards", "imagenet=bell pepper", "--eval_scorers", "clip",
+    assert train.main([*SHORT, "--rewards", "imagenet=bell pepper", "--eval_scorers", "preference",
                        "--out_dir", str(tmp_path)]) is None
     assert all(0 < line["imagenet"] < 1 for line in log_of(tmp_path))
     assert train.main([*SHORT, "--rewards", "imagenet",         # most prompts name no class
@@ -1578,7 +1613,7 @@ def test_a_scorer_that_fails_ends_the_run_at_the_start_or_in_the_middle_and_neve
 
     monkeypatch.setattr(rewards.Jpeg, "score", score)
     a, b = tmp_path / "a", tmp_path / "b"
-    assert train.main([*SHORT, "--rewards", "clip,jpeg", "--out_dir", str(a)]) == 1
+    assert train.main([*SHORT, "--rewards", "preference,jpeg", "--out_dir", str(a)]) == 1
     assert calls == [1, 2, 4, 4]                        # two trial calls, then two groups
     assert "scorer 'jpeg' failed on the prompt" in capsys.readouterr().err
     assert len(log_of(a)) == 1 and (a / "checkpoint-1/model_index.json").is_file()
@@ -1606,13 +1641,13 @@ def test_only_the_named_scorers_are_loaded_and_no_name_may_come_twice(monkeypatc
 
 @pytest.mark.parametrize("text, weights", [("2,1", [2, 1]), (" 0.5 , 0", [0.5, 0]), ("", [1, 1])])
 def test_reward_weights_are_one_number_for_each_reward_or_all_one(text, weights):
-    assert rewards.parse_weights(text, ["clip", "jpeg"]).tolist() == weights
+    assert rewards.parse_weights(text, ["preference", "jpeg"]).tolist() == weights
 
 
 @pytest.mark.parametrize("text", ["1", "1,2,3", "0,0", "-1,2", "nan,1", "inf,1", "a,b", ","])
 def test_unusable_reward_weights_are_refused(text):
-    with pytest.raises(ValueError, match="must be one number >= 0, not all 0, for each of clip,jp"):
-        rewards.parse_weights(text, ["clip", "jpeg"])
+    with pytest.raises(ValueError, match="one number >= 0, not all 0, for each of preference,jpeg"):
+        rewards.parse_weights(text, ["preference", "jpeg"])
 
 
 def test_every_text_file_is_opened_as_utf8_whatever_the_locale():

@@ -1,7 +1,7 @@
 """
 run.py: what a run refuses, writes and survives, in one process.
 
-    python -m pytest -q tests/test_run.py           # what takes long: --slow
+    python -m pytest -q tests/test_run.py
 """
 import dataclasses, importlib.machinery, json, math, os, shutil, signal, stat, sys, time, types
 import numpy as np
@@ -21,6 +21,7 @@ from test_core import Stub, brightness, stub_run, train_stub
 from tests.conftest import HERE, SHORT, TINY, lines_of, weights_of
 
 FLUX = TINY / "flux"
+JUDGE = rewards.find("judge")[0]
 
 
 # ==================================================================== settings that are refused
@@ -57,9 +58,9 @@ REFUSED = [
     ("--gather", "gather has an effect only with fsdp"),
     ("--wandb project", "wandb is not installed"),
     ("--prompts nowhere.txt", "nowhere.txt is"),
-    ("--prompts {empty}", "holds no prompt"),
+    ("--prompts {empty}", "has no prompts"),
     ("--prompts {latin}", "it must be a UTF-8 text file"),
-    ("--prompts hpdv2_train", "get it by: hf download"),
+    ("--prompts hpdv2_train", "download it with: hf download"),
     ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
     ("--model {folder}", "is not a FluxPipeline directory"),
     ("--model tiny/nothing", "is not a FluxPipeline directory"),
@@ -68,11 +69,12 @@ REFUSED = [
     ("--init_lora {adapters} --lora_rank 4", "init_lora has its own rank; leave lora_rank out"),
     ("--rewards beauty", "there is no scorer 'beauty'; there are hpsv2, pickscore, imagereward"),
     ("--rewards ,", "rewards is empty"),
-    ("--rewards clip={folder}", "needs a folder with model.safetensors"),
-    ("--rewards jpeg={folder}", "nothing may follow its name"),
-    ("--rewards clip --eval_scorers clip=tiny/judge", "scorer 'clip' is named twice"),
-    ("--rewards clip,jpeg --reward_weights 1",
-     "must be one number >= 0, not all 0, for each of clip,jpeg"),
+    ("--rewards preference={folder}", "should be a folder with model.safetensors, but is not"),
+    ("--rewards jpeg={folder}", "nothing may follow the name of this scorer"),
+    ("--rewards preference --eval_scorers preference=tiny/judge",
+     "scorer 'preference' is named twice"),
+    ("--rewards preference,jpeg --reward_weights 1",
+     "must be one number >= 0, not all 0, for each of preference,jpeg"),
     ("--out_dir {used}", "already holds a run; use --resume, --overwrite or another --out_dir"),
     ("--out_dir {used} --resume --overwrite", "resume and overwrite exclude each other; give one"),
     ("--out_dir {file}", "must be a directory in which folders can be made and renamed"),
@@ -145,14 +147,14 @@ def test_groups_that_do_not_divide_among_the_processes_are_refused(monkeypatch, 
     prompts.write_text("a\n", encoding="utf-8")
     cfg = train.parse_config(["--preset", "dpm8", "--model", str(FLUX), "--rewards", "jpeg",
                               "--prompts", str(prompts), *out])
-    assert cfg.prompts_per_iteration == 8                       # one each, as in the paper
+    assert cfg.prompts_per_iteration == 8                       # one per process, as in the paper
 
 
 def test_a_folder_in_which_folders_cannot_be_renamed_is_refused(tmp_path, monkeypatch, capsys):
     def refuses(*_):
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, "replace", refuses)                 # as where a bucket is mounted
+    monkeypatch.setattr(os, "replace", refuses)                 # as on a mounted bucket
     with pytest.raises(SystemExit):
         train.parse_config(["--out_dir", str(tmp_path / "run")])
     assert "renamed, and that failed: Operation not permitted" in capsys.readouterr().err
@@ -168,7 +170,7 @@ def test_a_tilde_after_an_equals_sign_is_the_home_directory(tmp_path, monkeypatc
 
 @pytest.fixture
 def signals():
-    """As in a terminal. A shell lets what it starts in the background ignore Ctrl-C."""
+    """Signals as in a terminal. (A shell's background processes ignore Ctrl-C.)"""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
     for name in names:
@@ -183,23 +185,23 @@ def of_training(lines):
     return [line for line in lines if "reward" in line]
 
 
-def test_two_runs_of_one_seed_are_bit_equal(alone, five, tmp_path):
+def test_two_runs_with_the_same_seed_are_equal_to_the_last_bit(alone, five, tmp_path):
     assert train.main([*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path)]) is None
     assert lines_of(tmp_path, seconds=False) == lines_of(alone, seconds=False)
 
 
-def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
         alone, five, tmp_path, monkeypatch, signals):
     command = [*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path), "--resume"]
     score, scored = train.score, []
 
-    def pressed(*args):                 # Ctrl-C while the third iteration is being scored
+    def interrupted(*args):             # Ctrl-C while the third iteration is scored
         scored.append(1)
         if len(scored) == 3:
             signal.raise_signal(signal.SIGINT)
         return score(*args)
 
-    monkeypatch.setattr(train, "score", pressed)
+    monkeypatch.setattr(train, "score", interrupted)
     assert train.main(command) is None
     assert {path.name for path in tmp_path.iterdir()} >= {
         "checkpoint-2", "checkpoint-3", "before_after.png", "curve.png", "log.jsonl"}
@@ -212,23 +214,23 @@ def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_one_command_line_with_resume_serves_a_first_and_every_later_start(
+def test_the_same_command_with_resume_begins_a_run_and_continues_it(
         five, alone, tmp_path, capsys):
     command = [*SHORT, *five, "--iterations", "2", "--out_dir", str(tmp_path), "--resume"]
     assert train.main(command) is None
     assert f"resume     no checkpoint in {tmp_path}, so the run begins" in capsys.readouterr().out
     first = of_training(lines_of(tmp_path))
-    assert train.main(command) is None                          # of a run that has ended
+    assert train.main(command) is None                          # the run has ended
     assert f"resume     continues from {tmp_path}/checkpoint-2" in capsys.readouterr().out
     assert of_training(lines_of(tmp_path)) == first
-    command[command.index("--iterations") + 1] = "3"            # and of one that is to go on
+    command[command.index("--iterations") + 1] = "3"            # now it should go on
     assert train.main(command) is None
     assert "run        iterations 3 to 3" in capsys.readouterr().out
     expected = of_training(lines_of(alone, seconds=False))[:3]
     assert of_training(lines_of(tmp_path, seconds=False)) == expected
 
 
-def test_resume_begins_where_a_run_left_no_checkpoint(tmp_path):
+def test_resume_begins_a_run_if_there_is_no_checkpoint(tmp_path):
     out = tmp_path / "run"
     for name in ("log.jsonl", "config.json", "checkpoint-2/model_index.json", "curve.png",
                  "checkpoint.new/state/config.json", "checkpoint-1.old/state/state.pt",
@@ -240,14 +242,14 @@ def test_resume_begins_where_a_run_left_no_checkpoint(tmp_path):
     assert begun.iteration == 0 and begun.resumed is None and begun.lines() == []
     names = {path.name for path in out.iterdir()} - {"tensorboard"}
     assert names == {"config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt",
-                     "checkpoint-2"}                            # without a state: not a run's own
+                     "checkpoint-2"}                            # has no state: not from a run
     assert not any((out / "samples").iterdir())
 
 
 @pytest.mark.parametrize("how, leftover", [
     ("--resume", "log.jsonl"), ("--overwrite", "log.jsonl"),
     ("--overwrite", "checkpoint-2/state/state.pt")])
-def test_a_base_model_that_lies_in_the_runs_folder_is_never_deleted(
+def test_a_base_model_in_the_folder_of_a_run_is_never_deleted(
         how, leftover, tmp_path, capsys):
     model = tmp_path / "run/checkpoint-2"
     shutil.copytree(FLUX, model)
@@ -259,7 +261,7 @@ def test_a_base_model_that_lies_in_the_runs_folder_is_never_deleted(
     assert (model / "model_index.json").is_file() and (tmp_path / "run" / leftover).is_file()
 
 
-def test_overwriting_a_run_leaves_what_others_put_beside_it(tmp_path):
+def test_overwriting_a_run_leaves_other_files_in_its_folder(tmp_path):
     out = tmp_path / "run"
     (out / "checkpoint-1/state").mkdir(parents=True)
     for name in ("thesis.txt", "log.jsonl", "checkpoint-1/state/state.pt"):
@@ -277,7 +279,7 @@ def test_a_run_from_a_read_only_checkout_can_be_replaced(tmp_path, monkeypatch):
     assert (books.out / "neighbor_grpo.py").stat().st_mode & stat.S_IWUSR
 
 
-def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(alone, five, tmp_path, capsys):
+def test_a_run_is_resumed_only_with_its_own_settings(alone, five, tmp_path, capsys):
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     command = [*SHORT, *five, "--iterations", "5", "--out_dir", str(tmp_path), "--resume"]
     with pytest.raises(SystemExit) as exit:
@@ -285,12 +287,12 @@ def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(alone, five, tmp_p
     assert exit.value.code == 2
     assert "lr is 0.001, but was 5e-05 in the run to resume" in capsys.readouterr().err
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write('{"iter": 5, "rew')                           # as a kill or a full disk leaves it
+        log.write('{"iter": 5, "rew')                           # cut off by a kill or a full disk
     assert train.main(command) is None
     assert [line["iter"] for line in of_training(lines_of(tmp_path))] == [1, 2, 3, 4, 5]
 
 
-def test_only_what_changes_no_number_or_the_length_of_a_run_may_change_in_a_resumed_run(tmp_path):
+def test_a_resumed_run_may_change_only_settings_that_keep_its_numbers_or_set_its_length(tmp_path):
     begun = stub_run(tmp_path, Saved(), eval_every=1, save_every=1)
     begun.iteration = 1
     begun.save()
@@ -299,7 +301,7 @@ def test_only_what_changes_no_number_or_the_length_of_a_run_may_change_in_a_resu
         value = getattr(begun.cfg, field.name)
         value = not value if field.type is bool else changed[field.type]
         cfg = dataclasses.replace(begun.cfg, **{field.name: value})
-        if field.name in ("prompts", "eval_prompts"):           # their contents count, see below
+        if field.name in ("prompts", "eval_prompts"):           # see the next test
             continue
         try:
             run.check_resumed(cfg, begun.out / "checkpoint-1")
@@ -312,7 +314,7 @@ def test_only_what_changes_no_number_or_the_length_of_a_run_may_change_in_a_resu
                 "out_dir", "resume", "overwrite")
 
 
-def test_prompts_may_move_but_not_change_until_a_run_is_resumed(tmp_path):
+def test_the_prompts_of_a_resumed_run_may_be_in_another_file_but_must_be_the_same(tmp_path):
     begun = stub_run(tmp_path, Saved(), eval_prompts=str(tmp_path / "prompts.txt"))
     begun.iteration = 1
     begun.save()
@@ -320,10 +322,10 @@ def test_prompts_may_move_but_not_change_until_a_run_is_resumed(tmp_path):
     shutil.copy(tmp_path / "prompts.txt", moved)
     changed.write_text("a\nb\nc\nd\n", encoding="utf-8")
     for name in ("prompts", "eval_prompts"):
-        as_now = lambda path: dataclasses.replace(begun.cfg, **{name: str(path)})
-        run.check_resumed(as_now(moved), begun.out / "checkpoint-1")
+        with_file = lambda path: dataclasses.replace(begun.cfg, **{name: str(path)})
+        run.check_resumed(with_file(moved), begun.out / "checkpoint-1")
         with pytest.raises(ValueError, match=f"^{name} differs from the run to resume"):
-            run.check_resumed(as_now(changed), begun.out / "checkpoint-1")
+            run.check_resumed(with_file(changed), begun.out / "checkpoint-1")
 
 
 def test_a_run_without_evaluations_is_not_resumed_with_them(tmp_path):
@@ -337,7 +339,7 @@ def test_a_run_without_evaluations_is_not_resumed_with_them(tmp_path):
 
 # ==================================================================== the log, pictures, watchers
 
-def test_a_line_of_the_log_holds_the_weighted_reward_its_spread_and_each_scorer(tmp_path):
+def test_a_line_of_the_log_has_the_weighted_reward_its_spread_and_every_scorer(tmp_path):
     def darkness(images, prompts):
         return -10 * brightness(images, prompts) + 1
 
@@ -358,16 +360,18 @@ def test_a_line_of_the_log_holds_the_weighted_reward_its_spread_and_each_scorer(
 
 
 def test_an_evaluation_compares_with_the_base_prompt_by_prompt(alone):
-    base, last = [line for line in lines_of(alone) if "eval_clip" in line]
-    assert list(base) == ["iter", "eval_clip", "eval_clip_stderr", "eval_clip_gain",
-                          "eval_clip_gain_stderr"]
-    assert (base["iter"], base["eval_clip_gain"], base["eval_clip_gain_stderr"]) == (0, 0, 0)
-    gain = last["eval_clip"] - base["eval_clip"]
-    assert last["iter"] == 4 and last["eval_clip_gain"] == pytest.approx(gain, abs=1e-6)
+    base, last = [line for line in lines_of(alone) if "eval_preference" in line]
+    assert list(base) == ["iter", "eval_preference", "eval_preference_stderr",
+                          "eval_preference_gain",
+                          "eval_preference_gain_stderr"]
+    keys = "iter", "eval_preference_gain", "eval_preference_gain_stderr"
+    assert [base[key] for key in keys] == [0, 0, 0]
+    gain = last["eval_preference"] - base["eval_preference"]
+    assert last["iter"] == 4 and last["eval_preference_gain"] == pytest.approx(gain, abs=1e-6)
 
 
 @pytest.mark.parametrize("eval_steps, solver", [(0, "ddim"), (5, "dpmpp_2m")])
-def test_evaluations_sample_as_rollouts_do_or_by_so_many_steps_of_dpm_solver(
+def test_evaluations_sample_like_rollouts_or_with_eval_steps_of_dpm_solver(
         eval_steps, solver, tmp_path, monkeypatch):
     def evaluated(model, scorers, prompts, ts, by, **more):
         assert torch.equal(ts, schedule(eval_steps or 6, 2.0)) and by == solver
@@ -392,15 +396,15 @@ def test_a_run_trains_on_its_rewards_watches_the_others_and_evaluates_the_base_o
 
     def algorithm(cfg, model, scorers, books):
         trained_on.append(list(scorers))
-        assert list(books.scorers) == ["clip", "judge"]
+        assert list(books.scorers) == ["preference", "judge"]
         books.iteration, books.before = cfg.iterations, books.before or dict(scores={}, images=[])
 
-    command = ["--rewards", "clip", "--eval_scorers", "judge", "--seed", "7", "--resume",
+    command = ["--rewards", "preference", "--eval_scorers", "judge", "--seed", "7", "--resume",
                "--out_dir", str(tmp_path)]
     for iterations in ("3", "4"):
         train.main([*command, "--iterations", iterations], algorithm=algorithm)
-    assert seeds == [7, 7] and trained_on == [["clip"], ["clip"]]       # 7: of adapters
-    assert [n for n in evaluated if n == 0] == [0]                      # the second run goes on
+    assert seeds == [7, 7] and trained_on == [["preference"]] * 2       # 7: for adapters
+    assert [n for n in evaluated if n == 0] == [0]                      # the second one resumes
 
 
 def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(five, tmp_path):
@@ -411,13 +415,13 @@ def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
     base, one, two = (np.array(Image.open(tmp_path / "samples" / name)).astype(int)
                       for name in names)
-    pixels, height, left = 128, 134, 84         # of a row of pictures; with its gap; of its label
+    pixels, height, left = 128, 134, 84         # a row of pictures; with its gap; its label
     above, below = slice(0, pixels), slice(height, height + pixels)
     assert np.array_equal(one[above], two[above])               # the base is above
     assert np.array_equal(one[above, left:], base[above, left:])
-    moved = np.abs(two[below, left:] - base[above, left:])      # below are weights that have not
-    assert moved.max() <= 2                                     # moved: the same pictures
-    evaluations = [line for line in lines_of(tmp_path) if "eval_clip" in line]
+    moved = np.abs(two[below, left:] - base[above, left:])      # the aligned model is below; its
+    assert moved.max() <= 2                                     # weights have hardly moved
+    evaluations = [line for line in lines_of(tmp_path) if "eval_preference" in line]
     assert [line["iter"] for line in evaluations] == [0, 1, 2]
     assert all(abs(line["eval_judge_gain"]) < 1e-4 for line in evaluations)
 
@@ -428,7 +432,7 @@ def fake_wandb(monkeypatch, init):
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
-def test_every_line_of_the_log_is_sent_to_whoever_watches(tmp_path, monkeypatch):
+def test_every_line_of_the_log_is_sent_to_wandb(tmp_path, monkeypatch):
     seen = []
 
     def init(project, config, dir):
@@ -441,7 +445,7 @@ def test_every_line_of_the_log_is_sent_to_whoever_watches(tmp_path, monkeypatch)
     assert seen[1:] == [(line.pop("iter"), line) for line in lines]
 
 
-def test_a_watcher_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_run_continues_without_wandb_if_that_fails(tmp_path, monkeypatch, capsys):
     def refuses(**settings):
         raise RuntimeError("no API key")
 
@@ -457,9 +461,9 @@ def test_a_watcher_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
     assert said.count("wandb is left out: no network") == 1
 
 
-def test_a_scorer_that_only_watches_never_ends_a_run_and_is_missing_where_it_failed(
+def test_a_failing_scorer_that_is_only_watched_never_ends_a_run_and_its_score_is_missing(
         five, tmp_path, monkeypatch, capsys):
-    calls, score = [], rewards.Judge.score
+    calls, score = [], JUDGE.score
 
     def fails_once(self, pixels, prompts):
         calls.append(len(pixels))
@@ -467,32 +471,32 @@ def test_a_scorer_that_only_watches_never_ends_a_run_and_is_missing_where_it_fai
             raise RuntimeError("the server is down")
         return score(self, pixels, prompts)
 
-    monkeypatch.setattr(rewards.Judge, "score", fails_once)
+    monkeypatch.setattr(JUDGE, "score", fails_once)
     out = tmp_path / "run"
     short = [word for word in SHORT if word != ""]      # watch the judge, which SHORT does not
     command = [*short, "judge", *five, "--eval_every", "1", "--iterations", "3"]
     assert train.main([*command, "--out_dir", str(out)]) is None
-    evals = [line for line in lines_of(out) if "eval_clip" in line]
+    evals = [line for line in lines_of(out) if "eval_preference" in line]
     missing = [line["eval_judge"] is None for line in evals]
     assert missing == [False, False, True, False]
-    assert all(line["eval_clip"] is not None for line in evals)
+    assert all(line["eval_preference"] is not None for line in evals)
     said = capsys.readouterr()
-    assert "judge missing" in said.out and "it only watches, so the run goes on" in said.err
+    assert "judge missing" in said.out and "it is only watched, so the run continues" in said.err
 
 
-def test_the_table_at_the_end_has_base_aligned_real_and_the_share_of_the_way(
+def test_the_last_table_has_base_aligned_real_and_the_gain_as_a_share_of_real_less_base(
         tmp_path, capsys):
     prompts = tmp_path / "held_out.txt"
     prompts.write_text("a\n", encoding="utf-8")
-    (tmp_path / "held_out.real.json").write_text(json.dumps({"clip": 0.8}), encoding="utf-8")
+    (tmp_path / "held_out.real.json").write_text(json.dumps({"preference": 0.8}), encoding="utf-8")
     books = stub_run(tmp_path, Stub(), eval_prompts=str(prompts))
-    books.scorers = {"clip": None, "judge": None}
-    for it, clip, judge in ((0, 0.4, 0.1), (5, 0.5, None), (9, 0.6, 0.3)):
-        books.write(dict(iter=it, eval_clip=clip, eval_judge=judge))
+    books.scorers = {"preference": None, "judge": None}
+    for it, score, judge in ((0, 0.4, 0.1), (5, 0.5, None), (9, 0.6, 0.3)):
+        books.write(dict(iter=it, eval_preference=score, eval_judge=judge))
     books.write(dict(iter=9, reward=0.7))
     books.print_table()
     table = [line.split() for line in capsys.readouterr().out.strip().split("\n")[-2:]]
-    assert table == [["clip", "0.400", "0.600", "0.800", "50%"], ["judge", "0.100", "0.300"]]
+    assert table == [["preference", "0.400", "0.600", "0.800", "50%"], ["judge", "0.100", "0.300"]]
 
 
 # ==================================================================== checkpoints
@@ -512,7 +516,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert names == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_what_is_deleted_is_renamed_first(tmp_path, monkeypatch):
+def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
     def killed(path, ignore_errors=False):
         if not ignore_errors and (path / "state").exists():
             raise KeyboardInterrupt
@@ -533,7 +537,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not list(books.out.glob("checkpoint*"))
 
 
-def test_a_checkpoint_is_written_where_the_system_cannot_sync(tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_even_if_the_system_cannot_sync(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sync", raising=False)              # Windows
     books = stub_run(tmp_path, Saved())
     books.iteration = 1
@@ -541,7 +545,7 @@ def test_a_checkpoint_is_written_where_the_system_cannot_sync(tmp_path, monkeypa
     assert checkpoints(books.out) == [books.out / "checkpoint-1"]
 
 
-def test_what_was_not_trained_is_copied_from_the_base_byte_for_byte(alone):
+def test_untrained_parts_are_copied_from_the_base_byte_by_byte(alone):
     files = [path for path in FLUX.rglob("*") if path.is_file()]
     names = [path.relative_to(FLUX) for path in files if path.suffix != ".md"]
     for name in names:
@@ -553,7 +557,7 @@ def test_what_was_not_trained_is_copied_from_the_base_byte_for_byte(alone):
 
 @pytest.mark.parametrize("damage", ["state/state.pt", "state/config.json",
                                     "state/sharded/.metadata", "state/sharded/__0_0.distcp"])
-def test_a_damaged_checkpoint_is_named_and_what_to_do_about_it(
+def test_the_error_for_a_damaged_checkpoint_names_it_and_says_what_to_do(
         damage, alone, five, tmp_path, capsys):
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "checkpoint-4" / damage, 10)
@@ -567,7 +571,7 @@ def test_a_damaged_checkpoint_is_named_and_what_to_do_about_it(
     assert "--resume goes on from the checkpoint before it" in said
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_whatever_a_crash_left_in_the_log(
+def test_a_run_continues_from_the_checkpoint_before_even_if_a_crash_garbled_the_log(
         alone, five, tmp_path):
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -580,9 +584,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_whatever_a_crash_left_in_the_l
     assert ours[3]["reward"] == theirs[3]["reward"]
 
 
-def test_a_checkpoint_that_cannot_be_written_whole_ends_the_run_and_leaves_what_was_saved(
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_older_ones(
         alone, five, tmp_path, capsys):
-    """The disk is full: no file may grow beyond 1 MB, which the second checkpoint's would."""
+    """As on a full disk: no file may exceed 1 MB, but one of the second checkpoint would."""
     resource = pytest.importorskip("resource")                  # not on Windows
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -605,7 +609,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_ends_the_run_and_leaves_what_
 
 
 def check_loads(out):
-    """Every checkpoint that is there can be sampled from and resumed from."""
+    """Every checkpoint in `out` loads, for sampling and for resuming."""
     for path in checkpoints(out):
         FluxPipeline.from_pretrained(path)
         iteration = int(path.name.removeprefix("checkpoint-"))
@@ -619,7 +623,7 @@ def check_loads(out):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_process_killed_at_any_moment_of_a_save_never_leaves_a_checkpoint_that_does_not_load(
+def test_every_checkpoint_loads_even_if_the_process_is_killed_at_any_moment_of_a_save(
         tmp_path):
     cfg = train.parse_config([*SHORT, "--keep", "2", "--out_dir", str(tmp_path / "run")])
     books, killed, took = Run(cfg, Flux(FLUX, 64), {}), 0, 1.0
@@ -633,8 +637,8 @@ def test_a_process_killed_at_any_moment_of_a_save_never_leaves_a_checkpoint_that
                 books.save()
                 status = 0
             finally:
-                os._exit(status)                # or a failed save would go on with pytest
-        if attempt:                             # the first one shows how long it takes
+                os._exit(status)                # else the child would go on with pytest
+        if attempt:                             # the first one is only timed
             time.sleep(took * attempt / 12)
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
@@ -650,7 +654,7 @@ def test_a_process_killed_at_any_moment_of_a_save_never_leaves_a_checkpoint_that
 
 def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(
         five, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "check_option", lambda *_: None)     # which refuses lr above 1
+    monkeypatch.setattr(train, "check_option", lambda *_: None)     # it refuses lr above 1
     out = tmp_path / "run"
     command = [*SHORT, *five, "--iterations", "3", "--lr", "1e30", "--out_dir", str(out)]
     assert train.main(command) == 1
@@ -659,7 +663,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(
     assert not list(out.glob("checkpoint-*"))
 
 
-def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_names_the_settings_that_need_less(tmp_path, monkeypatch, capsys):
     def velocity(self, x, t, cond):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
@@ -673,7 +677,7 @@ def test_running_out_of_memory_names_the_settings_that_take_less(tmp_path, monke
         assert setting in {field.name for field in dataclasses.fields(train.Config)}
 
 
-def test_an_error_of_the_compiler_names_the_setting_that_does_without(capsys):
+def test_an_error_of_the_compiler_names_the_setting_that_switches_it_off(capsys):
     def work():
         raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler")
 
@@ -682,9 +686,9 @@ def test_an_error_of_the_compiler_names_the_setting_that_does_without(capsys):
     assert "--no-compile" in said and "no C++ compiler" in said
 
 
-def test_a_signal_lets_the_iteration_in_hand_end_and_the_second_ctrl_c_does_not(
+def test_a_signal_lets_the_current_iteration_end_but_a_second_ctrl_c_does_not(
         monkeypatch, signals):
-    monkeypatch.setattr(machine.os, "dup2", lambda *_: None)  # the terminal of SIGHUP is ours
+    monkeypatch.setattr(machine.os, "dup2", lambda *_: None)  # SIGHUP would close our output
     for name in signals:
         stopped, before = [], signal.getsignal(getattr(signal, name))
         with machine.stopping(lambda: stopped.append(1)):
@@ -695,7 +699,7 @@ def test_a_signal_lets_the_iteration_in_hand_end_and_the_second_ctrl_c_does_not(
         assert signal.getsignal(getattr(signal, name)) == before
 
 
-def test_a_signal_that_is_ignored_stays_so(signals):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # nohup, a shell's background
+def test_a_signal_that_is_ignored_stays_ignored(signals):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # as with nohup, or a shell's &
     with machine.stopping(lambda: pytest.fail("stopped")):
         signal.raise_signal(signal.SIGINT)

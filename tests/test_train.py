@@ -32,7 +32,7 @@ FLUX = TINY / "flux"
 # ============================================================== Algorithm 1, on test_core.py's stub
 
 class Prompted(Stub):
-    """Its velocity depends on each row's prompt, too."""
+    """A stub whose velocity depends on the prompt of each row, too."""
 
     def encode(self, prompts):
         return dict(vec=torch.tensor([[ord(prompt) - 98.0] for prompt in prompts]))
@@ -47,8 +47,8 @@ def match(images, prompts):
 
 
 def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
-    """One iteration in float64, with Eq. 3 and 7 to 11 as the paper writes them -> the average of
-    the weights, the gradients' norms, the ratios."""
+    """One iteration in float64, with Eq. 3 and 7 to 11 as in the paper -> the average of the
+    weights, the norms of the gradients, the ratios."""
     prompts, eps_star, delta, anchors, steps = train.draw(cfg, 0, ["a", "b", "c"], (4, 3))
     ts, U = schedule(cfg.num_rollout_steps, cfg.shift).double(), cfg.updates_per_iteration
     tau, groups, norms = 12 if cfg.tau == "dim" else float(cfg.tau), [], []
@@ -89,7 +89,7 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
 
 @pytest.mark.parametrize("solver, old_anchor, tau", [
     ("ddim", "replay", "3"), ("dpmpp_2m", "replay", "dim"), ("dpmpp_2m", "rollout", "3")])
-def test_an_iteration_of_train_is_algorithm_1_written_out(tmp_path, solver, old_anchor, tau):
+def test_an_iteration_of_train_is_algorithm_1_in_plain_loops(tmp_path, solver, old_anchor, tau):
     model, double = Prompted(), Prompted()
     double.transformer.double()
     books = stub_run(tmp_path, model, solver=solver, old_anchor=old_anchor, tau=tau, sigma=0.6,
@@ -104,14 +104,14 @@ def test_an_iteration_of_train_is_algorithm_1_written_out(tmp_path, solver, old_
     assert_close(torch.stack(books.norms).double(), torch.stack(norms), rtol=1e-3, atol=0)
     clipped = ((ratios - 1).abs() > 5e-4).double().mean().item()
     assert books.lines()[0]["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
-    assert max(norms) > 0.005 and 0.05 < clipped < 0.95         # gradients and ratios are cut
+    assert max(norms) > 0.005 and 0.05 < clipped < 0.95         # both clips have an effect
 
 
-def test_every_anchor_is_pulled_by_the_candidates_and_rewards_of_its_own_group_alone(tmp_path):
+def test_an_anchor_is_pulled_only_by_the_candidates_and_rewards_of_its_own_group(tmp_path):
     model, P, b, K = Stub(), 2, 2, 4
     states, gradients, velocity = {}, [], model.velocity    # {t: (P G, N, C)}, [(t, dloss / dv)]
 
-    def listening(x, t, cond):
+    def recorded(x, t, cond):
         v = velocity(x, t, cond)
         if v.requires_grad:
             v.register_hook(lambda gradient: gradients.append((float(t), gradient)))
@@ -123,7 +123,7 @@ def test_every_anchor_is_pulled_by_the_candidates_and_rewards_of_its_own_group_a
         states[0] = images
         return brightness(images, prompts)
 
-    model.velocity = listening
+    model.velocity = recorded
     train_stub(tmp_path, model, keep, prompts_per_iteration=P, updates_per_iteration=2, p=2.0)
     r = brightness(states[0], None).unflatten(0, (P, G))
     A = (r - r.mean(1, keepdim=True)) / (r - r.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
@@ -138,7 +138,7 @@ def test_every_anchor_is_pulled_by_the_candidates_and_rewards_of_its_own_group_a
         assert_close(found.unflatten(0, (P, b)), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_training_raises_the_reward_of_one_and_the_same_noise(tmp_path):
+def test_training_raises_the_reward_on_the_same_noises(tmp_path):
     def rewards_of_twenty_groups(model):
         lines = train_stub(tmp_path, model, iterations=20, lr=1e-12)
         return torch.tensor([line["reward"] for line in lines])
@@ -149,7 +149,7 @@ def test_training_raises_the_reward_of_one_and_the_same_noise(tmp_path):
     assert gain.mean() > 10 * gain.std() / 20**0.5              # ten standard errors
 
 
-def test_a_reward_that_is_not_finite_skips_the_update_and_the_next_one_counts_again(
+def test_an_update_with_a_reward_that_is_not_finite_is_skipped_and_the_next_one_is_made(
         tmp_path, capsys):
     def broken(images, prompts):                                # for one picture of prompt "c"
         r = brightness(images, prompts)
@@ -165,7 +165,7 @@ def test_a_reward_that_is_not_finite_skips_the_update_and_the_next_one_counts_ag
     assert math.isfinite(line["reward"]) and line["grad_norm"] is None
     assert torch.equal(model.weights(), start)
     assert capsys.readouterr().out.count("a reward for 'c' is not finite") == 1
-    lines = train_stub(tmp_path, model, broken, iterations=3)           # each of the three, alone
+    lines = train_stub(tmp_path, model, broken, iterations=3)           # one prompt each
     assert sorted(line["skipped"] for line in lines) == [0, 0, 1]
     assert model.weights().isfinite().all() and not torch.equal(model.weights(), start)
 
@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, gradi
     assert torch.equal(model.weights(), Stub().weights())
 
 
-def test_so_many_updates_in_a_row_without_a_finite_gradient_end_the_run(tmp_path, monkeypatch):
+def test_max_skips_updates_in_a_row_without_a_finite_gradient_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "MAX_SKIPS", 5)
     sentence = ("iteration 3: 5 updates in a row had no finite gradient; .*"
                 "no checkpoint was written before")
@@ -200,7 +200,7 @@ def test_so_many_updates_in_a_row_without_a_finite_gradient_end_the_run(tmp_path
         train_stub(tmp_path, Exploding(), iterations=4, updates_per_iteration=2)
 
 
-def test_groups_of_equal_rewards_are_counted_and_move_nothing_even_by_momentum(tmp_path):
+def test_groups_of_equal_rewards_are_counted_and_change_no_weights_even_by_momentum(tmp_path):
     seen = []
 
     def flat_after_the_first(images, prompts):
@@ -233,13 +233,13 @@ def test_the_log_keeps_no_graph_of_gradients_alive(tmp_path, monkeypatch):
     assert kept and not any(log_rho.requires_grad for log_rho in kept)
 
 
-def test_every_prompt_comes_once_before_any_comes_twice():
+def test_every_prompt_is_drawn_once_before_any_is_drawn_twice():
     cfg, seven = train.Config(prompts_per_iteration=2), [str(i) for i in range(7)]
     order = [prompt for it in range(7) for prompt in train.draw(cfg, it, seven, (4, 3))[0]]
     assert sorted(order[:7]) == sorted(order[7:]) == seven and order[:7] != order[7:]
 
 
-def test_a_draw_depends_on_the_seed_its_iteration_and_its_group_alone():
+def test_a_draw_depends_only_on_the_seed_the_iteration_and_the_group():
     def draw(it, group, seed=0):
         cfg = train.Config(prompts_per_iteration=8, seed=seed)
         return train.draw(cfg, it, [str(i) for i in range(99)], (4, 3), rank=group, world=8)
@@ -252,7 +252,7 @@ def test_a_draw_depends_on_the_seed_its_iteration_and_its_group_alone():
         assert same[4] == (name in ("same", "group"))           # all groups share the steps
 
 
-def test_anchors_are_any_b_of_the_g_and_steps_any_k_but_the_last():
+def test_anchors_are_any_b_of_the_g_candidates_and_steps_any_k_except_the_last():
     draws = [train.draw(train.Config(), it, ["a"], (4, 3)) for it in range(50)]
     assert all(len(set(anchors[0].tolist())) == 4 for *_, anchors, _ in draws)
     assert {j for *_, anchors, _ in draws for j in anchors[0].tolist()} == set(range(G))
@@ -272,7 +272,7 @@ def test_the_same_seed_draws_the_same_numbers_in_every_version():
     assert_close(delta.flatten(), expected, rtol=0, atol=1e-4)
 
 
-def test_the_settings_are_the_published_ones_unless_others_are_given():
+def test_the_default_settings_are_the_published_ones():
     c = train.Config()
     assert (c.group_size, c.sigma, c.p, c.clip_eps) == (12, 0.3, 0.8, 1e-4)
     assert (c.iterations, c.lr, c.weight_decay, c.max_grad_norm) == (300, 1e-5, 1e-4, 1.0)
@@ -296,7 +296,7 @@ def test_what_is_drawn_for_a_group_does_not_depend_on_the_number_of_processes():
         assert torch.equal(torch.cat([a[i], b[i]]), whole[i])
 
 
-def test_log_lines_of_processes_are_merged_by_what_they_count():
+def test_log_lines_of_processes_are_merged_key_by_key():
     nan = float("nan")
     lines = [dict(iter=3, reward=torch.tensor([[1.0, 3.0], [nan, nan]]), flat_groups=1, skipped=1,
                   first_ratio=0.1, seconds_rollout=2.0, nfe_old=8, clip_fraction=None),
@@ -306,7 +306,7 @@ def test_log_lines_of_processes_are_merged_by_what_they_count():
                                 seconds_rollout=2.0, nfe_old=8, clip_fraction=None)
 
 
-def test_a_launcher_need_not_say_more_than_rank_and_world_size(monkeypatch):
+def test_a_launcher_need_only_set_the_rank_and_the_world_size(monkeypatch):
     joined = []
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
@@ -315,7 +315,7 @@ def test_a_launcher_need_not_say_more_than_rank_and_world_size(monkeypatch):
     monkeypatch.setattr(machine.dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
     machine.init_processes()
     (backend, settings), = joined
-    assert "gloo" in backend[0] and list(settings) == ["timeout"]       # the rest: MASTER_ADDR, ...
+    assert "gloo" in backend[0] and list(settings) == ["timeout"]       # the rest: env
 
 
 def test_processes_exchange_gradients_at_the_last_step_of_an_update(tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_processes_exchange_gradients_at_the_last_step_of_an_update(tmp_path, mo
 
 @pytest.mark.parametrize("fsdp, gather, every_step",
                          [(False, False, False), (True, False, True), (True, True, False)])
-def test_with_fsdp_gradients_are_exchanged_at_every_step_unless_there_is_room(
+def test_fsdp_exchanges_gradients_at_every_step_unless_gather_is_set(
         fsdp, gather, every_step, monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
     for last in (False, True):
@@ -349,7 +349,7 @@ slow_cases = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if "-
 
 
 def run_cases(names, folder, five):
-    """What each of torchrun's processes does: one run after another."""
+    """The work of each of torchrun's processes: one run after another."""
     score, scored = train.score, []
 
     def terminated(*args):              # SIGTERM to process 1 while its third iteration is scored
@@ -367,8 +367,8 @@ def run_cases(names, folder, five):
 
 
 def start_cases(folder, five, names):
-    """Start two processes for several runs, because to start them takes longest -> the folder, and
-    {case: what it printed}."""
+    """Start two processes once for several runs, because their start takes longest -> the folder,
+    and {case: its output}."""
     command = torchrun("-m", "tests.test_train", "--cases", ",".join(names), str(folder), *five)
     done = subprocess.run(**command, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -377,7 +377,7 @@ def start_cases(folder, five, names):
 
 
 def torchrun(*command, processes=2, restarts=0):
-    """What subprocess needs to start several processes on the CPU."""
+    """The arguments of subprocess that start several processes on the CPU."""
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone",
              "--nproc_per_node", str(processes), "--max-restarts", str(restarts)]
     return dict(args=[*agent, *command], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -400,16 +400,16 @@ def of_training(out):
 
 
 def moved(out, a=FLUX):
-    """How far the weights of checkpoint-4 lie from others."""
+    """The largest distance of a weight of checkpoint-4 from that of another model."""
     a, b = (FluxPipeline.from_pretrained(path).transformer.state_dict()
             for path in (a, out / "checkpoint-4"))
     return max((a[name] - b[name]).abs().max().item() for name in b)
 
 
 def check_equal(ours, theirs, close):
-    """Equal but for rounding. A pixel of 64 x 64 that rounds to the other of two bytes changes a
-    picture's score by 1e-4, and the mean of an iteration's eight by 1e-5. A few pixels may do so,
-    and many do where the network is called with other batches."""
+    """Check that two runs are equal up to rounding. If one of 64 x 64 pixels rounds to the other of
+    two bytes, the score of its picture changes by 1e-4, and the mean of an iteration's eight
+    pictures by 1e-5. This may happen to a few pixels, and with other batches to many."""
     for a, b in zip(of_training(ours), of_training(theirs), strict=True):
         assert a["iter"] == b["iter"]
         assert a["reward"] == pytest.approx(b["reward"], abs=close)
@@ -418,13 +418,13 @@ def check_equal(ours, theirs, close):
 
 
 @pytest.mark.parametrize("case", ["ddp", "fsdp2", *slow_cases[:-1]])
-def test_two_processes_make_the_run_of_one(case, alone, request):
+def test_two_processes_make_the_same_run_as_one(case, alone, request):
     folder, printed = request.getfixturevalue("pair" if case in ("ddp", "fsdp2") else "slow_pair")
     kind = "FSDP2" if "fsdp" in case else "DDP"
     assert f"2 processes ({kind}) with 1 groups each" in printed[case]
     assert printed[case].count("iter 004/4") == 1
     check_equal(folder / case, alone, 1e-3 if "at-a-time" in case else 1e-4)
-    ours, theirs = ([line for line in lines_of(out) if "eval_clip" in line]
+    ours, theirs = ([line for line in lines_of(out) if "eval_preference" in line]
                     for out in (folder / case, alone))
     assert [line["iter"] for line in ours] == [0, 4]
     for a, b in zip(ours, theirs, strict=True):                 # five pictures, in other batches
@@ -446,7 +446,7 @@ def test_two_processes_train_klein_as_one_does(how, tmp_path):
     assert (tmp_path / "two/checkpoint-2").is_dir()
 
 
-def test_a_run_of_two_processes_is_resumed_by_one_and_ends_where_it_would_have(
+def test_a_run_of_two_processes_can_be_resumed_by_one_and_ends_with_the_same_weights(
         pair, alone, five, tmp_path):
     shutil.copytree(pair[0] / "fsdp2", tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -463,7 +463,7 @@ def test_sigterm_to_one_process_ends_all_after_the_same_iteration_with_a_checkpo
 
 
 @pytest.mark.slow
-def test_weights_that_are_kept_gathered_are_let_go_after_an_evaluation_of_their_average(
+def test_gathered_weights_are_released_after_an_evaluation_of_their_average(
         slow_pair, alone):
     out = slow_pair[0] / "gathered-average"
     check_equal(out, alone, 1e-4)
@@ -480,7 +480,7 @@ class Kept(Saved):
         torch.save(self.weights(), path / "weights.pt")
 
 
-def test_the_average_of_weights_is_what_is_saved_and_the_weights_themselves_go_on(tmp_path):
+def test_checkpoints_have_the_average_of_the_weights_which_training_does_not_use(tmp_path):
     saved, rewards = {}, {}
     for ema in (0.0, 0.5):
         books = stub_run(tmp_path, Kept(), ema=ema, iterations=4, save_every=1)
@@ -495,7 +495,7 @@ def test_the_average_of_weights_is_what_is_saved_and_the_weights_themselves_go_o
     assert len(saved[0.5]) == 4 and rewards[0.5] == rewards[0.0]
 
 
-def test_the_average_of_weights_is_what_is_evaluated_and_it_is_taken_out_again_even_if_that_fails(
+def test_an_evaluation_uses_the_average_and_restores_the_weights_even_if_it_fails(
         tmp_path, monkeypatch):
     seen = []
 
@@ -513,7 +513,7 @@ def test_the_average_of_weights_is_what_is_evaluated_and_it_is_taken_out_again_e
     assert torch.equal(books.model.weights(), raw)
 
 
-def test_an_update_may_be_given_the_decay_of_the_average(tmp_path):
+def test_update_takes_a_decay_for_the_average(tmp_path):
     books = stub_run(tmp_path, Stub(), ema=0.9)
     books.norms, books.skipped, before = [], 0, Stub().weights()
     for w in books.model.trained():
@@ -525,20 +525,21 @@ def test_an_update_may_be_given_the_decay_of_the_average(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_average_that_has_hardly_begun_to_move_gains_nothing_and_weights_that_have_moved_do(
+def test_an_average_that_has_hardly_moved_has_no_gain_but_weights_that_have_moved_have_one(
         tmp_path, five):
     command = [*SHORT, *five, "--lr", "3e-4", "--iterations", "4"]
     for ema in ("0.9999999", "0"):
         assert train.main([*command, "--ema", ema, "--out_dir", str(tmp_path / ema)]) is None
-    gains = {ema: abs(lines_of(tmp_path / ema)[-1]["eval_clip_gain"]) for ema in ("0.9999999", "0")}
+    gains = {ema: abs(lines_of(tmp_path / ema)[-1]["eval_preference_gain"])
+             for ema in ("0.9999999", "0")}
     assert gains["0.9999999"] < 1e-4 and gains["0"] > 1e-3
 
 
 # ======================================================================== weights
 
-def test_adamw_in_pure_bf16_rounds_the_papers_steps_away_and_float32_masters_do_not():
-    """lr 1e-5 on weights of a transformer's size. A bf16 number near 0.03 has its neighbours 1e-4
-    away."""
+def test_adamw_rounds_the_papers_steps_away_in_pure_bf16_but_not_in_float32():
+    """The weights have the size of a transformer's, and lr is 1e-5. The next bf16 numbers beside
+    0.03 are 1e-4 away."""
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
         torch.manual_seed(0)
@@ -554,7 +555,7 @@ def test_adamw_in_pure_bf16_rounds_the_papers_steps_away_and_float32_masters_do_
 
 
 @pytest.mark.slow
-def test_a_lora_run_that_was_interrupted_ends_bit_equal(tmp_path):
+def test_an_interrupted_lora_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path):
     lora = [*SHORT, "--lora_rank", "4", "--lr", "1e-3", "--ema", "0.5", "--resume"]
     for name, iterations in (("once", "4"), ("twice", "2"), ("twice", "4")):
         train.main([*lora, "--iterations", iterations, "--out_dir", str(tmp_path / name)])
@@ -578,7 +579,7 @@ def processes_of(agent):
 
 @pytest.mark.slow
 def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five, tmp_path):
-    """By the command line that began it, in a folder with leftovers of a run without checkpoint."""
+    """The same command restarts it. The folder has leftovers of a run without a checkpoint."""
     (tmp_path / "log.jsonl").write_text('{"iter": 1, "reward": 7}\n', encoding="utf-8")
     more = [*five, "--iterations", "4", "--save_every", "1"]
     agent = subprocess.Popen(**train_py(tmp_path, *more, restarts=1))
@@ -596,8 +597,8 @@ def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five,
 
 
 def kill_until_done(out, iterations, kills, in_saves=False):
-    """torchrun with restarts; kill -9 one of its two processes at random moments, or at random
-    moments of saves. Returns how many were killed."""
+    """Start torchrun with restarts, and kill -9 one of its two processes at random moments, or at
+    random moments of saves. Returns the number of kills."""
     rng, killed = random.Random(0), 0
     with open(f"{out}.log", "w", encoding="utf-8") as log:
         command = train_py(out, "--iterations", str(iterations), "--save_every", "1",
@@ -608,13 +609,13 @@ def kill_until_done(out, iterations, kills, in_saves=False):
                 while not (out / "checkpoint.new").exists() and agent.poll() is None:
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0, 0.4))
-            else:                                               # to start takes some 7 seconds
+            else:                                               # a start takes about 7 seconds
                 time.sleep(rng.uniform(3, 15) if killed < kills else 0.5)
             if killed < kills and agent.poll() is None and (found := processes_of(agent)):
                 os.kill(rng.choice(found), signal.SIGKILL)
                 killed += 1
                 if in_saves:
-                    time.sleep(2)                               # torchrun ends the other one
+                    time.sleep(2)                               # torchrun ends the other process
                     check_loads(out)
     said = Path(f"{out}.log").read_text(encoding="utf-8")
     assert agent.returncode == 0, said[-3000:]

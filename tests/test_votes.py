@@ -1,7 +1,7 @@
 """
-The page on which people vote, and what their votes say.
+The page on which people vote, and the result of their votes.
 
-    python -m pytest -q tests/test_votes.py     # tries the page in a Chromium, if there is one
+    python -m pytest -q tests/test_votes.py     # tests the page in a Chromium, if there is one
 """
 import base64, io, json, math, os, re, select, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -17,7 +17,7 @@ NASTY = ['a "quoted" apple', "</script><script>alert(1)</script><!--", "salt & p
 
 
 def folder_of(path, color, prompts, size=64, missing=()):
-    """A folder as eval.py writes it; picture i is `color`, but for one row that says i."""
+    """A folder as eval.py writes it. Picture i is `color`, except its top row of pixels: i."""
     (path / "pictures").mkdir(parents=True)
     (path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     for i in range(len(prompts)):
@@ -47,7 +47,7 @@ def votes_of(path, winners, voter="ann", **changed):
 
 
 def file_of(winners, voter="ann"):
-    """What read_votes returns of one file. winners: {index of the prompt: winner}, or a list."""
+    """The result of read_votes for one file. winners: {index of the prompt: winner}, or a list."""
     winners = winners if isinstance(winners, dict) else dict(enumerate(winners))
     given = [dict(index=i, winner=winner) for i, winner in winners.items()]
     return dict(a="a", b="b", voter=voter, votes=given)
@@ -64,7 +64,7 @@ def rate_of(winners):
     (0, 10, 0.0, 0.277533),                                     # z^2 / (n + z^2), z^2 = 3.841459
     (10, 10, 0.722467, 1.0),                                    # n / (n + z^2)
     (5, 10, 0.236593, 0.763407),                                # 1/2 -+ z / (2 sqrt(n + z^2))
-    (1, 1, 0.206549, 1.0),                                      # one vote says little, not nothing
+    (1, 1, 0.206549, 1.0),                                      # even one vote says something
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),       # Newcombe (1998), table I
     (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
 ])
@@ -74,14 +74,14 @@ def test_the_interval_is_wilsons(wins, n, low, high):
 
 
 @pytest.mark.parametrize("wins", [0, 3, 20, 40])
-def test_the_interval_ends_where_the_rate_lies_two_standard_errors_away(wins):
+def test_the_rate_is_two_standard_errors_away_from_each_end_of_the_interval(wins):
     r = rate_of(["b"] * wins + ["a"] * (40 - wins))
     for p in {r["low"], r["high"]} - {0.0, 1.0}:                # Wilson's definition: p solves
         distance = (r["rate"] - p) ** 2                         # (rate - p)^2 = z^2 p (1 - p) / n
         assert distance == pytest.approx(1.959964**2 * p * (1 - p) / 40)
 
 
-def test_a_tie_counts_half_and_the_rate_is_that_of_b():
+def test_a_tie_counts_half_and_the_rate_is_for_b():
     r = rate_of(["b", "b", "b", "tie", "a"])
     assert r["rate"] == pytest.approx(0.7)
     assert (r["wins"], r["ties"], r["losses"]) == (3, 1, 1)
@@ -90,7 +90,7 @@ def test_a_tie_counts_half_and_the_rate_is_that_of_b():
     assert (r["rate"], r["low"], r["high"]) == pytest.approx(mirrored)
 
 
-def test_voters_of_one_prompt_are_averaged_before_the_prompts_are():
+def test_votes_on_one_prompt_are_averaged_first_and_then_the_prompts():
     files = [file_of({0: "b", 1: "a"}, "ann"), file_of({0: "b"}, "bob"), file_of({0: "a"}, "cid")]
     r = win_rate(files)
     assert r["rate"] == pytest.approx((2 / 3 + 0) / 2)          # a mean over votes would be 1/2
@@ -107,7 +107,7 @@ def test_the_interval_covers_95_percent_of_single_votes_summed_over_the_binomial
     rates = [rate_of(["b"] * wins + ["a"] * (n - wins)) for wins in range(n + 1)]
     chance = [math.comb(n, wins) * p**wins * (1 - p) ** (n - wins) for wins in range(n + 1)]
     covered = sum(c for c, r in zip(chance, rates) if r["low"] <= p <= r["high"])
-    assert 0.93 < covered < 0.98                # a count is discrete: 95 % cannot be met exactly
+    assert 0.93 < covered < 0.98                # counts are discrete, so not exactly 95 %
 
 
 @pytest.mark.parametrize("tie", [0.0, 0.4])
@@ -141,12 +141,12 @@ def test_the_printed_line_says_who_won_against_whom(tmp_path, capsys):
     ("no list", dict(votes=None), "is not a votes file"),
     ("no winner", dict(votes=[dict(index=0)]), "is not a votes file"),
     ("another winner", dict(votes=[dict(index=0, winner="left")]), "is not a votes file"),
-    ("no vote", dict(votes=[]), "must hold at least one vote"),
-    ("two votes", dict(votes=[dict(index=0, winner="a")] * 2), "one vote a prompt"),
-    ("another study", dict(study="t"), "is of study t, but .*first of s"),
-    ("same voter", dict(voter="ann"), "is of the voter of .*first, 'ann'"),
+    ("no vote", dict(votes=[]), "must have at least one vote"),
+    ("two votes", dict(votes=[dict(index=0, winner="a")] * 2), "one vote per prompt"),
+    ("another study", dict(study="t"), "is from study t, but .*first from s"),
+    ("same voter", dict(voter="ann"), "and .*first have the same voter, 'ann'"),
 ])
-def test_votes_that_cannot_be_counted_are_refused_by_file(tmp_path, name, changed, sentence):
+def test_a_file_with_votes_that_cannot_be_counted_is_refused(tmp_path, name, changed, sentence):
     first, file = votes_of(tmp_path / "first", "ab"), tmp_path / name
     if changed is None:
         file.write_text("[", encoding="utf-8")
@@ -177,7 +177,7 @@ def red_and_blue(tmp_path):
 
 
 @pytest.mark.parametrize("noise, kind", [(False, "png"), (True, "jpeg")])
-def test_the_page_holds_every_picture_on_the_side_it_says_and_both_in_one_format(
+def test_the_page_has_every_picture_on_the_recorded_side_and_both_in_one_format(
         tmp_path, noise, kind):
     rng, folders = np.random.default_rng(0), []
     for name in ("a", "b"):
@@ -198,7 +198,7 @@ def test_the_page_holds_every_picture_on_the_side_it_says_and_both_in_one_format
             assert difference <= (12 if kind == "jpeg" else 0)
 
 
-def test_sides_and_order_are_shuffled_half_are_flipped_and_the_seed_decides(tmp_path):
+def test_order_and_sides_depend_on_the_seed_and_half_of_the_pairs_are_flipped(tmp_path):
     folders = [folder_of(tmp_path / name, color, ["x"] * 40, size=4)
                for name, color in (("a", 0), ("b", 255))]
     pages = [data_of(write_pairs(*folders, tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
@@ -211,7 +211,7 @@ def test_sides_and_order_are_shuffled_half_are_flipped_and_the_seed_decides(tmp_
         assert orders[0] != orders[1] and all(order != sorted(order) for order in orders)
 
 
-def test_some_of_the_shared_prompts_are_taken_evenly_spaced(tmp_path):
+def test_the_chosen_prompts_are_evenly_spaced_among_the_shared_ones(tmp_path):
     a = folder_of(tmp_path / "a", 0, ["x"] * 12, missing=[0, 1])
     b = folder_of(tmp_path / "b", 9, ["x"] * 14, missing=[5])
     page = data_of(write_pairs(a, b, tmp_path, count=3))
@@ -220,7 +220,7 @@ def test_some_of_the_shared_prompts_are_taken_evenly_spaced(tmp_path):
     assert (page["a"], page["b"]) == ("a", "b")
 
 
-def test_the_page_needs_nothing_from_outside_and_says_no_label_outside_its_data(
+def test_the_page_loads_nothing_and_shows_no_label_outside_its_data(
         red_and_blue, tmp_path):
     text = write_pairs(*red_and_blue, tmp_path).read_text(encoding="utf-8")
     data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
@@ -231,9 +231,9 @@ def test_the_page_needs_nothing_from_outside_and_says_no_label_outside_its_data(
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(b="a"), "are one folder"),
+    (dict(b="a"), "are the same folder"),
     (dict(count=0), "count is 0, but must be at least 1"),
-    (dict(b="nowhere"), "nowhere holds no pictures of eval.py; it must have prompts.json"),
+    (dict(b="nowhere"), "nowhere has no pictures of eval.py; it must have prompts.json"),
     (dict(b="other"), "prompt 1 is 'y' in .*a, but 'z' in .*other"),
     (dict(b="empty"), "share no picture"),
 ])
@@ -253,7 +253,7 @@ def test_the_commands_write_the_page_count_votes_and_refuse_in_one_sentence(
     assert "wrote" in capsys.readouterr().out
     page = data_of(tmp_path / "out/pairs.html")
     assert len(page["pairs"]) == 3 and page["seed"] == 7
-    for command, sentence in [(f"pairs {tmp_path} {tmp_path}", "holds no pictures of eval.py"),
+    for command, sentence in [(f"pairs {tmp_path} {tmp_path}", "has no pictures of eval.py"),
                               (f"count {tmp_path}/none.json", "is not a votes file"),
                               ("count", "required")]:
         with pytest.raises(SystemExit) as exit:
@@ -261,7 +261,7 @@ def test_the_commands_write_the_page_count_votes_and_refuse_in_one_sentence(
         assert exit.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_votes_are_counted_where_the_terminal_does_not_know_utf_8(tmp_path):
+def test_votes_are_counted_on_a_terminal_without_utf_8(tmp_path):
     file = votes_of(tmp_path / "a.json", ["b"], b="Übung→3")
     env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run([sys.executable, "-m", "paper.votes", "count", str(file)], cwd=HERE,
@@ -355,7 +355,7 @@ def browser(tmp_path):
 
 
 COUNT = "document.getElementById('count').textContent"
-COLOR = """(async () => {                                       // of the middle of the left picture
+COLOR = """(async () => {                                       // the left picture's, in its middle
     const img = document.getElementById('left');
     const canvas = document.createElement('canvas').getContext('2d');
     await img.decode();
@@ -367,7 +367,7 @@ SEEN = ("document.title + document.body.innerText + [...document.images].map(i =
         "+ [...document.querySelectorAll('input, textarea')].map(i => i.value)")
 
 
-def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_what_was_seen(
+def test_a_browser_shows_every_pair_once_and_a_vote_counts_for_the_model_that_was_shown(
         red_and_blue, tmp_path, browser):
     url = write_pairs(*red_and_blue, tmp_path).resolve().as_uri()
     browser.open(url)
@@ -384,12 +384,12 @@ def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_w
     for n, key in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown"], 1):
         lefts.append(look(n))
         browser.press(key)
-    browser.press("ArrowLeft", repeated=True)                   # a key held down is one vote
+    browser.press("ArrowLeft", repeated=True)                   # a held key is one vote
     assert browser.js(COUNT) == "4 / 8"
-    for _ in range(40):                         # the page is left and opened again. Chromium 156
-        browser.open(url)                       # sometimes hands an empty localStorage to a page
-        if browser.js(COUNT) == "4 / 8":        # reopened at once; that must not overwrite what the
-            break                               # next one finds
+    for _ in range(40):                         # The page is closed and opened again. Chromium 156
+        browser.open(url)                       # sometimes gives it an empty localStorage if this
+        if browser.js(COUNT) == "4 / 8":        # happens at once. This must not overwrite what the
+            break                               # next one finds.
         time.sleep(0.3)
     assert browser.js("[...document.querySelectorAll('[aria-pressed=true]')].length") == 0
     for n, key in enumerate([" ", "ArrowRight", "ArrowLeft", "ArrowRight", "ArrowRight"], 4):
@@ -409,7 +409,7 @@ def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_w
     browser.session = session
     browser.js("document.getElementById('voter').focus()")
     browser("Input.insertText", text="Ann </b> Ö")
-    browser.press("Backspace")                  # edits the name, and does not go back
+    browser.press("Backspace")                  # edits the name and does not go back
     browser("Input.insertText", text="Ö")
     browser.click("#end button")
     end = time.monotonic() + 10
@@ -425,9 +425,9 @@ def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_w
     assert [vote["winner"] for vote in votes["votes"]] == [
         {"left": left, "right": other[left], "tie": "tie"}[side]
         for left, side in zip(lefts, pressed)]
-    assert set(lefts) == {"a", "b"}                             # both cases were seen
+    assert set(lefts) == {"a", "b"}                             # both sides occurred
 
-    browser.click("[data-do=text]")             # the same votes, for a browser that saves no file
+    browser.click("[data-do=text]")             # the same votes, if a browser saves no file
     seen += browser.js(SEEN)
     sent = tmp_path / "sent.txt"
     sent.write_text(browser.js("document.getElementById('text').value"), encoding="utf-8")
@@ -437,32 +437,32 @@ def test_a_voter_in_a_browser_is_asked_every_pair_once_and_the_votes_count_for_w
     assert browser.js("getSelection().toString()") == sent.read_text(encoding="utf-8")
     assert "Done" in seen and not re.search("crimson-17|azure-99", seen)
     browser.open(write_pairs(*red_and_blue, tmp_path, seed=1).resolve().as_uri())
-    assert browser.js(COUNT) == "1 / 8"                         # another study begins at its start
+    assert browser.js(COUNT) == "1 / 8"                         # another study begins at 1
 
 
-def test_the_page_can_be_used_with_a_mouse_and_works_where_the_browser_keeps_nothing(
+def test_the_page_works_with_a_mouse_and_in_a_browser_that_stores_nothing(
         red_and_blue, tmp_path, browser):
     browser("Page.addScriptToEvaluateOnNewDocument",
             source="Object.defineProperty(window, 'localStorage', "
                    "{get() {throw new DOMException('', 'SecurityError')}})")
     browser.open(write_pairs(*red_and_blue, tmp_path).resolve().as_uri())
     given = "document.querySelector('[aria-pressed=true]').dataset.do"
-    assert "does not keep your votes" in browser.js("document.body.innerText")
+    assert "does not remember your votes" in browser.js("document.body.innerText")
     browser.click("[data-do=right]", times=2)                   # a double click is one vote
     assert browser.js(COUNT) == "2 / 8"
     browser.press(" ")                          # a tie, not the button that was clicked last
     assert browser.js(COUNT) == "3 / 8"
     browser.click("[data-do=text]")
     assert browser.js("document.getElementById('shown').hidden") is False
-    browser.press("ArrowLeft")                  # moves in the text, and is not a vote
+    browser.press("ArrowLeft")                  # moves in the text and is not a vote
     assert browser.js(COUNT) == "3 / 8"
     browser.click("[data-do=back]")
     assert browser.js("document.getElementById('shown').hidden") is True
     assert browser.js(given) == "tie"
     browser.click("[data-do=back]")
     assert browser.js(given) == "right" and browser.js(COUNT) == "1 / 8"
-    browser.js("document.querySelector('[data-do=left]').focus()")      # now the space bar is the
-    what = dict(key=" ", code="Space", windowsVirtualKeyCode=32)        # button's
+    browser.js("document.querySelector('[data-do=left]').focus()")      # so the space bar presses
+    what = dict(key=" ", code="Space", windowsVirtualKeyCode=32)        # this button
     browser("Input.dispatchKeyEvent", type="keyDown", text=" ", **what)
     browser("Input.dispatchKeyEvent", type="keyUp", **what)
     browser.press("ArrowUp"), browser.press("ArrowUp")

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# What only a GPU can tell, in two calls of under ten minutes each, on one GPU of 80 GB:
+#
+#     bash paper/gpu.sh first         # does it run, is it right, how fast is FLUX.1-dev's size
+#     bash paper/gpu.sh second        # what makes that faster, and DanceGRPO at the same size
+#     DEVICE=cpu bash paper/gpu.sh first      # a rehearsal without a GPU: a narrow model, more time
+#
+# Nothing is downloaded: weights are random or those of tiny/. The most telling comes first, each
+# step has a time limit, and all of a call together has one, LIMIT seconds (default 540). What a
+# step prints goes to a file in OUT (default out/gpu) as it comes; OUT/summary.txt has a line a step.
+#
+# Packages that are missing are installed from a folder wheels/, which git ignores. Fill it where
+# there is a network, for Python 3.12 on Linux, beside a torch and transformers that are there:
+#
+#     pip download --no-deps --python-version 3.12 --only-binary=:all: -d wheels \
+#         --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+#         diffusers==0.42.1 open_clip_torch==3.3.0 ftfy wcwidth importlib_metadata zipp \
+#         requests urllib3 charset_normalizer idna certifi torchao==0.18.0
+set -u
+cd "$(dirname "$0")/.."
+CALL=${1:-first} DEVICE=${DEVICE:-cuda} OUT=${OUT:-out/gpu}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+LIMIT=${LIMIT:-540}             # seconds, of all steps together
+PATIENCE=1                      # every step's limit is multiplied by it
+export PYTHONUNBUFFERED=1 PIP_BREAK_SYSTEM_PACKAGES=1 TEST_DEVICE=$DEVICE
+mkdir -p "$OUT"
+TEMP=$(mktemp -d)
+trap 'rm -rf "$TEMP"' EXIT
+if [ "$DEVICE" = cpu ]; then
+    SIZE="--geometry flux-narrow" MORE="--device cpu --lora_rank 4 --checkpoint_blocks -1"
+    ITERATIONS=3 PATIENCE=5 LIMIT=$((5 * LIMIT))
+else
+    SIZE="--geometry flux" MORE="" ITERATIONS=20
+fi
+
+step() {    # step NAME SECONDS COMMAND...: run it, at most so long, and note how it ended
+    local name=$1 seconds=$((PATIENCE * $2)) began=$SECONDS left=$((LIMIT - SECONDS)) status=0
+    shift 2
+    if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
+    if [ "$seconds" -lt 10 ]; then
+        status="left out, no time" seconds=0
+    else
+        timeout -k 5 "$seconds" "$@" > "$OUT/$name.txt" 2>&1 || status=$?
+        if [ "$status" = 124 ] || [ "$status" = 137 ]; then status="stopped by its limit"; fi
+        tail -n 14 "$OUT/$name.txt" | cut -c 1-240
+    fi
+    echo "=== $name: $((SECONDS - began)) s of at most $seconds, exit status $status" |
+        tee -a "$OUT/summary.txt"
+}
+
+missing() { ! "$PYTHON" -c "import machine, importlib; importlib.import_module('$1')" 2>/dev/null; }
+
+if ls wheels/*.whl >/dev/null 2>&1 && { missing diffusers || missing open_clip || missing torchao; }
+then
+    step wheels 60 "$PYTHON" -m pip install --no-index --no-deps wheels/*.whl
+fi
+
+versions='
+import shutil, sys, sysconfig, pathlib, machine, torch, diffusers, transformers, open_clip
+print("python", sys.version.split()[0], "torch", torch.__version__, "diffusers",
+      diffusers.__version__, "transformers", transformers.__version__)
+print("C compiler:", shutil.which("gcc") or shutil.which("cc"), " Python.h:",
+      pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())      # compiling needs both
+device = torch.device(sys.argv[1])
+if device.type == "cuda":
+    print(torch.cuda.get_device_name(), f"{torch.cuda.mem_get_info()[1] / 1e9:.0f} GB")
+from paper.bench import matmul_rate
+print(f"a matrix product: {matmul_rate(device) / 1e12:.3g} TFLOP/s")
+'
+compiles='
+import sys, torch
+x, f = torch.randn(1000, device=sys.argv[1]), lambda x: (x.sin().exp() * x).sum()
+print("compiled:", torch.compile(f)(x).item(), "not:", f(x).item())
+'
+
+case $CALL in
+first)
+    step machine 60 "$PYTHON" -c "$versions" "$DEVICE"
+    step small_world 60 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
+        --eval_every 20 --out_dir "$TEMP/small"
+    cp "$TEMP/small/log.jsonl" "$OUT/small_world.jsonl"
+    cp "$TEMP/small/before_after.png" "$OUT/small_world.png"
+    step tests 120 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
+    step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
+    # blocks as they are; compiled, with the ten busiest kernels of both; fewer blocks recomputed
+    step ladder 270 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 1,2,6 --profile $MORE
+    ;;
+second)
+    step float8 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3 $MORE
+    step dance 200 "$PYTHON" -m paper.bench methods $SIZE --only dpm8,dance --no-compile --no-bare \
+        --warm 0 --repeats 1 --json "$OUT/dance.json" $MORE
+    step cudnn 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 7 $MORE
+    step small_world_compiled 60 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
+        --compile --eval_every 0 --out_dir "$TEMP/compiled"
+    cp "$TEMP/compiled/log.jsonl" "$OUT/small_world_compiled.jsonl"
+    step tests_compiled 120 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
+    ;;
+*)
+    echo "usage: bash paper/gpu.sh first|second" >&2
+    exit 2
+    ;;
+esac
+cat "$OUT/summary.txt"
