@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 import rewards
+from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
 from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
-from model import Flux, check_model, is_lora, parse_resolution
-from prompts import evenly_spaced, read_prompts
+from model import Flux
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +30,7 @@ SMALL = dict(prompts=str(HERE / "tiny/prompts/test_concept.txt"),
              scorers="preference,judge,named,flawless", images_per_prompt=4,
              solver="dpmpp_2m", steps=8, shift=1.0, resolution="64", batch=64)
 LARGE = dict(prompts="hpdv2_test", scorers="hpsv2,pickscore,imagereward,clipscore,aesthetic",
-             images_per_prompt=1, solver="ddim", steps=50, shift=3.0, resolution="1024", batch=4)
+             images_per_prompt=1, solver="ddim", steps=50, shift=0.0, resolution="1024", batch=4)
 TITLES = dict(hpsv2="HPSv2.1", pickscore="Pick / 100", imagereward="Img.Rwd.", clipscore="CLIP",
               unifiedreward="Unified.", aesthetic="Aes.")       # as in Table 1
 UNITS = dict(pickscore=100)                                     # Table 1 divides PickScore by 100
@@ -271,9 +271,9 @@ class Row:
         to_sample = [i for i in indices if not self.has_pictures(i)]
         if to_sample:
             model, base = load()
-            x = sample(model, [self.prompts[i] for i in to_sample], to_sample,
-                       schedule(args.steps, args.shift), args.solver, self.n, args.seed, base,
-                       args.hybrid)
+            ts = schedule(args.steps, args.shift or model.shift(args.steps))
+            x = sample(model, [self.prompts[i] for i in to_sample], to_sample, ts, args.solver,
+                       self.n, args.seed, base, args.hybrid)
             files = [file for i in to_sample for file in self.files(i)]
             for image, file in zip(as_bytes(x).permute(0, 2, 3, 1).numpy(), files):
                 write_atomically(file, lambda path: Image.fromarray(image).save(path, "png"))
@@ -375,14 +375,14 @@ def parse_args(argv=None):
     """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
     options = dict(                     # {name: (default, help)}; None: as in SMALL or LARGE
         model=(str(HERE / "tiny/flux"), "the base: a FluxPipeline directory or a hub id"),
-        prompts=(None, "a file of prompts, see prompts.py; or hpdv2_test, hpdv2_train"),
+        prompts=(None, "a file of prompts, see inputs.py; or hpdv2_test, hpdv2_train"),
         num_prompts=(0, "use only this many prompts, evenly spaced; 0: all"),
         scorers=(None, f"{', '.join(rewards.SCORERS)} or FILE.py:FUNCTION, comma-separated"),
         images_per_prompt=(None, "number of pictures of a prompt; diversity needs 2 or more"),
         solver=(None, "ddim or dpmpp_2m"), steps=(None, "number of steps of the solver"),
-        shift=(None, "shift of the time steps"), seed=(0, "seed of the noise"),
+        shift=(None, "shift of the time steps; 0: the model's own"), seed=(0, "seed of the noise"),
         resolution=(None, "pixels: a side, or width x height like 832x640"),
-        guidance=(3.5, "guidance scale, an input of FLUX.1-dev"),
+        guidance=(3.5, "guidance scale; above 1 it doubles klein's cost"),
         hybrid=(0.0, "a checkpoint takes only this share of the steps, the first ones, and --model "
                      "takes the rest, as in MixGRPO's evaluation (0.8 in its paper); 0: off"),
         batch=(None, "pictures sampled at a time"), columns=(8, "prompts in the grid"),
@@ -400,7 +400,7 @@ def parse_args(argv=None):
         text = f"{text} (default {shown})".replace(f"{HERE}/", "")
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--checkpoint", nargs="*", default=[], help="models that were aligned from "
-                        "--model: FluxPipeline directories, or adapters for it")
+                        "--model: pipeline directories, or adapters for it")
     parser.add_argument("--overwrite", action="store_true",
                         help="delete the pictures and scores of these rows, and make them again")
     if RANK:
@@ -425,14 +425,14 @@ def check(args):
     args.resolution = height if height == width else f"{width}x{height}"
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
-    schedule(args.steps, args.shift)
+    schedule(args.steps, args.shift or 1)
     cuda, by_checkpoint = torch.cuda.is_available(), round(args.hybrid * args.steps)
     for holds, sentence in [
         (args.specs, f"scorers is empty; name at least one of {', '.join(rewards.SCORERS)}"),
         (min(args.images_per_prompt, args.columns, args.batch, args.num_prompts + 1) >= 1,
          "images_per_prompt, columns and batch must be at least 1, and num_prompts 0"),
         (args.solver in SOLVERS, f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
-        (0.01 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0.01 to 100"),
+        (0 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0 to 100"),
         (args.hybrid == 0 or 0 < by_checkpoint < args.steps,
          f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the "
          f"{args.steps} steps"),
@@ -474,7 +474,7 @@ def main(argv=None):
         if RANK == 0:
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
                   f"resolution {args.resolution}, {args.solver} {args.steps} steps, shift "
-                  f"{args.shift:g}, guidance {args.guidance:g}, seed {args.seed}, hybrid "
+                  f"{args.shift or 'own'}, guidance {args.guidance:g}, seed {args.seed}, hybrid "
                   f"{args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:
                 row.begin(args.overwrite)

@@ -1,9 +1,10 @@
 """
-FLUX behind a few methods. Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps,
-v ~ eps - x_0. FLUX has the same convention, so nothing is flipped or rescaled here.
+FLUX.1 and FLUX.2 [klein] behind a few methods. Time t runs from 1 (noise) to 0 (image):
+x_t = (1-t) x_0 + t eps, v ~ eps - x_0. Both have this convention, so nothing is flipped here.
 
-Whatever `diffusers.FluxPipeline` can load is loaded by the same lines: the small one in tiny/flux
-and FLUX.1-dev alike. Letters: P prompts, M latents (a multiple of P), N image tokens, C channels of
+What diffusers' `FluxPipeline` and `Flux2KleinPipeline` can load is loaded by the same lines, the
+small one in tiny/flux too. `Flux` is what the two models share; what differs is in `Flux1` and
+`Klein`, at the end. Letters: P prompts, M latents (a multiple of P), N image tokens, C channels of
 a token, L text tokens.
 
 What train() asks of a model, FLUX or not (examples/own_model.py has another one):
@@ -13,131 +14,29 @@ What train() asks of a model, FLUX or not (examples/own_model.py has another one
     velocity(x, t, cond)    x (M, *latent_shape), t in [0, 1], one for all or (M,) -> v like x; the
                             rows are grouped by prompt, M/P each; float32; differentiable
     decode(x)               latents at t = 0 -> images (M, 3, H, W), float32 in [0, 1]
+    nfe                     network evaluations in a velocity, 2 with classifier-free guidance
+    shift(steps)            the shift of the schedule where --shift is 0
     trained()               the list of trained parameters, float32
     transformer             the module that has them; its state goes into the checkpoints
     save(path, weights)     write into the folder `path` what is needed to sample again
     net, blocks()           for several processes: the module that `velocity` calls, and its parts
 """
-import json, logging, re, shutil
+import logging, math, shutil
 from pathlib import Path
 import machine                                                  # noqa: F401  (before diffusers)
 import diffusers
 import torch
 import transformers
-from diffusers import FluxPipeline
-from safetensors.torch import load_file
+from diffusers import Flux2KleinPipeline, FluxPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.utils.checkpoint import checkpoint
+from inputs import add_lora, find_pipeline, load_lora, parse_resolution
 
 diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
 transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
-# diffusers warns of every prompt that is cut. `Flux.cut` counts them once.
+# diffusers warns of every prompt that is cut. `cut` counts them once.
 logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0",                # where LoRA goes
-             "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-# ----------------------------------------------------------------------------------------------
-# what can be loaded
-
-def check_model(path):
-    """Refuse, before anything is loaded, what is neither a FluxPipeline directory nor a hub id."""
-    path = Path(path)
-    if (path / "model_index.json").is_file():
-        check_configs(path, lambda file: path / file)
-    elif path.is_file():
-        raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
-                         "diffusers makes of it: FluxPipeline.from_single_file, save_pretrained")
-    elif path.exists() or len(path.parts) != 2 or path.parent.exists():
-        raise ValueError(f"{path} is not a FluxPipeline directory; it must hold model_index.json, "
-                         "or be a hub id like black-forest-labs/FLUX.1-dev")
-
-
-def check_configs(path, find):
-    """Refuse another pipeline, and a transformer that cannot be trained here. find(name) ->
-    path."""
-    def read(file):
-        return json.loads(find(file).read_text(encoding="utf-8"))
-
-    kind = read("model_index.json").get("_class_name")
-    if kind != "FluxPipeline":
-        raise ValueError(f"{path} is a {kind}, but must be a FluxPipeline, text to image")
-    config = read("transformer/config.json")
-    channels = config.get("in_channels", 64)
-    if (config.get("out_channels") or channels) != channels:
-        raise ValueError(f"the transformer of {path} takes {channels} channels and gives "
-                         f"{config['out_channels']}; Fill, Depth and Canny models need more inputs "
-                         "than a prompt, and cannot be aligned here")
-    if config.get("quantization_config"):
-        raise ValueError(f"the transformer of {path} is quantized; name the original weights, and "
-                         "train adapters (--lora_rank 64) if memory is scarce")
-
-
-def find_folder(path):
-    """The folder of a pipeline. A hub id is downloaded, after a look at its configuration."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import hf_hub_download
-    check_configs(path, lambda file: Path(hf_hub_download(str(path), file)))
-    return Path(FluxPipeline.download(str(path)))
-
-
-def parse_resolution(text):
-    """ "720" or "832x640" (width x height) -> (height, width) in pixels."""
-    if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip())):
-        raise ValueError(f"resolution is {text}, but must be a number of pixels, or like 832x640")
-    width, height = int(match[1]), int(match[2] or match[1])
-    if not all(16 <= side <= 8192 and side % 16 == 0 for side in (width, height)):
-        raise ValueError(f"resolution is {text}, but its sides must be multiples of 16, up to 8192")
-    return height, width
-
-
-# ----------------------------------------------------------------------------------------------
-# adapters
-
-def is_lora(path):
-    """Whether a path names adapters: a .safetensors file, or a folder with one that diffusers or
-    PEFT wrote."""
-    return lora_file(path) is not None
-
-
-def lora_file(path):
-    path = Path(path)
-    found = [path, path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"]
-    return next((file for file in found if file.is_file() and file.suffix == ".safetensors"), None)
-
-
-def add_lora(transformer, rank):
-    """Add adapters of this rank to all attention projections. They are zero at first, and nothing
-    else is trained. Alpha equals the rank, so programs that ignore alpha apply the same
-    strength."""
-    from peft import LoraConfig
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                       target_modules=ATTENTION))
-
-
-def load_lora(pipe, path):
-    """Load adapters, in any layout that diffusers knows or in PEFT's own."""
-    file = lora_file(path)
-    try:
-        state, prefix = load_file(file), "base_model.model."    # PEFT's
-        if all(name.startswith(prefix) and "transformer_blocks" in name for name in state):
-            settings = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
-            state = {name.replace(prefix, "transformer."): w for name, w in state.items()}
-            for name in [name for name in state if name.endswith(".lora_A.weight")]:
-                alpha = torch.tensor(float(settings["lora_alpha"]))
-                state[name.replace(".lora_A.weight", ".alpha")] = alpha
-            pipe.load_lora_weights(state, adapter_name="default")
-        else:
-            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="default")
-    except Exception as error:
-        raise ValueError(f"{file} could not be loaded as adapters: {error}") from error
-    if not any("lora_" in name for name, _ in pipe.transformer.named_parameters()):
-        raise ValueError(f"{file} holds no adapters of the transformer")
-
-
-# ----------------------------------------------------------------------------------------------
-# the transformer's blocks
 
 def blocks(transformer):
     """What is gathered, recomputed and compiled one at a time."""
@@ -152,18 +51,19 @@ def recompute(transformer, count):
             checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)))
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Flux:
     """
-    path         a FluxPipeline directory or a hub id; or a FluxPipeline, if it is not to be saved
+    path         the folder of a pipeline or a hub id, which is a Flux1 or a Klein; or a pipeline,
+                 if it is not to be saved
     resolution   pixels, multiples of 16: a side, or "832x640" for width x height
-    guidance     FLUX.1-dev takes its guidance scale as an input; 3.5 is its usual value
+    guidance     guidance scale: of FLUX.1-dev an input, usually 3.5; of klein's base usually 4
     checkpoint_blocks  number of blocks whose activations are recomputed in the backward pass, -1:
                  all; it saves memory and costs up to half of an update's time
     compiled     compile the blocks: one graph for each kind of block and size of batch
     frozen       only sample from it
-    lora_rank    train only adapters of this rank on the attention projections; 0: all weights
+    lora_rank    train only adapters of this rank on the layers of attention; 0: all weights
     lora         adapters, a file or a folder: to sample with if frozen, else to train further
     text_device  where the text encoders are: "" beside the transformer, "cpu", or "offload", on the
                  CPU between uses
@@ -175,17 +75,24 @@ class Flux:
     resolution or adapters that do not fit.
     """
 
+    def __new__(cls, path, *_, **__):
+        """A Flux1 or a Klein, whichever `path` has."""
+        is_pipeline = isinstance(path, diffusers.DiffusionPipeline)
+        name, folder = (type(path).__name__, None) if is_pipeline else find_pipeline(path)
+        model = super().__new__(MODELS[name])
+        model.folder = folder
+        return model
+
     def __init__(self, path, resolution, device="cpu", guidance=3.5, checkpoint_blocks=0,
                  compiled=False, frozen=False, lora_rank=0, lora="", text_device="", sharded=False,
                  batch=0):
         self.device, self.text_device, self.batch = torch.device(device), text_device, batch
+        self.pipe, self.guidance = path, guidance
         train_all = not (frozen or lora_rank or lora)
-        self.pipe, self.folder = path, None
-        if not isinstance(path, FluxPipeline):
-            self.folder = find_folder(path)
+        if self.folder:
             small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             dtype = {"transformer": torch.float32 if train_all else small, "default": small}
-            self.pipe = FluxPipeline.from_pretrained(self.folder, dtype=dtype)
+            self.pipe = self.pipeline.from_pretrained(self.folder, dtype=dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer.requires_grad_(train_all)
         self.net = self.transformer                             # what is called; DDP wraps it
@@ -199,7 +106,8 @@ class Flux:
                 w.data = w.data.float()
         if not sharded:
             self.transformer.to(self.device)
-        self.encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)      # CLIP, T5
+        self.encoders = [part for name, part in self.pipe.components.items()
+                         if name in ("text_encoder", "text_encoder_2")]
         for part in (self.pipe.vae, *self.encoders):
             part.requires_grad_(False).eval()
         self.pipe.vae.to(self.device)
@@ -214,9 +122,7 @@ class Flux:
         step = 2 * self.pipe.vae_scale_factor                   # pixels per token: 8, packed 2 x 2
         self.height, self.width = (side // step for side in parse_resolution(resolution))
         self.latent_shape = (self.height * self.width, self.transformer.config.in_channels)
-        self.img_ids = FluxPipeline._prepare_latent_image_ids(
-            1, self.height, self.width, self.device, torch.float32)             # (N, 3)
-        self.guidance = guidance if self.transformer.config.guidance_embeds else None
+        self.img_ids = self.positions()                         # (N, 3 or 4)
 
     def trained(self):
         """The weights that are trained."""
@@ -227,49 +133,43 @@ class Flux:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """P prompts -> what `velocity` needs: dict(txt (P, L, .) of T5, vec (P, .) of CLIP)."""
+        """P prompts -> what `velocity` needs: a dict of tensors (P, ...)."""
         where = "cpu" if self.text_device == "cpu" else self.device
         for part in self.encoders:
             part.to(where)
-        txt, vec, _ = self.pipe.encode_prompt(prompts, None, where,
-                                              max_sequence_length=self.text_length())
+        cond = self.embed(prompts, where)
         for part in self.encoders if self.text_device == "offload" else ():
             part.to("cpu")
-        return dict(txt=txt.to(self.device), vec=vec.to(self.device))
-
-    def text_length(self):
-        return min(512, self.pipe.tokenizer_2.model_max_length)                 # FLUX.1-dev: 512
-
-    def cut(self, prompts):
-        """How many prompts are too long: {"CLIP": for CLIP's 77 tokens, "T5": for T5's 512}."""
-        encoders = dict(CLIP=(self.pipe.tokenizer, self.pipe.tokenizer.model_max_length),
-                        T5=(self.pipe.tokenizer_2, self.text_length()))
-        return {name: sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False).input_ids)
-                for name, (tokenizer, limit) in encoders.items()}
+        return {name: tensor.to(self.device) for name, tensor in cond.items()}
 
     def velocity(self, x, t, cond):
         """v_theta(x, t): x (M, N, C), t a number or (M,), cond of P prompts; the rows are grouped
         by prompt, M/P each -> (M, N, C)."""
-        each, M = len(x) // len(cond["vec"]), len(x)
+        M, v = len(x), []
         if not (torch.is_tensor(t) and t.ndim):
             t = torch.full((M,), float(t))
         t = t.to(self.device, torch.float32)                    # in [0, 1]; FLUX multiplies by 1000
-        txt, vec = (cond[key].repeat_interleave(each, 0) for key in ("txt", "vec"))     # (M, ...)
-        txt_ids = self.img_ids.new_zeros(txt.shape[1], 3)
-        v = []
+        cond = {name: tensor.repeat_interleave(M // len(tensor), 0)             # (M, ...)
+                for name, tensor in cond.items()}
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             for some in self.parts(M):
-                scale = None if self.guidance is None else torch.full_like(t[some], self.guidance)
-                v.append(self.net(
-                    hidden_states=x[some], timestep=t[some], guidance=scale,
-                    encoder_hidden_states=txt[some], pooled_projections=vec[some],
-                    img_ids=self.img_ids, txt_ids=txt_ids, return_dict=False)[0])
+                part = {name: tensor[some] for name, tensor in cond.items()}
+                v.append(self.evaluate(x[some], t[some], **part))
         return torch.cat(v).float()
 
     def parts(self, M, most=None):
         """Slices of M latents, `batch` at a time and at most `most`."""
         size = min(self.batch or M, most or M)
         return [slice(i, i + size) for i in range(0, M, size)]
+
+    @torch.no_grad()
+    def decode(self, x):
+        """Latents at t = 0, (M, N, C) -> images (M, 3, H, W) in [0, 1], float32. Sixteen at a time:
+        on a CPU 96 at once take twice as long, because they do not fit in its cache."""
+        vae, z = self.pipe.vae, self.unpack(self.unscale(x))
+        images = [vae.decode(z[some].to(vae.dtype), return_dict=False)[0].float()
+                  for some in self.parts(len(z), most=16)]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     def unpack(self, x):
         """Tokens to the VAE's grid: "b (h w) (c ph pw) -> b c (h ph) (w pw)" with ph = pw = 2."""
@@ -278,25 +178,15 @@ class Flux:
         x = x.permute(0, 3, 1, 4, 2, 5)                                         # (M, c, h, 2, w, 2)
         return x.reshape(len(x), -1, 2 * h, 2 * w)                              # (M, c, 2h, 2w)
 
-    @torch.no_grad()
-    def decode(self, x):
-        """Latents at t = 0, (M, N, C) -> images (M, 3, H, W) in [0, 1], float32. Sixteen at a time:
-        on a CPU 96 at once take twice as long, because they do not fit in its cache."""
-        vae = self.pipe.vae
-        z = self.unpack(x) / vae.config.scaling_factor + vae.config.shift_factor
-        images = [vae.decode(z[some].to(vae.dtype), return_dict=False)[0].float()
-                  for some in self.parts(len(z), most=16)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
-
     def save(self, path, weights=None):
-        """Write a directory for `FluxPipeline.from_pretrained`, or adapters for its
+        """Write a folder for the pipeline's `from_pretrained`, or adapters for its
         `load_lora_weights`. `weights`: {name: full tensor}, if the transformer is sharded."""
         if hasattr(self.transformer, "peft_config"):
             from diffusers.training_utils import _collate_lora_metadata
             from peft import get_peft_model_state_dict
             adapters = get_peft_model_state_dict(self.transformer, state_dict=weights)
             metadata = _collate_lora_metadata({"transformer": self.transformer})
-            FluxPipeline.save_lora_weights(path, adapters, **metadata)
+            self.pipeline.save_lora_weights(path, adapters, **metadata)
             return
         whole = self.transformer
         if weights is not None:
@@ -310,11 +200,110 @@ class Flux:
         """Copy the rest of the base byte for byte: what loads the base then loads this, too."""
         if self.folder is None:
             raise ValueError("a model that was not loaded from a folder cannot be saved")
-        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
-        parts = [name for name in index if name[0] != "_" and name != "transformer"]
         files = [self.folder / "model_index.json", self.folder / "transformer/config.json"]
-        files += [file for name in parts for file in (self.folder / name).rglob("*")]
+        for name in self.pipe.components:
+            if name != "transformer":
+                files += (self.folder / name).rglob("*")
         for file in filter(Path.is_file, files):
             target = path / file.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)       # not its mode, which may be read-only
+
+
+# ------------------------------------------------------------------------------------------------
+# What differs
+
+class Flux1(Flux):
+    """FLUX.1. CLIP and T5 read the prompt. The guidance scale is an input of the network."""
+
+    pipeline, nfe = FluxPipeline, 1
+
+    def embed(self, prompts, device):
+        """-> dict(txt (P, L, .) of T5, vec (P, .) of CLIP)"""
+        txt, vec, _ = self.pipe.encode_prompt(prompts, None, device,
+                                              max_sequence_length=self.text_length())
+        return dict(txt=txt, vec=vec)
+
+    def text_length(self):
+        return min(512, self.pipe.tokenizer_2.model_max_length)                 # FLUX.1-dev: 512
+
+    def cut(self, prompts):
+        """How many prompts are too long: {"CLIP": for CLIP's 77 tokens, "T5": for T5's 512}."""
+        encoders = dict(CLIP=(self.pipe.tokenizer, self.pipe.tokenizer.model_max_length),
+                        T5=(self.pipe.tokenizer_2, self.text_length()))
+        return {name: sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False).input_ids)
+                for name, (tokenizer, limit) in encoders.items()}
+
+    def positions(self):
+        return FluxPipeline._prepare_latent_image_ids(1, self.height, self.width, self.device,
+                                                      torch.float32)            # (N, 3)
+
+    def evaluate(self, x, t, txt, vec):
+        takes_guidance = self.transformer.config.guidance_embeds
+        return self.net(hidden_states=x, timestep=t, encoder_hidden_states=txt,
+                        pooled_projections=vec, img_ids=self.img_ids,
+                        txt_ids=self.img_ids.new_zeros(txt.shape[1], 3), return_dict=False,
+                        guidance=torch.full_like(t, self.guidance) if takes_guidance else None)[0]
+
+    def unscale(self, x):
+        return x / self.pipe.vae.config.scaling_factor + self.pipe.vae.config.shift_factor
+
+    def shift(self, steps):
+        return 3.0
+
+
+class Klein(Flux):
+    """FLUX.2 [klein]. A language model, Qwen3, reads the prompt. Guidance above 1 is two
+    evaluations, with the prompt and with an empty one; the distilled models have none."""
+
+    pipeline = Flux2KleinPipeline
+
+    @property
+    def nfe(self):
+        return 2 if self.guidance > 1 and not self.pipe.config.is_distilled else 1
+
+    def embed(self, prompts, device):
+        """-> dict(txt (P, L, .)) and, for guidance, the same of the empty prompt"""
+        txt, _ = self.pipe.encode_prompt([*prompts, ""], device,
+                                         max_sequence_length=self.text_length())
+        cond = dict(txt=txt[:-1], empty=txt[-1:].expand_as(txt[:-1]))
+        return cond if self.nfe == 2 else dict(txt=cond["txt"])
+
+    def text_length(self):
+        return min(512, self.pipe.tokenizer.model_max_length)                   # klein: 512
+
+    def cut(self, prompts):
+        """How many prompts are too long for Qwen3's 512 tokens, which hold a chat's frame too."""
+        tokenizer = self.pipe.tokenizer
+        chats = [[dict(role="user", content=prompt)] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True,
+                                              enable_thinking=False)
+        return dict(Qwen3=sum(len(ids) > self.text_length()
+                              for ids in tokenizer(texts, verbose=False).input_ids))
+
+    def positions(self):
+        one, h, w = (torch.arange(size) for size in (1, self.height, self.width))
+        return torch.cartesian_prod(one, h, w, one).to(self.device)             # (N, 4)
+
+    def evaluate(self, x, t, txt, empty=None):
+        if self.nfe == 2:                       # in one batch
+            x, t, txt = x.repeat(2, 1, 1), t.repeat(2), torch.cat([txt, empty])
+        txt_ids = torch.arange(txt.shape[1], device=self.device)[:, None]       # (L, 1)
+        v = self.net(hidden_states=x, timestep=t, encoder_hidden_states=txt, img_ids=self.img_ids,
+                     txt_ids=torch.nn.functional.pad(txt_ids, (3, 0)), return_dict=False)[0].float()
+        if self.nfe == 1:
+            return v
+        v, v_empty = v.chunk(2)
+        return v_empty + self.guidance * (v - v_empty)
+
+    def unscale(self, x):
+        norm = self.pipe.vae.bn                 # of each channel of a token
+        std = (norm.running_var + self.pipe.vae.config.batch_norm_eps).sqrt()
+        return x * std + norm.running_mean
+
+    def shift(self, steps):
+        """diffusers' dynamic shift, which depends on the number of tokens and of steps."""
+        return math.exp(compute_empirical_mu(self.latent_shape[0], steps))
+
+
+MODELS = {"FluxPipeline": Flux1, "Flux2KleinPipeline": Klein}

@@ -12,11 +12,10 @@ import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 import rewards
 from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log
+from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
 from machine import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
                      share_work, start_watchers, state_of, stopping, whole_weights)
-from model import check_model, is_lora, parse_resolution
 from neighbor_grpo import clip_fraction
-from prompts import evenly_spaced, read_prompts
 from rewards import ScorerError, one_line, parse_weights
 from solvers import schedule
 
@@ -307,15 +306,14 @@ class Run:
         before the first update whatever the model does.
 
         scores {name: (P, G)}, A (P, G); log_rhos: one (..., G) for each trained step, or none.
-        The reward of several scorers is the weighted mean of their raw scores, in whatever units;
-        training standardises them first.
+        The reward of several scorers is a weighted mean of raw scores; training standardises them.
         """
         c, weights = self.cfg, parse_weights(self.cfg.reward_weights, scores).to(A)
         reward = sum(w * s for w, s in zip(weights, scores.values())) / weights.sum()
         line = dict(iter=it + 1, reward=reward, reward_std=reward.std(1), **scores,
                     first_ratio=None, clip_fraction=None, grad_norm=torch.stack(self.norms),
                     flat_groups=int((A == 0).all(1).sum()), skipped=self.skipped, **seconds,
-                    nfe_old=nfe_old, nfe_theta=nfe_theta)
+                    nfe_old=nfe_old * self.model.nfe, nfe_theta=nfe_theta * self.model.nfe)
         if log_rhos:
             log_rho = torch.cat([r.flatten() for r in log_rhos])
             first = log_rho[: len(log_rho) // c.updates_per_iteration]          # before any update
@@ -344,8 +342,9 @@ class Run:
         """Sample the held-out prompts, always from the same noise. Scores go into the log, a few
         pictures into samples/, beside those of the base."""
         n, c = len(self.prompts), self.cfg
-        ts = schedule(c.eval_steps or c.num_rollout_steps, c.shift)
         solver = "dpmpp_2m" if c.eval_steps else c.solver
+        steps = c.eval_steps or c.num_rollout_steps
+        ts = schedule(steps, c.shift or self.model.shift(steps))
         at_once = c.prompts_per_iteration // WORLD * c.group_size       # as many as in a rollout
         def sample_and_score(mine):
             images, scores = evaluate(self.model, self.scorers, self.prompts, ts, solver,

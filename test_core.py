@@ -572,7 +572,7 @@ def test_one_call_of_ddim_step_may_have_several_times():
 class Stub:
     """What train.py needs of a model, with a linear velocity. It counts the latents."""
 
-    device, latent_shape = torch.device("cpu"), (4, 3)
+    device, latent_shape, nfe = torch.device("cpu"), (4, 3), 1
 
     def __init__(self):
         torch.manual_seed(0)
@@ -604,7 +604,7 @@ def brightness(images, prompts):
 
 def stub_run(folder, model, preset="dpm8", **settings):
     (folder / "prompts.txt").write_text("a\nb\nc\n", encoding="utf-8")
-    settings = dict(train.PRESETS[preset], model="", prompts=str(folder / "prompts.txt"),
+    settings = dict(train.PRESETS[preset], model="", prompts=str(folder / "prompts.txt"), shift=3.0,
                     rewards="brightness", out_dir=str(folder / "run"), overwrite=True, lr=1e-2,
                     iterations=1, updates_per_iteration=1, eval_every=0, save_every=0) | settings
     return Run(train.Config(**settings), model, {})

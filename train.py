@@ -10,17 +10,17 @@ The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are
 file draws the random numbers and calls the others in order. run.py logs, evaluates and saves.
 """
 import argparse, math, os, sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
+from inputs import read_prompts
 from machine import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
                      gather_objects, init_processes, stopwatch, wrap_for_processes)
 from model import Flux
 from neighbor_grpo import advantages, clipped_objective, combine_rewards, log_ratio, perturb_noise
-from prompts import read_prompts
 from rewards import parse_weights
 from run import HERE, Run, check
 from solvers import ddim_step, rollout, schedule
@@ -181,7 +181,7 @@ def check_option(name, value, allowed):
 @dataclass
 class Config:
     # task
-    model: str = option("black-forest-labs/FLUX.1-dev", "FluxPipeline directory or hub id")
+    model: str = option("black-forest-labs/FLUX.1-dev", "FLUX.1 or FLUX.2 klein, folder or hub id")
     prompts: str = option("", "training prompts: a text file, one prompt a line; or hpdv2_train")
     eval_prompts: str = option("", "held-out prompts; empty: 8 of the training prompts")
     rewards: str = option("hpsv2,pickscore,imagereward", "what to align with (Sec. 4), "
@@ -190,8 +190,8 @@ class Config:
     reward_weights: str = option("", "a number for each, comma-separated; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "more scorers, comma-separated, logged but not trained on")
     resolution: str = option("720", "pixels, multiples of 16: a side, or 832x640, width x height")
-    guidance: float = option(3.5, "FLUX's guidance input", "(-inf, inf)")
-    shift: float = option(3.0, "timestep shift of the schedule", "[0.01, 100]")
+    guidance: float = option(3.5, "guidance scale; above 1 it doubles klein's cost", "(-inf, inf)")
+    shift: float = option(0.0, "of the schedule; 0: FLUX.1's 3, klein's dynamic one", "[0, 100]")
     # method
     iterations: int = option(300, "of Algorithm 1 (Sec. 4)", "[1, inf)")
     prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; "
@@ -223,14 +223,13 @@ class Config:
     fsdp: bool = option(False, "divide weights, gradients and moments among the processes")
     gather: bool = option(False, "with fsdp: keep all weights on every GPU between updates, all "
                           "gradients within one; faster, where there is room")
-    checkpoint_blocks: int = option(-1, "number of blocks whose activations are recomputed in the "
-                                    "backward pass, to save memory; -1: all (FLUX.1-dev has 57)",
-                                    "[-1, inf)")
+    checkpoint_blocks: int = option(-1, "number of blocks to recompute in the backward pass, to "
+                                    "save memory; -1: all (FLUX.1-dev has 57)", "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes "
                            "at the start, faster from then on")
     batch: int = option(0, "at most this many latents in one forward pass, to save memory where a "
                         "process holds several groups; 0: all at once", "[0, inf)")
-    text_encoder_device: str = option("", "where T5 and CLIP are. empty: with the transformer; "
+    text_encoder_device: str = option("", "where the text encoders are. empty: on device; "
                                       "cpu; offload: on the CPU between uses",
                                       ("", "cpu", "offload"))
     # run
@@ -353,7 +352,7 @@ def announce(c, model, run, cut):
           f"{'held out' if c.eval_prompts else 'of them to watch'}"
           + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n) + "\n"
           f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers) +
-          f"\niteration  {c.plan()}\n"
+          f"\niteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1) + "\n"
           f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
           f"{c.out_dir}/" + f", {WORLD} processes ({kind}) with {groups} groups each" * (WORLD > 1))
     if c.resume:
@@ -383,6 +382,7 @@ def start(cfg, algorithm):
         raise OSError(rewards.one_line(error)) from error
     wrap_for_processes(cfg, model)
     run = Run(cfg, model, scorers)
+    cfg = replace(cfg, shift=cfg.shift or model.shift(cfg.num_rollout_steps))
     if RANK == 0:
         announce(cfg, model, run, model.cut(prompts))
     with run.interruptible():

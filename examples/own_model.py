@@ -55,7 +55,7 @@ class Net(nn.Module):
 class PixelFlow:
     """A flow on pixels, with the methods that train() calls."""
 
-    device, latent_shape = torch.device("cpu"), (3, 16, 16)
+    device, latent_shape, nfe = torch.device("cpu"), (3, 16, 16), 1
 
     def __init__(self):
         self.transformer = Net()

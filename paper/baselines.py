@@ -20,9 +20,9 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 import torch
 import train
+from inputs import read_prompts
 from machine import RANK, WORLD, exit_process, gather_objects, stopwatch
 from neighbor_grpo import clipped_objective, combine_rewards, is_flat
-from prompts import read_prompts
 from rewards import parse_weights
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
 from train import average_gradients, by_group, generator, option, pick, score, update

@@ -40,11 +40,12 @@ import numpy as np
 import torch
 import rewards, train
 from eval import SOLVERS
+from inputs import read_prompts
 from paper import baselines, float8
-from paper.counts import VAE, Live, decoding, memory, operations
-from prompts import read_prompts
+from paper.counts import KLEIN, VAE, Live, decoding, memory, memory_of_klein, operations
 from run import Run
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, FluxPipeline,
+                       FluxTransformer2DModel)
 
 TRAIN, BASELINES = "train.py", "-m paper.baselines"             # what follows `python`
 METHODS = {                                                     # name: (label, script, settings)
@@ -147,7 +148,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
                     calls, seconds = one_iteration(s)
                 again = lambda: replay(s.model, s.scorers, calls, s.prompts)
                 if repeat == 0:
-                    found[name] = settings_of(s.cfg, calls)
+                    found[name] = settings_of(s.cfg, calls, s.model.nfe)
                     found[name]["flops"] = flops_of(s.costs, calls)
                     found[name]["grad_norm"] = s.run.lines()[-1]["grad_norm"]
                     found[name]["below_eps"] = shares[0] if shares else 0.0
@@ -184,6 +185,8 @@ def set_up(methods, flags, build, changes, folder):
                 change(model)
             models[key] = model, operations_of(model, cfg)
         model, costs = models[key]
+        shift = cfg.shift or model.shift(cfg.num_rollout_steps)
+        cfg = dataclasses.replace(cfg, shift=shift)
         prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
         scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
         run = Run(cfg, model, scorers)
@@ -249,12 +252,12 @@ def parsed(script, words):
 # ------------------------------------------------------------------------------------------------
 # What is counted, and the table
 
-def settings_of(cfg, calls):
-    """The columns of Table 3. NFE: latents that the network got, per image."""
+def settings_of(cfg, calls, nfe):
+    """The columns of Table 3. NFE: latents that the network got, each `nfe` times, per image."""
     images = cfg.prompts_per_iteration * cfg.group_size
     asked = {False: 0, True: 0}                 # without gradients, and with
     for what, size, trained in calls:
-        asked[trained] += size[0] if what == "velocity" else 0
+        asked[trained] += nfe * size[0] if what == "velocity" else 0
     return dict(solver=SOLVERS[cfg.solver], nfe_old=asked[False] / images, G=cfg.group_size,
                 B="adapt" if cfg.method == "branch" else cfg.num_anchors or cfg.group_size,
                 K="all" if cfg.method in ("branch", "fdfo") else cfg.num_train_steps,
@@ -271,10 +274,11 @@ def memory_of(call, model):
     return live.peak
 
 def operations_of(model, cfg):
-    """`operations` of a loaded model."""
+    """`operations` of a loaded model, for one latent."""
     text = model.encode([""])["txt"].shape[1]
-    return operations(model.transformer.config, model.latent_shape[0], text, cfg.lora_rank,
+    once = operations(model.transformer.config, model.latent_shape[0], text, cfg.lora_rank,
                       cfg.checkpoint_blocks)
+    return [model.nfe * count for count in once]
 
 def flops_of(costs, calls):
     """The transformer's operations in recorded calls. `costs`: those of one latent, without and
@@ -432,20 +436,28 @@ def is_possible(name, device, flags):
         return False
     return True
 
-def floor(tokens=45 * 45, text=512, rank=64):
-    """Print the operations of each method's iteration with one group, FLUX.1-dev at 720x720: the
-    matrix products of the transformer, which every implementation needs."""
-    with torch.device("meta"):
-        config = FluxTransformer2DModel(guidance_embeds=True).config
-        vae = AutoencoderKL(**VAE)
+def costs_of(net, vae, name, tokens=45 * 45, text=512, rank=64):
+    """The operations of one latent at 720x720 -> {case: (forward, with backward)}. Also prints
+    them."""
     costs = {}
     for what, of in ((f"LoRA {rank}", rank), ("all weights", 0)):
         for how, blocks in (("nothing recomputed", 0), ("all recomputed", -1)):
-            costs[f"{what}, {how}"] = operations(config, tokens, text, of, blocks)
+            costs[f"{what}, {how}"] = operations(net.config, tokens, text, of, blocks)
     each = [f"{kind}: forward {forward / 1e12:.2f}, with backward {both / 1e12:.2f}"
             for kind, (forward, both) in costs.items()]
-    print(f"one latent of FLUX.1-dev, in TFLOP: {'; '.join(each)}; decoding it "
+    print(f"one latent of {name}, in TFLOP: {'; '.join(each)}; decoding it "
           f"{decoding(vae, 90) / 1e12:.2f}")
+    return costs
+
+def floor():
+    """Print the operations of each method's iteration with one group, FLUX.1-dev at 720x720: the
+    matrix products of the transformer, which every implementation needs. For FLUX.2 klein, print
+    those of one latent."""
+    with torch.device("meta"):
+        flux, klein = FluxTransformer2DModel(guidance_embeds=True), Flux2Transformer2DModel(**KLEIN)
+        vae, klein_vae = AutoencoderKL(**VAE), AutoencoderKLFlux2()
+    costs = costs_of(flux, vae, "FLUX.1-dev")
+    costs_of(klein, klein_vae, "FLUX.2-klein-base-4B, which guidance evaluates twice")
     cfg = parsed(TRAIN, [])
     small = train.load(cfg)
     forward, both = operations_of(small, cfg)
@@ -541,8 +553,8 @@ COMMANDS = {
     "ladder": "what each step of the fast path brings for Neighbor GRPO with 8 steps",
     "batching": "B anchors in one forward pass or in B",
     "scaling": "seconds against G, T, B, K and pixels, into results/scaling.md and .png",
-    "floor": "the operations of an iteration at FLUX.1-dev's size, counted without a GPU",
-    "memory": "the GPU memory that FLUX.1-dev needs, computed without a GPU",
+    "floor": "the operations of FLUX.1-dev and of FLUX.2 klein, counted without a GPU",
+    "memory": "the GPU memory that these two need, computed without a GPU",
 }
 
 def parse_args(argv):
@@ -599,7 +611,8 @@ def main(argv=None):
     if args.command == "floor":
         return floor()
     if args.command == "memory":
-        return print(markdown(*memory()))
+        print(markdown(*memory()) + "\n")
+        return print(markdown(*memory_of_klein()))
     geometry, names = getattr(args, "geometry", "tiny"), getattr(args, "only", ["dpm8"])
     flags = [*SIZES[geometry].split(), *settings]
     for _, script, own in [METHODS[name] for name in names]:

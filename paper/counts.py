@@ -4,16 +4,20 @@ but no numbers. `python -m paper.bench floor` and `memory` print the tables.
 """
 import weakref
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel,
+                       FluxTransformer2DModel)
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from model import add_lora, recompute
+from inputs import add_lora
+from model import recompute
 
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
            use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611,
            shift_factor=0.1159)                 # FLUX.1-dev's
+KLEIN = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+             guidance_embeds=False)             # FLUX.2-klein-base-4B's; its VAE has the defaults
 
 # ------------------------------------------------------------------------------------------------
 # Operations
@@ -22,8 +26,10 @@ def operations(config, tokens, text, rank=0, recomputed=0):
     """Floating point operations of a transformer for one latent -> (forward, forward and backward).
     Only matrix products count. torch counts them on tensors without numbers, because on a CPU it
     would miss those of attention."""
+    flux_1 = "pooled_projection_dim" in config
     with torch.device("meta"):
-        net = FluxTransformer2DModel.from_config(config).requires_grad_(not rank)
+        net = (FluxTransformer2DModel if flux_1 else Flux2Transformer2DModel).from_config(config)
+        net.requires_grad_(not rank)
     if rank:                                    # then the backward pass costs as much as the
         add_lora(net, rank)                     # forward pass, else twice as much
     inputs = inputs_of(net.config, 1, tokens, text, torch.float32)
@@ -38,16 +44,19 @@ def inputs_of(config, n, tokens, text, dtype):
     """The arguments of the network for n latents, without numbers."""
     def empty(*shape):
         return torch.empty(*shape, dtype=dtype, device="meta")
-    return dict(hidden_states=empty(n, tokens, config.in_channels), timestep=empty(n),
-                guidance=empty(n) if config.guidance_embeds else None,
-                encoder_hidden_states=empty(n, text, config.joint_attention_dim),
-                pooled_projections=empty(n, config.pooled_projection_dim),
-                img_ids=empty(tokens, 3), txt_ids=empty(text, 3), return_dict=False)
+    axes = len(config.axes_dims_rope)                           # 3, or klein's 4
+    inputs = dict(hidden_states=empty(n, tokens, config.in_channels), timestep=empty(n),
+                  guidance=empty(n) if config.guidance_embeds else None,
+                  encoder_hidden_states=empty(n, text, config.joint_attention_dim),
+                  img_ids=empty(tokens, axes), txt_ids=empty(text, axes), return_dict=False)
+    if "pooled_projection_dim" in config:
+        inputs["pooled_projections"] = empty(n, config.pooled_projection_dim)
+    return inputs
 
 def decoding(vae, side):
     """Operations of decoding one picture from a latent of side x side."""
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(vae.config)
+        vae = type(vae).from_config(vae.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
     return counter.get_total_flops()
@@ -91,6 +100,24 @@ def working_set(net, call, train):
             result.float().mean().backward()
     return live.peak
 
+def calls(net, M, batch, tokens, text=512):
+    """A function that calls the network for M latents, `batch` at a time."""
+    inputs = inputs_of(net.config, batch, tokens, text, torch.bfloat16)
+    return lambda: torch.cat([net(**inputs)[0] for _ in range(M // batch)])
+
+HEAD = ["what", "GPUs", "weights", "gradients, moments", "encoders, VAE", "scorers", "rollout",
+        "update", "peak"]
+
+def row(settings, gpus, always, temporary):
+    """A row of the table. always: the bytes that stay. temporary: those of rollout and update, of
+    which only the larger counts for the peak."""
+    return [settings, gpus, *(f"{part / 1e9:.1f}" for part in (*always, *temporary)),
+            f"{(sum(always) + max(temporary)) / 1e9:.0f}"]
+
+VAE_SIZE = 2 * 0.084e9                                          # bf16
+HPSV2, SCORERS = 4 * 0.986e9, 4 * (0.986e9 + 0.986e9 + 0.478e9)     # HPSv2.1, PickScore and
+                                                                    # ImageReward, float32
+
 def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev with --preset dpm8 (720x720, b
     anchors in a forward pass) and the paper's three rewards. -> head and rows of a table."""
@@ -99,13 +126,8 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
             net = FluxTransformer2DModel(guidance_embeds=True)
         return net.bfloat16().requires_grad_(trained)
 
-    def call(net, M, batch):
-        """A function that calls the network for M latents, `batch` at a time."""
-        inputs = inputs_of(net.config, batch, tokens, text, torch.bfloat16)
-        return lambda: torch.cat([net(**inputs)[0] for _ in range(M // batch)])
-
     def update_of(net):
-        return working_set(net, call(net, b, b), train=True)
+        return working_set(net, calls(net, b, b, tokens, text), train=True)
 
     frozen, whole, adapted = flux(False), flux(True), flux(False)
     add_lora(adapted, rank)
@@ -115,41 +137,67 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).bfloat16()
     z = torch.empty(G, 16, 90, 90, dtype=torch.bfloat16, device="meta")
-    rollout = working_set(frozen, call(frozen, G, G), train=False)
-    rollout_by_4 = working_set(frozen, call(frozen, 4, 4), train=False)
+    rollout = working_set(frozen, calls(frozen, G, G, tokens, text), train=False)
+    rollout_by_4 = working_set(frozen, calls(frozen, 4, 4, tokens, text), train=False)
     decode = working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
     lora_kept, full_kept = update_of(adapted), update_of(whole)
     adapted.enable_gradient_checkpointing()
     whole.enable_gradient_checkpointing()
     lora, full = update_of(adapted), update_of(whole)
-    lora_by_4 = working_set(adapted, call(adapted, 8 * b, 4), train=True)       # 8 prompts
-    vae_size = 2 * 0.084e9                                      # bf16
-    encoders = 2 * (4.762e9 + 0.123e9) + vae_size               # T5 and CLIP too, bf16
-    scorers = 4 * (0.986e9 + 0.986e9 + 0.478e9)     # HPSv2.1, PickScore, ImageReward, float32
+    eight_by_4 = calls(adapted, 8 * b, 4, tokens, text)         # of 8 prompts
+    lora_by_4 = working_set(adapted, eight_by_4, train=True)
+    encoders = 2 * (4.762e9 + 0.123e9) + VAE_SIZE               # T5 and CLIP too, bf16
     print(f"transformer {n / 1e9:.2f} B parameters, a block up to {block / 1e9:.2f} B; LoRA {rank}:"
           f" {adapters / 1e6:.0f} M; rollout of {G}: {rollout / 1e9:.1f} GB, decoding them "
           f"{decode / 1e9:.1f}, {b} anchors: {lora / 1e9:.1f} (LoRA) or {full / 1e9:.1f} (all) "
           f"with checkpointing, {lora_kept / 1e9:.0f} or {full_kept / 1e9:.0f} without\n")
     rows = []
 
-    def row(settings, gpus, weights, trained, roll, step, frozen=encoders):
-        always, temporary = (weights, trained, frozen, scorers), (roll, step)
-        rows.append([settings, gpus, *(f"{part / 1e9:.1f}" for part in (*always, *temporary)),
-                     f"{(sum(always) + max(temporary)) / 1e9:.0f}"])
+    def add(settings, gpus, weights, trained, roll, step, frozen=encoders):
+        rows.append(row(settings, gpus, (weights, trained, frozen, SCORERS), (roll, step)))
 
     weights = 2 * n + 4 * adapters
     for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
-        row(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters,
+        add(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters,
             max(rollout, decode), lora)
-    row(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
-        lora, vae_size)
-    row("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
-        max(rollout_by_4, decode / G * 4), lora_by_4, vae_size)
-    row("all weights", 1, 4 * n, 12 * n, rollout, full)
+    add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
+        lora, VAE_SIZE)
+    add("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
+        max(rollout_by_4, decode / G * 4), lora_by_4, VAE_SIZE)
+    add("all weights", 1, 4 * n, 12 * n, rollout, full)
     for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
-        row("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
+        add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
             rollout + 2 * block * 2, full + 2 * block * (2 + 4))
-        row("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
+        add("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
             rollout + 2 * n, full + (2 + 4) * n)
-    return ["what", "GPUs", "weights", "gradients, moments", "encoders, VAE", "scorers", "rollout",
-            "update", "peak"], rows
+    return HEAD, rows
+
+def memory_of_klein(b=2, rank=64):
+    """The same for FLUX.2-klein-base-4B on one GPU, with adapters. With guidance the network gets
+    each latent twice. If Qwen3 is moved to the GPU before a rollout, its weights, logits and hidden
+    states count for the rollout."""
+    with torch.device("meta"):
+        frozen = Flux2Transformer2DModel(**KLEIN).bfloat16().requires_grad_(False)
+        adapted = Flux2Transformer2DModel(**KLEIN).bfloat16().requires_grad_(False)
+        vae = AutoencoderKLFlux2().bfloat16()
+    add_lora(adapted, rank)
+    adapted.enable_gradient_checkpointing()
+    adapters = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
+    n = sum(w.numel() for w in frozen.parameters())
+    print(f"klein: transformer {n / 1e9:.2f} B parameters; LoRA {rank}: {adapters / 1e6:.0f} M\n")
+    rows = []
+    prompts, batch = 4, 2
+    for side, where, scorers, words in ((720, "offload", SCORERS, ""),
+                                        (512, "cpu", HPSV2, " --resolution 512 --rewards hpsv2")):
+        tokens = (side // 16) ** 2
+        z = torch.empty(batch, 32, side // 8, side // 8, dtype=torch.bfloat16, device="meta")
+        rollout = working_set(frozen, calls(frozen, 2 * batch, 2 * batch, tokens), train=False)
+        decode = working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
+        anchors = calls(adapted, 2 * prompts * b, 2 * batch, tokens)
+        update = working_set(adapted, anchors, train=True)
+        encode = 2 * (4.022e9 + (prompts + 1) * 512 * (151936 + 37 * 2560)) * (where == "offload")
+        settings = (f"`--lora_rank {rank} --text_encoder_device {where} --prompts_per_iteration "
+                    f"{prompts} --batch {batch}{words}`")
+        always = 2 * n + 4 * adapters, 12 * adapters, VAE_SIZE, scorers
+        rows.append(row(settings, 1, always, (max(rollout, decode, encode), update)))
+    return HEAD, rows

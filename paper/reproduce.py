@@ -38,11 +38,11 @@ import numpy as np
 import torch
 import rewards, train
 from eval import as_bytes, diversity, label_of, picture_grid, sample
+from inputs import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from paper import bench
 from paper.jobs import cached, commands, run_all, stop, threads
-from prompts import evenly_spaced, read_prompts
 from run import HERE, checkpoints
 from solvers import rollout, schedule
 

@@ -189,7 +189,7 @@ def test_with_an_empty_window_the_sde_is_the_ode(solver):
 
 
 def test_mixgrpo_leaves_the_ode_only_inside_its_window():
-    x, cfg = torch.randn(3, 4), Config(method="mix", **METHODS["mix"])
+    x, cfg = torch.randn(3, 4), Config(method="mix", shift=3.0, **METHODS["mix"])
     ts, start, end, levels = baselines.times(cfg, it=60)        # it has moved twice, at 25 and 50
     assert (start, end) == (2, 6) and levels.nonzero().flatten().tolist() == [2, 3, 4, 5]
     traj, vels = sde_rollout(exact, x, ts, levels, torch.randn(4, 3, 4))
@@ -412,7 +412,7 @@ def test_spos_objective_is_largest_at_a_ratio_of_one_plus_or_minus_eps(advantage
 class Stub:
     """What the loops need of a model, with a linear velocity. It counts the latents that `velocity`
     gets, without and with gradients."""
-    device, latent_shape = torch.device("cpu"), (4, 3)
+    device, latent_shape, nfe = torch.device("cpu"), (4, 3), 1
 
     def __init__(self):
         torch.manual_seed(0)
@@ -452,7 +452,7 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
     settings = {**METHODS[method], "method": method, "model": "", "rewards": "brightness",
                 "prompts": str(folder / "prompts.txt"), "out_dir": str(folder / "run"),
                 "overwrite": True, "iterations": 1, "eval_every": 0, "save_every": 0, "lr": 1e-2,
-                **settings}
+                "shift": 3.0, **settings}
     run = Run(Config(**settings), model, {})
     baselines.loop(run.cfg, model, {"brightness": scorer}, run)
     return run.lines()
@@ -550,7 +550,7 @@ def test_mixgrpo_trains_the_steps_in_its_window_and_nothing_while_it_is_empty(tm
     assert lines[3]["first_ratio"] is None
     moved = [bool((b - a).any()) for a, b in zip(before, before[1:])]
     assert moved == [True, True, True, False]
-    cfg = Config(**{**METHODS["mix"], "method": "mix", **settings})
+    cfg = Config(**{**METHODS["mix"], "method": "mix", "shift": 3.0, **settings})
     assert [baselines.nfe(cfg, it)[1] for it in range(5)] == [3, 2, 1, 0, 3]
 
 

@@ -16,14 +16,13 @@ import rewards
 from diffusers import FluxPipeline
 from eval import (diversity, draw_curve, evaluate, label_of, mean_and_stderr, picture_grid, sample,
                   wrap_text)
+from inputs import read_prompts
 from model import Flux
-from prompts import read_prompts
 from solvers import schedule
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parents[1]
 FLUX = HERE / "tiny/flux"
-JUDGE = rewards.find("judge")[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,7 +206,8 @@ def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of
 
 def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
         finished, aligned, tmp_path, monkeypatch, sampled):
-    scored, score = [], JUDGE.score
+    judge = rewards.find("judge")[0]
+    scored, score = [], judge.score
 
     def breaks(self, pixels, prompts):
         scored.append(len(pixels))
@@ -215,7 +215,7 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
             raise KeyboardInterrupt
         return score(self, pixels, prompts)
 
-    monkeypatch.setattr(JUDGE, "score", breaks)
+    monkeypatch.setattr(judge, "score", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, aligned)
     assert sampled and not (tmp_path / "results.json").exists()

@@ -79,7 +79,7 @@ def alone(tmp_path, monkeypatch):
 def small(device, **more):
     """The small FLUX, all of it in float32: on a GPU a folder's VAE would be loaded in bf16."""
     torch.manual_seed(0)                        # of adapters
-    return Flux(FluxPipeline.from_pretrained(FLUX), 64, device, **more)
+    return Flux(FluxPipeline.from_pretrained(FLUX, dtype=torch.float32), 64, device, **more)
 
 
 def noise(model, count=4):

@@ -1,12 +1,12 @@
 """
-prompts.py: which files of prompts it reads, and which it refuses.
+inputs.py: which files of prompts it reads, and which it refuses. Models are in test_model.py.
 
     python -m pytest -q tests/test_prompts.py
 """
 import json
 from pathlib import Path
 import pytest
-from prompts import evenly_spaced, read_prompts
+from inputs import evenly_spaced, read_prompts
 
 
 @pytest.fixture(autouse=True)

@@ -499,8 +499,6 @@ def test_named_is_1_where_the_prompts_concept_is_the_first_of_252_that_the_judge
     first = [phrases[k] for k in table.argmax(1)]
     expected = [float(f == prompt.partition(",")[0]) for f, prompt in zip(first, prompts)]
     assert named(images, prompts).tolist() == expected and 0.1 < np.mean(expected) < 0.9
-    with pytest.raises(ValueError, match="does not know the concept 'a zebra crossing'"):
-        rewards.load_all({"named": "named"}, "cpu", ["a zebra crossing, 3d style"])
 
 
 def test_flawless_tells_real_pictures_from_the_same_with_a_flaw():

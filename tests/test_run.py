@@ -21,7 +21,6 @@ from test_core import Stub, brightness, stub_run, train_stub
 from tests.conftest import HERE, SHORT, TINY, lines_of, weights_of
 
 FLUX = TINY / "flux"
-JUDGE = rewards.find("judge")[0]
 
 
 # ==================================================================== settings that are refused
@@ -463,7 +462,8 @@ def test_a_run_continues_without_wandb_if_that_fails(tmp_path, monkeypatch, caps
 
 def test_a_failing_scorer_that_is_only_watched_never_ends_a_run_and_its_score_is_missing(
         five, tmp_path, monkeypatch, capsys):
-    calls, score = [], JUDGE.score
+    judge = rewards.find("judge")[0]
+    calls, score = [], judge.score
 
     def fails_once(self, pixels, prompts):
         calls.append(len(pixels))
@@ -471,7 +471,7 @@ def test_a_failing_scorer_that_is_only_watched_never_ends_a_run_and_its_score_is
             raise RuntimeError("the server is down")
         return score(self, pixels, prompts)
 
-    monkeypatch.setattr(JUDGE, "score", fails_once)
+    monkeypatch.setattr(judge, "score", fails_once)
     out = tmp_path / "run"
     short = [word for word in SHORT if word != ""]      # watch the judge, which SHORT does not
     command = [*short, "judge", *five, "--eval_every", "1", "--iterations", "3"]

@@ -23,6 +23,7 @@ from run import checkpoints
 from solvers import rollout, schedule
 from test_core import G, Stub, brightness, stub_run, train_stub
 from tests.conftest import HERE, SHORT, TINY, lines_of
+from tests.test_model import OWN, one_layer_klein
 from tests.test_run import Saved, check_loads
 
 FLUX = TINY / "flux"
@@ -275,7 +276,7 @@ def test_the_default_settings_are_the_published_ones():
     c = train.Config()
     assert (c.group_size, c.sigma, c.p, c.clip_eps) == (12, 0.3, 0.8, 1e-4)
     assert (c.iterations, c.lr, c.weight_decay, c.max_grad_norm) == (300, 1e-5, 1e-4, 1.0)
-    assert (c.resolution, c.guidance, c.shift) == ("720", 3.5, 3.0)
+    assert (c.resolution, c.guidance, c.shift) == ("720", 3.5, 0)     # 0: FLUX.1's 3
     assert (c.tau, c.old_anchor, c.updates_per_iteration) == ("dim", "replay", 2)       # ours
     table_3 = {name: [row.get(key, getattr(c, key)) for key in (
         "solver", "num_rollout_steps", "num_anchors", "num_train_steps")]
@@ -431,6 +432,20 @@ def test_two_processes_make_the_same_run_as_one(case, alone, request):
     assert moved(folder / case, alone / "checkpoint-4") < 1e-4 < 1.5e-4 < moved(folder / case)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--fsdp"], ["--lora_rank", "4"]])
+def test_two_processes_train_klein_as_one_does(how, tmp_path):
+    path = one_layer_klein(tmp_path / "klein")
+    words = [*OWN, "--model", str(path), "--prompts_per_iteration", "2", "--lr", "1e-5"]
+    alone = [word for word in how if word != "--fsdp"]
+    assert train.main([*words, *alone, "--out_dir", str(tmp_path / "one")]) is None
+    done = subprocess.run(**torchrun("train.py", *words, *how, "--out_dir", str(tmp_path / "two")),
+                          timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    check_equal(tmp_path / "two", tmp_path / "one", 2e-3)       # a JPEG's size is whole bytes
+    assert (tmp_path / "two/checkpoint-2").is_dir()
+
+
 def test_a_run_of_two_processes_can_be_resumed_by_one_and_ends_with_the_same_weights(
         pair, alone, five, tmp_path):
     shutil.copytree(pair[0] / "fsdp2", tmp_path, dirs_exist_ok=True)
@@ -517,7 +532,7 @@ def test_an_average_that_has_hardly_moved_has_no_gain_but_weights_that_have_move
         assert train.main([*command, "--ema", ema, "--out_dir", str(tmp_path / ema)]) is None
     gains = {ema: abs(lines_of(tmp_path / ema)[-1]["eval_preference_gain"])
              for ema in ("0.9999999", "0")}
-    assert gains["0.9999999"] < 1e-4 and gains["0"] > 1e-3
+    assert gains["0.9999999"] < 1e-5 and gains["0"] > 3e-4
 
 
 # ======================================================================== weights

@@ -81,25 +81,22 @@ class Judge(Preference):
 
 
 class Named(Judge):
-    """1 if the judge, choosing among all 252 concepts of prompts/, chooses the prompt's own;
-    otherwise 0. By chance the mean would be 0.004."""
+    """1 if the judge, choosing among the prompt's concept and the 252 of prompts/, chooses the
+    prompt's; otherwise 0. By chance the mean would be 0.004."""
 
     def __init__(self, location="", device="cpu"):
         super().__init__(location, device)
         self.concepts = concepts()
         with torch.no_grad():
-            self.choices = self.cached_text(self.concepts)              # (252, 128)
-
-    def check_prompt(self, prompt):
-        if concept(prompt) not in concepts():
-            raise ValueError(f"scorer 'named' does not know the concept {concept(prompt)!r}; it "
-                             f"knows those in {HERE / 'prompts'}")
+            self.choices = F.normalize(self.cached_text(self.concepts), dim=1)      # (252, 128)
 
     def score(self, pixels, prompts):
-        image = F.normalize(self.encode_image(pixels), dim=1)
-        chosen = (image @ F.normalize(self.choices, dim=1).T).argmax(1).tolist()
-        right = [self.concepts[k] == concept(prompt) for k, prompt in zip(chosen, prompts)]
-        return torch.tensor(right, dtype=torch.float32)                 # (G,)
+        image = F.normalize(self.encode_image(pixels), dim=1)           # (G, 128)
+        own = F.normalize(self.cached_text([concept(prompt) for prompt in prompts]), dim=1)
+        others = image @ self.choices.T                                 # (G, 252)
+        for row, prompt in zip(others, prompts):
+            row[[choice == concept(prompt) for choice in self.concepts]] = -1
+        return ((image * own).sum(1) > others.amax(1)).float()          # (G,)
 
 
 def concept(prompt):

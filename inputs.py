@@ -1,5 +1,8 @@
 """
-Read prompts from files, and choose some of them evenly. `read_prompts` takes
+What a run reads: files of prompts, and folders of models and adapters. What cannot work is refused
+in one sentence, and a model's folder is checked before anything is loaded.
+
+Prompts. `evenly_spaced` chooses some of them evenly. `read_prompts` takes
 
     a text file       one prompt per line, which may have commas
     JSON, JSON Lines  strings, or objects with a "prompt", as in HPDv2 and GenEval
@@ -11,9 +14,18 @@ Read prompts from files, and choose some of them evenly. `read_prompts` takes
 A prompt that occurs several times in a file counts once, in the place of its first occurrence
 (HPDv2's train.json has each of its prompts several times). Blank lines do not count. A byte order
 mark, and spaces and zero-width characters around a prompt, are removed.
+
+Models. `check_model` and `find_pipeline` take the folder of a FluxPipeline or a Flux2KleinPipeline,
+or a hub id. `load_lora` puts trained adapters into a network, from a file or folder in any layout
+that diffusers knows or in PEFT's own; `add_lora` puts new ones.
+
+torch and diffusers take seconds to import, so only the functions that need them do it.
 """
 import contextlib, csv, io, json, re
 from pathlib import Path
+
+# ------------------------------------------------------------------------------------------------
+# Files of prompts
 
 HPDV2 = {       # name: (its place, what it contains, how to download it)
     "hpdv2_test": ("hpdv2/benchmark",
@@ -137,3 +149,112 @@ def evenly_spaced(n, most):
     pictures that we show, so nobody can pick the good ones."""
     count = min(n, most)
     return [int((i + 0.5) * n / count) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders of models and of adapters
+
+PIPELINES = ("FluxPipeline", "Flux2KleinPipeline")              # model.py has a class for each
+
+
+def check_model(path):
+    """Refuse, before anything is loaded, what is neither the folder of a pipeline nor a hub id."""
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        check_configs(path, lambda file: path / file)
+    elif path.is_file():
+        raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
+                         "diffusers makes of it: FluxPipeline.from_single_file, save_pretrained")
+    elif path.exists() or len(path.parts) != 2 or path.parent.exists():
+        raise ValueError(f"{path} is not a FluxPipeline directory, nor a Flux2KleinPipeline's; it "
+                         "must hold model_index.json, or be a hub id like "
+                         "black-forest-labs/FLUX.1-dev")
+
+
+def check_configs(path, find):
+    """The class of a pipeline, by name. Refuses other classes, and a transformer that cannot be
+    trained here. find(name) -> path."""
+    def read(file):
+        return json.loads(find(file).read_text(encoding="utf-8"))
+
+    name = read("model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"{path} is a {name}, but must be a {' or '.join(PIPELINES)}, text to "
+                         "image")
+    config = read("transformer/config.json")
+    channels = config.get("in_channels", 64)
+    if (config.get("out_channels") or channels) != channels:
+        raise ValueError(f"the transformer of {path} takes {channels} channels and gives "
+                         f"{config['out_channels']}; Fill, Depth and Canny models need more inputs "
+                         "than a prompt, and cannot be aligned here")
+    if config.get("quantization_config"):
+        raise ValueError(f"the transformer of {path} is quantized; name the original weights, and "
+                         "train adapters (--lora_rank 64) if memory is scarce")
+    return name
+
+
+def find_pipeline(path):
+    """The class of a pipeline, by name, and its folder. A hub id is downloaded, after a look at its
+    configuration."""
+    if Path(path).is_dir():
+        return check_configs(path, lambda file: Path(path) / file), Path(path)
+    import diffusers
+    from huggingface_hub import hf_hub_download
+    name = check_configs(path, lambda file: Path(hf_hub_download(str(path), file)))
+    return name, Path(getattr(diffusers, name).download(str(path)))
+
+
+def parse_resolution(text):
+    """ "720" or "832x640" (width x height) -> (height, width) in pixels."""
+    if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip())):
+        raise ValueError(f"resolution is {text}, but must be a number of pixels, or like 832x640")
+    width, height = int(match[1]), int(match[2] or match[1])
+    if not all(16 <= side <= 8192 and side % 16 == 0 for side in (width, height)):
+        raise ValueError(f"resolution is {text}, but its sides must be multiples of 16, up to 8192")
+    return height, width
+
+
+def is_lora(path):
+    """Whether a path names adapters: a .safetensors file, or a folder with one that diffusers or
+    PEFT wrote."""
+    return lora_file(path) is not None
+
+
+def lora_file(path):
+    path = Path(path)
+    found = [path, path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"]
+    return next((file for file in found if file.is_file() and file.suffix == ".safetensors"), None)
+
+
+def add_lora(transformer, rank):
+    """Add adapters of this rank to all linear layers of attention; klein's single blocks have its
+    feed-forward layers in the same matrices. They are zero at first, and nothing else is trained.
+    Alpha equals the rank, so programs that ignore alpha apply the same strength."""
+    from peft import LoraConfig
+    from torch.nn import Linear
+    linear = [name for name, part in transformer.named_modules()
+              if ".attn." in name and isinstance(part, Linear)]
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                       target_modules=linear))
+
+
+def load_lora(pipe, path):
+    """Load adapters, in any layout that diffusers knows or in PEFT's own."""
+    import torch
+    from safetensors.torch import load_file
+    file = lora_file(path)
+    try:
+        state, prefix = load_file(file), "base_model.model."    # PEFT's
+        if all(name.startswith(prefix) and "transformer_blocks" in name for name in state):
+            settings = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
+            state = {name.replace(prefix, "transformer."): w for name, w in state.items()}
+            for name in [name for name in state if name.endswith(".lora_A.weight")]:
+                alpha = torch.tensor(float(settings["lora_alpha"]))
+                state[name.replace(".lora_A.weight", ".alpha")] = alpha
+            pipe.load_lora_weights(state, adapter_name="default")
+        else:
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="default")
+    except Exception as error:
+        raise ValueError(f"{file} could not be loaded as adapters: {error}") from error
+    if not any("lora_" in name for name, _ in pipe.transformer.named_parameters()):
+        raise ValueError(f"{file} holds no adapters of the transformer")
