@@ -2,7 +2,7 @@
 Sample held-out prompts from a base model and from models that were aligned from it, score the
 pictures, and print the paper's Table 1. Time t runs from 1 (noise) to 0 (image).
 
-    python eval.py --checkpoint out/tiny/checkpoint-60     # the small world: base against aligned
+    python eval.py --checkpoint out/tiny/checkpoint-50     # the small world: base against aligned
     torchrun --nproc_per_node 8 eval.py --model black-forest-labs/FLUX.1-dev \\
         --checkpoint out/dpm8/checkpoint-300 --prompts hpdv2_test   # FLUX: 50 steps, 1024 x 1024
 
@@ -176,7 +176,7 @@ def weights_of(path):
     return fingerprint(path if is_lora(path) else Path(path) / "transformer", "*.safetensors")
 
 def label_of(path):
-    """The last two parts of a checkpoint's path, as in "tiny-checkpoint-60"."""
+    """The last two parts of a checkpoint's path, as in "tiny-checkpoint-50"."""
     path = Path(path).resolve() if Path(path).exists() else Path(path)
     return "-".join(path.relative_to(path.anchor).parts[-2:]) or "root"
 

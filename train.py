@@ -289,9 +289,8 @@ def is_positive(text):
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"),
                  eval_prompts=str(HERE / "tiny/prompts/test_concept.txt"), rewards="preference",
-                 eval_scorers="judge,flawless", resolution="64", shift=1.0, iterations=60,
-                 eval_every=20, save_every=30, prompts_per_iteration=8, lr=5e-5,
-                 checkpoint_blocks=0, compile=False),
+                 eval_scorers="judge,flawless", resolution="64", shift=1.0, iterations=50,
+                 prompts_per_iteration=8, lr=5e-5, checkpoint_blocks=0, compile=False),
     # the rows of Table 3
     "ddim25": dict(solver="ddim", num_rollout_steps=25, num_anchors=12, num_train_steps=4),
     "dpm16": dict(solver="dpmpp_2m", num_rollout_steps=16, num_anchors=4, num_train_steps=9),

@@ -3,7 +3,7 @@ A reward of your own: a function with these two arguments, in any file.
 
     python train.py --rewards examples/own_reward.py:redness
     python train.py --rewards preference,examples/own_reward.py:redness --reward_weights 2,1
-    python eval.py --scorers examples/own_reward.py:redness --checkpoint out/tiny/checkpoint-60
+    python eval.py --scorers examples/own_reward.py:redness --checkpoint out/tiny/checkpoint-50
 
 `images` is a float tensor (G, 3, H, W) in [0, 1] on the run's device; `prompts` is a list of G
 strings. Return one finite number for each image, in a tensor (G,), a list or an array. Higher is

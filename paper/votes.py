@@ -2,7 +2,7 @@
 The paper's Figure 7: a page on which people vote for pictures of two models, without knowing which
 model made which, and the win rate from the votes that they send back.
 
-    python -m paper.votes pairs out/eval/tiny-flux out/eval/tiny-checkpoint-60
+    python -m paper.votes pairs out/eval/tiny-flux out/eval/tiny-checkpoint-50
     python -m paper.votes count votes-*.json
 
 The page is one HTML file, pairs.html, with the pictures inside. It needs no server and no network.
