@@ -555,8 +555,7 @@ def test_mixgrpo_trains_the_steps_in_its_window_and_nothing_while_it_is_empty(tm
 
 
 @pytest.mark.parametrize("method", [
-    pytest.param(method, marks=[pytest.mark.slow] * (method in ("mix", "flash", "flow", "fdfo")))
-    for method in METHODS])
+    pytest.param(method, marks=[pytest.mark.slow] * (method != "nft")) for method in METHODS])
 def test_every_method_raises_the_reward_on_the_same_noises(method, tmp_path):
     def rewards_of_twenty_groups(model):
         lines = train_stub(tmp_path, model, method, iterations=20, lr=1e-12)
@@ -746,7 +745,7 @@ def log_without_times(folder):
 
 
 @pytest.mark.parametrize("method", [
-    pytest.param(method, marks=[pytest.mark.slow] * (method != "nft")) for method in SMALL])
+    pytest.param(method, marks=pytest.mark.slow) for method in SMALL])
 def test_each_loop_runs_on_the_small_flux_and_an_interrupted_run_ends_like_an_uninterrupted_one(
         method, tmp_path):
     (tmp_path / "five.txt").write_text("a red apple\nan octopus\na dog\na red car\nthe moon\n")

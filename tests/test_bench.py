@@ -100,6 +100,7 @@ def test_the_recorded_calls_are_those_of_algorithm_1_with_two_prompts(
                        *update, *update]
 
 
+@pytest.mark.slow
 def test_the_phases_add_up_to_an_iteration_the_first_one_does_not_count_and_nothing_is_learnt(
         monkeypatch):
     """The clock is false: it moves only in calls whose duration is set here."""
@@ -294,6 +295,7 @@ def test_an_iteration_and_then_the_ladder_run_at_another_geometry(
         assert float(seconds["update"]) > 0
 
 
+@pytest.mark.slow
 def test_a_step_of_the_ladder_that_is_not_possible_is_named_and_the_others_are_timed(
         narrow, monkeypatch, capsys):
     monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
@@ -321,6 +323,7 @@ def test_a_step_of_the_ladder_that_is_not_possible_is_named_and_the_others_are_t
     assert "four: cuDNN's attention needs a GPU" in out.err
 
 
+@pytest.mark.slow
 def test_on_the_small_world_the_steps_of_the_ladder_take_turns_except_the_last(
         monkeypatch, capsys):
     built, load = [], train.load
@@ -346,6 +349,7 @@ def test_on_the_small_world_the_steps_of_the_ladder_take_turns_except_the_last(
                     "1/2 last", "2/2 last"]
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_ladder_that_are_asked_for_come_alone_each_with_its_busiest_operators(
         monkeypatch, capsys):
     monkeypatch.setattr(bench, "LADDER", {

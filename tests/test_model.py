@@ -449,7 +449,7 @@ def train_klein(path, out, how):
     return (v - v_base).abs().max(), v_base.abs().max()
 
 
-@pytest.mark.parametrize("how", [["--lora_rank", "4"], []])
+@pytest.mark.parametrize("how", [["--lora_rank", "4"], pytest.param([], marks=pytest.mark.slow)])
 def test_two_iterations_of_klein_train_save_resume_and_load_into_diffusers(klein, how, tmp_path):
     change, size = train_klein(klein, tmp_path / "run", how)
     assert change > 1e-4 * size

@@ -622,6 +622,7 @@ def check_loads(out):
         assert sum(name.startswith("weights.") for name in state) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_checkpoint_loads_even_if_the_process_is_killed_at_any_moment_of_a_save(
         tmp_path):
