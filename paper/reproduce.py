@@ -334,12 +334,7 @@ def compare(args, name, labels, caption):
         rows.append(row + paper_gains(name, label))
         points = [[list(map(float, part)) for part in pair] for pair in curves[label]]
         data[label] = dict(finals=each, curves=points, commands=commands(jobs[label]))
-    held_out = read_prompts(HELD_OUT)
-    places = evenly_spaced(len(held_out), 8)
-    strips = {"base": pictures(HERE / "tiny/flux", held_out, places)}
-    for label in labels:
-        strips[label] = pictures(checkpoints(next(iter(jobs[label])))[-1], held_out, places)
-    picture_grid(args.results / f"{name}.png", strips, [held_out[i] for i in places])
+    draw_pictures(args, name, {label: jobs[label] for label in labels})
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
     caption += (f" All methods have the same seconds, {seconds:.0f}, by the times of table3. "
                 f"{ERRORS} The goal is {RIVAL}'s final held-out gain, {goal:+.4f}. The paper's "
@@ -350,11 +345,16 @@ def compare(args, name, labels, caption):
             "paper: CLIP"]
     return head, rows, data, caption
 
-def pictures(path, prompts, places):
-    """A picture of each of these prompts, (P, 3, 64, 64) uint8."""
-    chosen = [prompts[i] for i in places]
-    images = sample(Flux(path, 64, frozen=True), chosen, places, schedule(16), "dpmpp_2m")
-    return (images * 255).round().to(torch.uint8)
+def draw_pictures(args, name, jobs):
+    """A picture of eight held-out prompts by the base, and by the first run of each label."""
+    held_out, strips = read_prompts(HELD_OUT), {}
+    places = evenly_spaced(len(held_out), 8)
+    chosen = [held_out[i] for i in places]
+    newest = {label: checkpoints(next(iter(runs)))[-1] for label, runs in jobs.items()}
+    for label, path in {"base": HERE / "tiny/flux", **newest}.items():
+        model = Flux(path, 64, frozen=True)
+        strips[label] = as_bytes(sample(model, chosen, places, schedule(16), "dpmpp_2m"))
+    picture_grid(args.results / f"{name}.png", strips, chosen)
 
 def table1(args):
     return compare(args, "table1", TABLE1,
@@ -405,18 +405,10 @@ def variants(args, name):
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
             "diversity": ""}
-    rows = [["base", *(f"{ends['base'][key]:.3f}" if key in ends["base"] else "" for key in keys)]]
+    rows = [["base", *(f"{ends['base'][key]:.3f}" for key in keys)]]
     rows += [[label, *(shown([ends[folder][key] for folder in each], 3, sign)
                        for key, sign in keys.items())] for label, each in jobs.items()]
-    known, strips = read_prompts(HELD_OUT), {}
-    chosen = evenly_spaced(len(known), 8)
-    paths = {"base": HERE / "tiny/flux",
-             **{label: checkpoints(next(iter(each)))[-1] for label, each in jobs.items()}}
-    for label, path in paths.items():
-        model = Flux(str(path), 64, frozen=True)
-        strips[label] = as_bytes(sample(model, [known[i] for i in chosen], chosen, schedule(16),
-                                        "dpmpp_2m"))
-    picture_grid(args.results / f"{name}.png", strips, [known[i] for i in chosen])
+    draw_pictures(args, name, jobs)
     caption = (f"{OURS}, except as named; {args.iterations} iterations each, lr {rate:g}, clip "
                f"{clip:g}. {ERRORS} The picture: the same held-out prompts and noises, seed 0.")
     head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity"]
@@ -514,7 +506,7 @@ def figure8(args):
     groups, rows, strips = before_and_after(args, prompts, seed=8), [], {}
     for i, prompt in enumerate(prompts):
         for label, (images, r) in groups.items():
-            strips[f"{prompt[:40]}: {label}"] = (images[i] * 255).round().to(torch.uint8)
+            strips[f"{prompt[:40]}: {label}"] = as_bytes(images[i])
             rows.append([prompt, label, f"{r[i].mean():.4f}", f"{r[i].std():.4f}",
                          f"{diversity(images)[i].item():.4f}"])
     picture_grid(args.results / "figure8.png", strips, [f"candidate {i + 1}" for i in range(12)])

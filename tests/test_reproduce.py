@@ -216,6 +216,33 @@ def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
     assert len(asked) == 2 * len(rows)
 
 
+@pytest.mark.parametrize("table", reproduce.VARIANTS)
+def test_a_variant_is_the_tuned_run_but_for_its_own_settings_and_is_averaged_over_its_own_seeds(
+        table, tmp_path, monkeypatch):
+    asked, drawn = {}, []
+    keys = ("preference_gain", "judge_gain", "named_gain", "flawless", "diversity")
+    monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
+    monkeypatch.setattr(reproduce, "run_all", lambda args, *groups: [
+        asked.update(group) for group in groups])
+    monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
+        "base": dict.fromkeys(keys, 0.5),
+        **{folder: dict.fromkeys(keys, i // 2) for i, folder in enumerate(asked)}})
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda *got: drawn.append(got[1:]))
+    _, rows, _, _ = reproduce.variants(settings(tmp_path, seeds=2), table)
+    plain = train.parse_config(["--iterations", "60", "--lr", "3e-5", "--clip_eps", "1e-3"])
+    for i, (label, flags) in enumerate(reproduce.VARIANTS[table].items()):
+        for seed, (_, words) in enumerate(list(asked.values())[2 * i : 2 * i + 2]):
+            cfg, own = train.parse_config(words), train.parse_config(flags.split())
+            names = [word.removeprefix("--") for word in flags.split() if word[:2] == "--"]
+            assert cfg.seed == seed and all(
+                getattr(cfg, name) == getattr(own if name in names else plain, name)
+                for name in ("rewards", "tau", "updates_per_iteration", "old_anchor", "lr",
+                             "clip_eps", "iterations"))
+        assert rows[1 + i][:2] == [label, f"{i:+.3f} ± 0.000"]          # its own two runs
+    assert rows[0][:2] == ["base", "0.500"] and len(asked) == 2 * len(rows[1:])
+    assert drawn[0][0] == table and list(drawn[0][1]) == list(reproduce.VARIANTS[table])
+
+
 def test_methods_are_compared_by_seconds_and_the_goal_is_the_last_mean_of_the_rival(
         tmp_path, monkeypatch):
     """DanceGRPO: ten iterations of 8 s. The two seeds rise evenly to +0.3 and +0.5, and in the last
@@ -240,9 +267,7 @@ def test_methods_are_compared_by_seconds_and_the_goal_is_the_last_mean_of_the_ri
     monkeypatch.setattr(reproduce, "run_all", run_all)
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
         "base": row, **{folder: row for folder in logs}})
-    monkeypatch.setattr(reproduce, "checkpoints", lambda folder: [folder])
-    monkeypatch.setattr(reproduce, "pictures", lambda *_: None)
-    monkeypatch.setattr(reproduce, "picture_grid", lambda *_: None)
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: None)
     args = settings(tmp_path, seeds=2, iterations=40)
     head, rows, data, _ = reproduce.compare(args, "table1", ["DanceGRPO", OURS], "")
     time_to = [name.startswith("time to") for name in head].index(True)
