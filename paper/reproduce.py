@@ -93,7 +93,7 @@ PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward (Table 1: one of
 # ------------------------------------------------------------------------------------------------
 # The runs of a method
 
-def job(args, label, seed, lr, clip, iterations, more=(), evaluations=10, extra=()):
+def job(args, label, seed, lr, clip, iterations, more=(), evaluations=5, extra=()):
     """One run of a method -> (folder, (script, flags)). `more` and `extra` are further flags; only
     `more` is part of the folder's name."""
     script, flags, _ = METHODS[label]
@@ -532,12 +532,12 @@ def main(argv=None):
     parser.add_argument("what", choices=[*RESULT_OF, "all"])
     parser.add_argument("--seeds", type=int, help="runs of each method (default 3; quick: 1)")
     parser.add_argument("--iterations", type=int, help="iterations of Neighbor GRPO with 8 "
-                        "steps; all runs take their seconds (default 100; quick: 4)")
+                        "steps; all runs take their seconds (default 40; quick: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--quick", action="store_true", help="only to see that it runs: minutes")
     parser.add_argument("--out_dir", default="out/reproduce", help="for the runs (out/reproduce)")
     args = parser.parse_args(argv)
-    seeds, iterations, args.repeats = (1, 4, 1) if args.quick else (3, 100, 10)
+    seeds, iterations, args.repeats = (1, 4, 1) if args.quick else (3, 40, 5)
     args.seeds = seeds if args.seeds is None else args.seeds
     args.iterations = iterations if args.iterations is None else args.iterations
     if min(args.seeds, args.iterations, args.jobs) < 1:
