@@ -82,18 +82,19 @@ first)
     cp "$TEMP/small/before_after.png" "$OUT/small_world.png"
     step tests 120 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
     step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
-    # blocks as they are; compiled, with the ten busiest kernels of both; fewer blocks recomputed
-    step ladder 270 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 1,2,6 --profile $MORE
+    # compiled, and the ten busiest kernels; then blocks as they are, and fewer blocks recomputed
+    step compiled 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2 --profile $MORE
+    step ladder 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 1,6 $MORE
     ;;
 second)
-    step float8 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3 $MORE
     step dance 200 "$PYTHON" -m paper.bench methods $SIZE --only dpm8,dance --no-compile --no-bare \
         --warm 0 --repeats 1 --json "$OUT/dance.json" $MORE
+    step tests_compiled 120 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
+    step float8 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3 $MORE
     step cudnn 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 7 $MORE
     step small_world_compiled 60 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
         --compile --eval_every 0 --out_dir "$TEMP/compiled"
     cp "$TEMP/compiled/log.jsonl" "$OUT/small_world_compiled.jsonl"
-    step tests_compiled 120 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
     ;;
 *)
     echo "usage: bash paper/gpu.sh first|second" >&2
