@@ -80,7 +80,7 @@ first)
         --eval_every 20 --out_dir "$TEMP/small"
     cp "$TEMP/small/log.jsonl" "$OUT/small_world.jsonl"
     cp "$TEMP/small/before_after.png" "$OUT/small_world.png"
-    step tests 120 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
+    step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
     step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
     # compiled, and the ten busiest kernels; then blocks as they are, and fewer blocks recomputed
     step compiled 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2 --profile $MORE

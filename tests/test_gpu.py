@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 import machine                                                  # (before diffusers)
-from diffusers import FluxPipeline
+from diffusers import (AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel,
+                       FluxPipeline)
 import rewards
 import run
 import train
 from tests.conftest import SHORT, TINY, lines_of, weights_of
+from tests.test_model import one_layer_klein
 from model import Flux
 from paper import bench, counts, float8
 
@@ -349,6 +351,51 @@ def test_memory_is_what_was_computed_within_a_fifth(what):
     measured = bench.memory_of(call, model) - before
     print(f"\n{what} of {count}: {measured / 1e9:.2f} GB beside the weights, computed "
           f"{computed / 1e9:.2f}")
+    assert measured == pytest.approx(computed, rel=0.2)
+
+
+@pytest.mark.parametrize("what", ["rollout", "update"])
+def test_kleins_memory_is_what_was_computed_within_a_fifth(what, tmp_path):
+    """FLUX.2-klein-base-4B's size with guidance, random weights, adapters of rank 64, four prompts,
+    two latents at a time."""
+    sizes, resolution, rank = (({}, 720, 64) if CUDA else
+                               (dict(num_layers=1, num_single_layers=1, num_attention_heads=2,
+                                     joint_attention_dim=64), 128, 4))
+    sizes, many = {**counts.KLEIN, **sizes}, 8 if what == "update" else 48
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    gc.collect()
+    with torch.device(DEVICE):
+        net = Flux2Transformer2DModel(**sizes).to(dtype)
+        vae = AutoencoderKLFlux2().to(dtype)
+    pipe = Flux2KleinPipeline.from_pretrained(one_layer_klein(tmp_path / "klein"), vae=vae,
+                                              transformer=net)
+    model = Flux(pipe, resolution, DEVICE, guidance=4.0, lora_rank=rank, checkpoint_blocks=-1,
+                 batch=2)
+    text = torch.randn(2, 4, 512, sizes["joint_attention_dim"]).to(model.device, dtype)
+    cond, x = dict(txt=text[0], empty=text[1]), noise(model, many).to(model.device)
+
+    def call():
+        with torch.set_grad_enabled(what == "update"):
+            v = model.velocity(x, 0.5, cond)
+            if what == "update":
+                v.mean().backward()
+        return v
+
+    with torch.device("meta"):
+        bare = Flux2Transformer2DModel(**sizes).to(dtype).requires_grad_(False)
+    counts.add_lora(bare, rank)
+    counts.recompute(bare, -1)
+    inputs = counts.inputs_of(bare.config, 4, model.latent_shape[0], 512, dtype)
+    both = lambda: torch.cat([bare(**inputs)[0] for _ in range(many // 2)])
+    computed = counts.working_set(bare, both, what == "update")
+    assert call().isfinite().all()              # gradients and workspaces exist from now on
+    began = bench.now(model.device)
+    call()
+    seconds = bench.now(model.device) - began
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    measured = bench.memory_of(call, model) - before
+    print(f"\nklein, {what} of {many}: {seconds:.2f} s, {measured / 1e9:.2f} GB beside the weights, "
+          f"computed {computed / 1e9:.2f}")
     assert measured == pytest.approx(computed, rel=0.2)
 
 
