@@ -394,8 +394,8 @@ def test_kleins_memory_is_what_was_computed_within_a_fifth(what, tmp_path):
     seconds = bench.now(model.device) - began
     before = torch.cuda.memory_allocated() if CUDA else 0
     measured = bench.memory_of(call, model) - before
-    print(f"\nklein, {what} of {many}: {seconds:.2f} s, {measured / 1e9:.2f} GB beside the weights, "
-          f"computed {computed / 1e9:.2f}")
+    print(f"\nklein, {what} of {many}: {seconds:.2f} s, {measured / 1e9:.2f} GB beside the "
+          f"weights, computed {computed / 1e9:.2f}")
     assert measured == pytest.approx(computed, rel=0.2)
 
 
