@@ -368,9 +368,6 @@ def build(cfg, geometry):
 # ------------------------------------------------------------------------------------------------
 # The other commands
 
-def cudnn_attention(model):
-    model.transformer.set_attention_backend("_native_cudnn")
-
 LADDER = {                              # step: (settings of train.py, a change of the model)
     "blocks as they are, all recomputed": ("--no-compile --checkpoint_blocks -1", None),
     "compiled": ("--compile --checkpoint_blocks -1", None),
@@ -378,8 +375,6 @@ LADDER = {                              # step: (settings of train.py, a change 
     "blocks as they are, nothing recomputed": ("--no-compile --checkpoint_blocks 0", None),
     "compiled, nothing recomputed": ("--compile --checkpoint_blocks 0", None),
     "compiled, 35 blocks recomputed": ("--compile --checkpoint_blocks 35", None),   # of FLUX's 57
-    # last and alone, because diffusers then uses this attention in all models
-    "compiled, cuDNN's attention": ("--compile --checkpoint_blocks -1", cudnn_attention),
 }
 
 def ladder(repeats, geometry, flags, steps=(), profile=False):
@@ -391,8 +386,7 @@ def ladder(repeats, geometry, flags, steps=(), profile=False):
     print(markdown(head, []), flush=True)
     turns = [[list(LADDER)[number - 1]] for number in steps] or [[name] for name in LADDER]
     if geometry == "tiny" and not steps:
-        *first, last = [name for name in LADDER if "35 blocks" not in name]
-        turns = [first, [last]]
+        turns = [[name for name in LADDER if "35 blocks" not in name]]
     for names in turns:
         torch.compiler.reset()
         if device.type == "cuda":
@@ -427,8 +421,6 @@ def is_possible(name, device, flags):
         parsed(TRAIN, [*flags, *settings.split()])
         if change is float8.prepare:
             float8.check(device)
-        if change is cudnn_attention and device.type != "cuda":
-            raise ValueError("cuDNN's attention needs a GPU")
     except SystemExit:                          # train.py has printed the reason
         return False
     except ValueError as error:

@@ -3,6 +3,7 @@ Operations and memory of FLUX, counted without a GPU: the networks run on tensor
 but no numbers. `python -m paper.bench floor` and `memory` print the tables.
 """
 import weakref
+from unittest import mock
 import torch
 from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel,
                        FluxTransformer2DModel)
@@ -88,13 +89,19 @@ class Live(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
+def flash_attention(query, key, value, **_):
+    """Attention as a GPU has it. Without a GPU torch would make all products of queries and keys,
+    which is most of the memory."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
 def working_set(net, call, train):
     """Peak bytes of a forward pass, or with `train` also of its backward pass, without the weights
     and their gradients."""
     for w in net.parameters():
         if w.requires_grad:
             w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
-    with torch.set_grad_enabled(train), Live(net) as live:
+    with (mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash_attention),
+          torch.set_grad_enabled(train), Live(net) as live):
         result = call()
         if train:
             result.float().mean().backward()

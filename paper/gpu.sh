@@ -66,6 +66,22 @@ if device.type == "cuda":
     print(torch.cuda.get_device_name(), f"{torch.cuda.mem_get_info()[1] / 1e9:.0f} GB")
 from paper.bench import matmul_rate
 print(f"a matrix product: {matmul_rate(device) / 1e12:.3g} TFLOP/s")
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+def attend(backend, x, dtype):                                  # x: (4, B, S, H, D)
+    q, k, v, down = x.to(device, dtype).transpose(2, 3)         # (B, H, S, D), strided as in FLUX
+    wanted = [each.requires_grad_() for each in (q, k, v)]
+    with sdpa_kernel(backend):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return [out, *torch.autograd.grad(out, wanted, down)]
+kinds = ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ("FLASH_ATTENTION",)
+for backend in (getattr(SDPBackend, kind) for kind in kinds):
+    for shape in ((4, 2, 32, 6, 32), (4, 2, 2537, 2, 128)):     # as in the small world, and in FLUX
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        exact = attend(SDPBackend.MATH, x, torch.float32)
+        found = attend(backend, x, torch.bfloat16)
+        off = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
+        print("off by", shape, backend.name, *(f"{each:.1e}" for each in off), flush=True)
 '
 compiles='
 import sys, torch
@@ -80,18 +96,16 @@ first)
         --eval_every 20 --out_dir "$TEMP/small"
     cp "$TEMP/small/log.jsonl" "$OUT/small_world.jsonl"
     cp "$TEMP/small/before_after.png" "$OUT/small_world.png"
-    step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
-    step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
-    # compiled, and the ten busiest kernels; then blocks as they are, and fewer blocks recomputed
-    step compiled 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2 --profile $MORE
-    step ladder 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 1,6 $MORE
-    ;;
-second)
+    step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "${TESTS:-not compiled}" \
+        tests/test_gpu.py
     step dance 200 "$PYTHON" -m paper.bench methods $SIZE --only dpm8,dance --no-compile --no-bare \
         --warm 0 --repeats 1 --json "$OUT/dance.json" $MORE
+    step compiled 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5 --profile $MORE
+    ;;
+second)
+    step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
     step tests_compiled 120 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
-    step float8 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3 $MORE
-    step cudnn 140 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 7 $MORE
+    step ladder 300 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2,3,6 $MORE
     step small_world_compiled 60 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
         --compile --eval_every 0 --out_dir "$TEMP/compiled"
     cp "$TEMP/compiled/log.jsonl" "$OUT/small_world_compiled.jsonl"
