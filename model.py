@@ -149,11 +149,11 @@ class Flux:
         if not (torch.is_tensor(t) and t.ndim):
             t = torch.full((M,), float(t))
         t = t.to(self.device, torch.float32)                    # in [0, 1]; FLUX multiplies by 1000
-        cond = {name: tensor.repeat_interleave(M // len(tensor), 0)             # (M, ...)
-                for name, tensor in cond.items()}
+        P = len(next(iter(cond.values())))
+        prompt = torch.arange(P, device=self.device).repeat_interleave(M // P)  # (M,)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             for some in self.parts(M):
-                part = {name: tensor[some] for name, tensor in cond.items()}
+                part = {name: tensor[prompt[some]] for name, tensor in cond.items()}
                 v.append(self.evaluate(x[some], t[some], **part))
         return torch.cat(v).float()
 

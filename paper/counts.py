@@ -144,8 +144,8 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).bfloat16()
     z = torch.empty(G, 16, 90, 90, dtype=torch.bfloat16, device="meta")
-    rollout = working_set(frozen, calls(frozen, G, G, tokens, text), train=False)
-    rollout_by_4 = working_set(frozen, calls(frozen, 4, 4, tokens, text), train=False)
+    evaluate = working_set(frozen, calls(frozen, G, G, tokens, text), train=False)
+    evaluate_4 = working_set(frozen, calls(frozen, 4, 4, tokens, text), train=False)
     decode = working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
     lora_kept, full_kept = update_of(adapted), update_of(whole)
     adapted.enable_gradient_checkpointing()
@@ -153,9 +153,10 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     lora, full = update_of(adapted), update_of(whole)
     eight_by_4 = calls(adapted, 8 * b, 4, tokens, text)         # of 8 prompts
     lora_by_4 = working_set(adapted, eight_by_4, train=True)
+    rollout = max(evaluate, decode)
     encoders = 2 * (4.762e9 + 0.123e9) + VAE_SIZE               # T5 and CLIP too, bf16
     print(f"transformer {n / 1e9:.2f} B parameters, a block up to {block / 1e9:.2f} B; LoRA {rank}:"
-          f" {adapters / 1e6:.0f} M; rollout of {G}: {rollout / 1e9:.1f} GB, decoding them "
+          f" {adapters / 1e6:.0f} M; rollout of {G}: {evaluate / 1e9:.1f} GB, decoding them "
           f"{decode / 1e9:.1f}, {b} anchors: {lora / 1e9:.1f} (LoRA) or {full / 1e9:.1f} (all) "
           f"with checkpointing, {lora_kept / 1e9:.0f} or {full_kept / 1e9:.0f} without\n")
     rows = []
@@ -165,18 +166,17 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
 
     weights = 2 * n + 4 * adapters
     for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
-        add(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters,
-            max(rollout, decode), lora)
+        add(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters, rollout, lora)
     add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
         lora, VAE_SIZE)
     add("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
-        max(rollout_by_4, decode / G * 4), lora_by_4, VAE_SIZE)
+        max(evaluate_4, decode / G * 4), lora_by_4, VAE_SIZE)
     add("all weights", 1, 4 * n, 12 * n, rollout, full)
     for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
         add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
-            rollout + 2 * block * 2, full + 2 * block * (2 + 4))
+            max(evaluate + 2 * block * 2, decode), full + 2 * block * (2 + 4))
         add("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
-            rollout + 2 * n, full + (2 + 4) * n)
+            max(evaluate, decode) + 2 * n, full + (2 + 4) * n)
     return HEAD, rows
 
 def memory_of_klein(b=2, rank=64):

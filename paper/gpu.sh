@@ -96,8 +96,7 @@ first)
         --eval_every 20 --out_dir "$TEMP/small"
     cp "$TEMP/small/log.jsonl" "$OUT/small_world.jsonl"
     cp "$TEMP/small/before_after.png" "$OUT/small_world.png"
-    step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "${TESTS:-not compiled}" \
-        tests/test_gpu.py
+    step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
     step dance 200 "$PYTHON" -m paper.bench methods $SIZE --only dpm8,dance --no-compile --no-bare \
         --warm 0 --repeats 1 --json "$OUT/dance.json" $MORE
     step compiled 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5 --profile $MORE

@@ -14,6 +14,7 @@ import rewards
 import train
 from model import Flux
 from paper import bench, counts, float8
+from diffusers import FluxTransformer2DModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 torch.set_num_threads(1)
@@ -227,6 +228,14 @@ def test_operations_counted_on_tensors_without_numbers_are_those_of_the_real_net
     assert bench.flops_of(bench.operations_of(model, cfg), calls) == counter.get_total_flops()
 
 
+def test_attentions_products_of_queries_and_keys_do_not_count_as_memory():
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2)
+    peaks = [counts.working_set(net, counts.calls(net.bfloat16(), 1, 1, tokens, text=tokens), False)
+             for tokens in (1000, 4000)]
+    assert peaks[1] == pytest.approx(4 * peaks[0], rel=0.05)    # with them: nearly 16 times
+
+
 def test_the_memory_peak_leaves_out_weights_views_and_tensors_that_were_freed():
     net = torch.nn.Linear(1000, 1000, bias=False)
     with torch.no_grad(), counts.Live(net) as live:
@@ -269,17 +278,6 @@ def test_a_step_of_the_ladder_does_what_its_name_says():
         assert blocks == ("0" if "nothing" in name else "35" if "35" in name else "-1")
         assert name.startswith("compiled") == ("--compile" in words)
         assert ("float8" in name) == (change is float8.prepare)
-        assert ("cuDNN" in name) == (change is bench.cudnn_attention)
-
-
-def test_cudnns_attention_reaches_every_block(load, tmp_path):
-    model = load(train.parse_config(["--out_dir", str(tmp_path / "run"), "--lora_rank", "1"]))
-    try:
-        bench.cudnn_attention(model)
-        found = {block.attn.processor._attention_backend.value for block in model.blocks()}
-    finally:                                    # else diffusers would use it in later models
-        model.transformer.set_attention_backend("native")
-    assert found == {"_native_cudnn"}
 
 
 @pytest.mark.slow
@@ -301,8 +299,7 @@ def test_a_step_of_the_ladder_that_is_not_possible_is_named_and_the_others_are_t
     monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "LADDER", {
         "one": ("--no-compile", None), "two": ("--checkpoint_blocks -7", None),
-        "three": ("", float8.prepare), "four": ("", bench.cudnn_attention),
-        "five": ("--max_grad_norm 1", None)})
+        "three": ("", float8.prepare), "four": ("--max_grad_norm 1", None)})
     velocity, broken = Flux.velocity, []
 
     def watched(model, x, *more):
@@ -316,16 +313,14 @@ def test_a_step_of_the_ladder_that_is_not_possible_is_named_and_the_others_are_t
     out = capsys.readouterr()
     failed = [line.split(" | ")[1] == "not possible here, see above |"
               for line in out.out.splitlines()[2:]]
-    assert failed == [False, True, True, True, True]
+    assert failed == [False, True, True, True]
     assert "the gradient is not finite, so nothing was updated" in out.err
     assert "checkpoint_blocks is -7" in out.err
     assert "three: float8 needs torchao" in out.err
-    assert "four: cuDNN's attention needs a GPU" in out.err
 
 
 @pytest.mark.slow
-def test_on_the_small_world_the_steps_of_the_ladder_take_turns_except_the_last(
-        monkeypatch, capsys):
+def test_on_the_small_world_the_steps_of_the_ladder_take_turns(monkeypatch, capsys):
     built, load = [], train.load
 
     def built_without_compiling(cfg):
@@ -334,19 +329,17 @@ def test_on_the_small_world_the_steps_of_the_ladder_take_turns_except_the_last(
 
     monkeypatch.setattr(bench, "LADDER", {
         "compiled": ("--compile", None), "one": ("--checkpoint_blocks -1", None),
-        "absent": ("", bench.cudnn_attention), "other": ("--checkpoint_blocks 0", None),
-        "again": ("--checkpoint_blocks 0", None), "last": ("--checkpoint_blocks 0", None)})
+        "other": ("--checkpoint_blocks 0", None), "again": ("--checkpoint_blocks 0", None)})
     monkeypatch.setattr(train, "load", built_without_compiling)
     monkeypatch.setattr(bench, "operations_of", lambda model, cfg: (1, 3))
     monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e12)
     bench.ladder(1, "tiny", [*SMALL, "--num_rollout_steps", "2", "--num_train_steps", "1"])
     out = capsys.readouterr()
-    assert built == [0, -1, 0, 0]               # "again" shares the model of "other"; last alone
-    assert len(out.out.splitlines()) == 8
+    assert built == [0, -1, 0]                  # "again" shares the model of "other"
+    assert len(out.out.splitlines()) == 6
     said = [line.split(":")[0] for line in out.err.splitlines() if line.startswith(("1/", "2/"))]
     together = ["compiled", "one", "other", "again"]
-    assert said == [*(f"1/2 {name}" for name in together), *(f"2/2 {name}" for name in together),
-                    "1/2 last", "2/2 last"]
+    assert said == [*(f"1/2 {name}" for name in together), *(f"2/2 {name}" for name in together)]
 
 
 @pytest.mark.slow
@@ -510,7 +503,7 @@ def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, 
     ("scaling --geometry flux", "unrecognized arguments: --geometry flux"),
     ("ladder --warm 3", "unrecognized arguments: --warm 3"),
     ("ladder --only dance", "unrecognized arguments: --only dance"),
-    ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 7"),
+    ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 6"),
     ("batching --json x.json", "unrecognized arguments: --json x.json"),
     ("methods --repeats 0", "--repeats must be at least 1"),
     ("methods --warm -1", "--warm at least 0"),

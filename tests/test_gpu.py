@@ -355,7 +355,7 @@ def test_memory_is_what_was_computed_within_a_fifth(what):
 
 
 @pytest.mark.parametrize("what", ["rollout", "update"])
-def test_kleins_memory_is_what_was_computed_within_a_fifth(what, tmp_path):
+def test_kleins_memory_is_what_was_computed_within_three_tenths(what, tmp_path):
     """FLUX.2-klein-base-4B's size with guidance, random weights, adapters of rank 64, four prompts,
     two latents at a time."""
     sizes, resolution, rank = (({}, 720, 64) if CUDA else
@@ -396,7 +396,7 @@ def test_kleins_memory_is_what_was_computed_within_a_fifth(what, tmp_path):
     measured = bench.memory_of(call, model) - before
     print(f"\nklein, {what} of {many}: {seconds:.2f} s, {measured / 1e9:.2f} GB beside the "
           f"weights, computed {computed / 1e9:.2f}")
-    assert measured == pytest.approx(computed, rel=0.2)
+    assert measured == pytest.approx(computed, rel=0.3)
 
 
 # ==================================================================== compiled (a minute or two)

@@ -65,3 +65,10 @@ def test_torchvision_can_be_imported_here():
     code = "import machine, torchvision; print(torchvision.transforms.Resize(3))"
     done = subprocess.run([sys.executable, "-c", code], cwd=SOURCE.parent, capture_output=True)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_cudnns_attention_is_off_and_flash_attention_is_on(tmp_path):
+    then = ("print(torch.backends.cuda.cudnn_sdp_enabled())\n"
+            "print(torch.backends.cuda.flash_sdp_enabled())")
+    done = start(tmp_path, None, then)
+    assert done.stdout.split() == ["imported", "False", "True"], done.stderr[-500:]
