@@ -149,7 +149,11 @@ def log_ratio(x, anchor, anchor_old, tau=1.0):
 
 def clipped_objective(log_rho, A, clip_eps):
     """Eq. 9: J = sum_i min(A_i rho_i, A_i clip(rho_i, 1 - clip_eps, 1 + clip_eps)), to be
-    MAXIMISED: loss = -J.
+    MAXIMISED: loss = -tau J.
+
+    The factor tau takes back the division in `log_ratio`, so the gradient does not depend on tau.
+    With tau = 1 it is the paper's. With tau = D and loss = -J it would be D times shorter: at
+    FLUX's size nearly all of its elements would be below AdamW's eps of 1e-8.
 
     log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. It is
     a sum over the group, not a mean. For inputs (..., G) it sums over all their anchors. At

@@ -74,7 +74,7 @@ def train(cfg, model, scorers, run):
                 log_rho = ratios(traj[k + 1], anchor, anchor_old, tau)  # (P, b, G)     Eq. 8, 10
                 each_A = A[:, None].expand_as(log_rho)                  # (P, b, G)
                 J = clipped_objective(log_rho, each_A, cfg.clip_eps)    # ()            Eq. 9
-                loss = -J / (chosen.numel() * len(steps))   # mean over the update's anchors, steps
+                loss = -tau * J / (chosen.numel() * len(steps))     # mean over anchors and steps
                 loss.backward()
                 log_rhos.append(log_rho.detach())
                 trained += chosen.numel()

@@ -67,7 +67,7 @@ def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, sigma=
             anchor = x_t + dt * velocity(x_t[None], ts[k])[0]       # the only one with a gradient
             anchor_old = x_t + dt * vels[k][j]
             log_rho = log_ratio(traj[k + 1], anchor, anchor_old, tau=anchor.numel())
-            loss = -clipped_objective(log_rho, A, clip_eps) / (B * K)
+            loss = -anchor.numel() * clipped_objective(log_rho, A, clip_eps) / (B * K)  # -tau J
             loss.backward()
     opt.step()              # train.py makes several updates per rollout; only then clip_eps acts
     opt.zero_grad()

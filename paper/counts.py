@@ -166,11 +166,13 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
 
     weights = 2 * n + 4 * adapters
     for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
-        add(f"`--lora_rank {rank}`", gpus, weights, (12 + 4 * (gpus > 1)) * adapters, rollout, lora)
+        trained = (12 + 4 * (gpus > 1)) * adapters
+        add(f"`--lora_rank {rank}`", gpus, weights, trained, rollout, lora)
     add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
         lora, VAE_SIZE)
-    add("the same, `--prompts_per_iteration 8 --batch 4`", 1, weights, 12 * adapters,
-        max(evaluate_4, decode / G * 4), lora_by_4, VAE_SIZE)
+    add("the same, `--checkpoint_blocks 0`", 1, weights, 12 * adapters, rollout, lora_kept, VAE_SIZE)
+    add("the same, `--prompts_per_iteration 8 --batch 4`, all recomputed", 1, weights,
+        12 * adapters, max(evaluate_4, decode / G * 4), lora_by_4, VAE_SIZE)
     add("all weights", 1, 4 * n, 12 * n, rollout, full)
     for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
         add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32

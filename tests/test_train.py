@@ -77,7 +77,7 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
                     ratios.append(rho.detach())
                     cut = rho.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
                     J = torch.minimum(A * rho, A * cut).sum()                   # Eq. 9
-                    (-J / (len(groups) * b * len(steps))).backward()
+                    (-tau * J / (len(groups) * b * len(steps))).backward()
         norms.append(sum(w.grad.pow(2).sum() for w in model.trained()).sqrt())
         for w in model.trained():
             w.grad *= min(1, cfg.max_grad_norm / norms[-1])
@@ -132,8 +132,8 @@ def test_an_anchor_is_pulled_only_by_the_candidates_and_rewards_of_its_own_group
     for t, found in gradients[:K]:                          # the first update: theta is theta_old
         t_next = ts[ts.index(t) + 1]
         x = states[t_next].unflatten(0, (P, G))
-        pull = 2 / 12 * torch.einsum("pg,pgnc->pnc", A, x)  # (2 / tau) sum_i A_i x_i, tau = D = 12
-        expected = -(t_next - t) * pull / (P * b * K)       # loss = -J, a mean over what is trained
+        pull = 2 * torch.einsum("pg,pgnc->pnc", A, x)       # of tau J: 2 sum_i A_i x_i
+        expected = -(t_next - t) * pull / (P * b * K)       # loss = -tau J, a mean over anchors, K
         expected = expected[:, None].expand(P, b, 4, 3)
         assert_close(found.unflatten(0, (P, b)), expected, atol=1e-6, rtol=1e-4)
 
