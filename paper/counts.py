@@ -164,15 +164,15 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     def add(settings, gpus, weights, trained, roll, step, frozen=encoders):
         rows.append(row(settings, gpus, (weights, trained, frozen, SCORERS), (roll, step)))
 
-    weights = 2 * n + 4 * adapters
+    weights, moments = 2 * n + 4 * adapters, 12 * adapters
     for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
-        trained = (12 + 4 * (gpus > 1)) * adapters
+        trained = moments + 4 * (gpus > 1) * adapters
         add(f"`--lora_rank {rank}`", gpus, weights, trained, rollout, lora)
-    add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, 12 * adapters, rollout,
-        lora, VAE_SIZE)
-    add("the same, `--checkpoint_blocks 0`", 1, weights, 12 * adapters, rollout, lora_kept, VAE_SIZE)
-    add("the same, `--prompts_per_iteration 8 --batch 4`, all recomputed", 1, weights,
-        12 * adapters, max(evaluate_4, decode / G * 4), lora_by_4, VAE_SIZE)
+    add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, moments, rollout, lora,
+        VAE_SIZE)
+    add("the same, `--checkpoint_blocks 0`", 1, weights, moments, rollout, lora_kept, VAE_SIZE)
+    add("the same, `--prompts_per_iteration 8 --batch 4`, all recomputed", 1, weights, moments,
+        max(evaluate_4, decode / G * 4), lora_by_4, VAE_SIZE)
     add("all weights", 1, 4 * n, 12 * n, rollout, full)
     for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
         add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
