@@ -8,8 +8,8 @@ The linear layers of FLUX's blocks multiply in float8 when gradients are off: in
 all evaluations. Weights and inputs are rounded only for the product, with a scale for each row. The
 weights themselves do not change, so an update needs no second copy.
 
-On the small world, the velocity changes by 3 % of its length. The old anchor is replayed from this
-velocity, so the first ratio differs from 1 by 5e-4. The gain did not change (LOG.md). On a CPU
+On the small world, the velocity changes by 3 to 5 % of its length. The old anchor is replayed from
+this velocity, so the first ratio differs from 1 by 5e-4. The gain did not change (LOG.md). On a CPU
 float8 is slower. On a GPU it has not been timed.
 """
 import importlib.util

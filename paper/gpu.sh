@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in two calls of under ten minutes each, on one GPU of 80 GB:
 #
-#     bash paper/gpu.sh first         # does it run, is it right, how fast is FLUX.1-dev's size
-#     bash paper/gpu.sh second        # what makes that faster, and DanceGRPO at the same size
+#     bash paper/gpu.sh first         # does it run, is it right, how fast is FLUX.1-dev's size, and
+#                                     # DanceGRPO there
+#     bash paper/gpu.sh second        # compiled blocks: are they right, what do they bring
 #     DEVICE=cpu bash paper/gpu.sh first      # a rehearsal without a GPU: a narrow model, more time
 #
 # Nothing is downloaded: weights are random or those of tiny/. The most telling comes first, each

@@ -132,8 +132,8 @@ def test_in_bf16_velocity_and_gradients_are_near_those_of_float32(monkeypatch):
     print(f"\nbf16 against float32: velocity {distance(v_there, v):.1e}, gradients "
           f"{distance(gradients_there, gradients):.1e}")
     assert v_there.dtype == torch.float32
-    assert 1e-4 < distance(v_there, v) < 0.1                    # forced on a CPU: 0.023
-    assert distance(gradients_there, gradients) < 0.4           # there: 0.16
+    assert 1e-4 < distance(v_there, v) < 0.15                   # on an H100: 0.087
+    assert distance(gradients_there, gradients) < 0.6           # there: 0.35
 
 
 @pytest.mark.parametrize("settings", [[], ["--lora_rank", "4"]], ids=["all weights", "adapters"])
