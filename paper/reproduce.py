@@ -179,9 +179,9 @@ def tuned(args):
     return {family: max(cells, key=whole)["setting"] for family, cells in sweep(args).items()}
 
 def sweep(args):
-    """Try every pair for a third of the seconds. Then try the two best learning rates, each with
-    its better clip, for all the seconds and with another seed, because the fastest start may not
-    end best. -> {method: [dict(setting, preference, judge)]}, with their gains as
+    """Try every pair for a third of the seconds. Then try the two best learning rates, with both
+    clips, for all the seconds and with another seed, because the fastest start may not end best.
+    -> {method: [dict(setting, preference, judge)]}, with their gains as
     {"third": gain, "whole": gain}. A run that diverged has a gain of -1."""
     labels = {}
     for label, (_, _, family) in METHODS.items():
@@ -205,9 +205,10 @@ def sweep(args):
     third = lambda cell: cell["preference"]["third"]
     best = {}
     for family, cells in found.items():
-        with_better_clip = [max((cell for cell in cells if cell["setting"][0] == lr), key=third)
-                            for lr in LEARNING_RATES]
-        best[family] = sorted(with_better_clip, key=third, reverse=True)[:2]
+        by_rate = {lr: [cell for cell in cells if cell["setting"][0] == lr]
+                   for lr in LEARNING_RATES}
+        two = sorted(by_rate.values(), key=lambda same: max(map(third, same)), reverse=True)[:2]
+        best[family] = sum(two, [])
     attempt("whole", 1, 1001, best)
     return found
 
