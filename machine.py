@@ -8,9 +8,9 @@ open_clip: it lets torchvision be imported over a CPU build of torch.
                 diffusers down with it. Nothing here calls those operators, so it is enough to
                 declare their names. Where the library does load (CUDA, ROCm, macOS, two CPU
                 builds), it declares them itself; a second declaration would abort the process.
-  attention     torch 2.11 and later take cuDNN's on an H100 or H200. Its gradients in bf16 were not
-                finite there, or it read memory that is not its own (paper/LOG.md; pytorch issue
-                196678 has such a case). Without it torch takes flash attention, as before.
+  attention     torch 2.11 takes cuDNN's on an H100. In bf16 its gradients were not finite, or the
+                process died of an illegal memory access (paper/LOG.md, 2026-11-27). Without it
+                torch takes flash attention, as before 2.11.
   processes     as torchrun or another launcher starts them: rank and world size, joining, sharing,
                 DDP and FSDP2. With one process almost all of this does nothing.
   the rest      seconds, TensorBoard and Weights & Biases, signals, errors, the end of a process

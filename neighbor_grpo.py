@@ -29,7 +29,7 @@ Where this departs from the text of the paper, and why:
      (`log_ratio`).
   2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But its
      clip of 1e-4 comes from code that takes the mean, which is tau = D. At the first update tau
-     only rescales the gradient. From the second update on the clip acts, and tau decides what it
+     only rescales the gradient of J. From the second update on the clip acts, and tau decides what it
      means.
   3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
      the ratio differs from 1 before any update, unless the rollout's solver is that of the trained
@@ -151,9 +151,9 @@ def clipped_objective(log_rho, A, clip_eps):
     """Eq. 9: J = sum_i min(A_i rho_i, A_i clip(rho_i, 1 - clip_eps, 1 + clip_eps)), to be
     MAXIMISED: loss = -tau J.
 
-    The factor tau takes back the division in `log_ratio`, so the gradient does not depend on tau.
-    With tau = 1 it is the paper's. With tau = D and loss = -J it would be D times shorter: at
-    FLUX's size nearly all of its elements would be below AdamW's eps of 1e-8.
+    The factor tau takes back the division in `log_ratio`: at theta_old the gradient is that of
+    tau = 1, the paper's. With tau = D and loss = -J it would be D times shorter, and at FLUX's size
+    nearly all of its elements would be below AdamW's eps of 1e-8.
 
     log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. It is
     a sum over the group, not a mean. For inputs (..., G) it sums over all their anchors. At

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in two calls of under ten minutes each, on one GPU of 80 GB:
 #
-#     bash paper/gpu.sh first         # does it run, is it right, how fast is FLUX.1-dev's size, and
-#                                     # DanceGRPO there
+#     bash paper/gpu.sh first         # does it run, is it right; an iteration at FLUX.1-dev's size,
+#                                     # ours and DanceGRPO's, and ours compiled
 #     bash paper/gpu.sh second        # compiled blocks: are they right, what do they bring
 #     DEVICE=cpu bash paper/gpu.sh first      # a rehearsal without a GPU: a narrow model, more time
 #
