@@ -29,8 +29,8 @@ Where this departs from the text of the paper, and why:
      (`log_ratio`).
   2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But its
      clip of 1e-4 comes from code that takes the mean, which is tau = D. At the first update tau
-     only rescales the gradient of J. From the second update on the clip acts, and tau decides what it
-     means.
+     only rescales the gradient of J. From the second update on the clip acts, and tau decides what
+     it means.
   3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
      the ratio differs from 1 before any update, unless the rollout's solver is that of the trained
      step.
