@@ -178,7 +178,7 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
         add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
             max(evaluate + 2 * block * 2, decode), full + 2 * block * (2 + 4))
         add("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
-            max(evaluate, decode) + 2 * n, full + (2 + 4) * n)
+            rollout + 2 * n, full + (2 + 4) * n)
     return HEAD, rows
 
 def memory_of_klein(b=2, rank=64):

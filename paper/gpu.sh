@@ -67,22 +67,6 @@ if device.type == "cuda":
     print(torch.cuda.get_device_name(), f"{torch.cuda.mem_get_info()[1] / 1e9:.0f} GB")
 from paper.bench import matmul_rate
 print(f"a matrix product: {matmul_rate(device) / 1e12:.3g} TFLOP/s")
-
-from torch.nn.attention import SDPBackend, sdpa_kernel
-def attend(backend, x, dtype):                                  # x: (4, B, S, H, D)
-    q, k, v, down = x.to(device, dtype).transpose(2, 3)         # (B, H, S, D), strided as in FLUX
-    wanted = [each.requires_grad_() for each in (q, k, v)]
-    with sdpa_kernel(backend):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    return [out, *torch.autograd.grad(out, wanted, down)]
-kinds = ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ("FLASH_ATTENTION",)
-for backend in (getattr(SDPBackend, kind) for kind in kinds):
-    for shape in ((4, 2, 32, 6, 32), (4, 2, 2537, 2, 128)):     # as in the small world, and in FLUX
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        exact = attend(SDPBackend.MATH, x, torch.float32)
-        found = attend(backend, x, torch.bfloat16)
-        off = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
-        print("off by", shape, backend.name, *(f"{each:.1e}" for each in off), flush=True)
 '
 compiles='
 import sys, torch
