@@ -52,7 +52,7 @@ class Flow(nn.Module):
 
 def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, sigma=0.3, clip_eps=1e-4):
     """One iteration for one prompt. velocity(x (M, *shape), t) -> v, t from 1 (noise) to 0."""
-    ts = torch.linspace(1, 0, T + 1)
+    ts, tau = torch.linspace(1, 0, T + 1), torch.Size(shape).numel()        # tau = D, a mean
     x = perturb_noise(torch.randn(shape), torch.randn(G, *shape), sigma)
     traj, vels = [x], []
     with torch.no_grad():
@@ -66,8 +66,8 @@ def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, sigma=
             x_t, dt = traj[k][j], ts[k + 1] - ts[k]
             anchor = x_t + dt * velocity(x_t[None], ts[k])[0]       # the only one with a gradient
             anchor_old = x_t + dt * vels[k][j]
-            log_rho = log_ratio(traj[k + 1], anchor, anchor_old, tau=anchor.numel())
-            loss = -anchor.numel() * clipped_objective(log_rho, A, clip_eps) / (B * K)  # -tau J
+            log_rho = log_ratio(traj[k + 1], anchor, anchor_old, tau)
+            loss = -tau * clipped_objective(log_rho, A, clip_eps) / (B * K)
             loss.backward()
     opt.step()              # train.py makes several updates per rollout; only then clip_eps acts
     opt.zero_grad()
