@@ -2,8 +2,9 @@
 # What only a GPU can tell, in two calls of under ten minutes each, on one GPU of 80 GB:
 #
 #     bash paper/gpu.sh first         # does it run, is it right; an iteration at FLUX.1-dev's size,
-#                                     # ours and DanceGRPO's, and ours compiled
-#     bash paper/gpu.sh second        # compiled blocks: are they right, what do they bring
+#                                     # ours and DanceGRPO's
+#     bash paper/gpu.sh second        # compiled blocks, fewer of them recomputed, float8: what do
+#                                     # they bring, are they right; memory
 #     DEVICE=cpu bash paper/gpu.sh first      # a rehearsal without a GPU: a narrow model, more time
 #
 # Nothing is downloaded: weights are random or those of tiny/. The most telling comes first, each
@@ -84,13 +85,14 @@ first)
     step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
     step dance 200 "$PYTHON" -m paper.bench methods $SIZE --only dpm8,dance --no-compile --no-bare \
         --warm 0 --repeats 1 --json "$OUT/dance.json" $MORE
-    step compiled 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5 --profile $MORE
     ;;
 second)
     step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
-    step tests_compiled 120 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
-    step ladder 300 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2,3,6 $MORE
-    step small_world_compiled 60 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
+    step compiled 330 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2,5 --profile $MORE
+    step tests_compiled 150 "$PYTHON" -m pytest -v -s -k "compiled or attention or memory" \
+        tests/test_gpu.py
+    step ladder 300 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3,4,6 $MORE
+    step small_world_compiled 90 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
         --compile --eval_every 0 --out_dir "$TEMP/compiled"
     cp "$TEMP/compiled/log.jsonl" "$OUT/small_world_compiled.jsonl"
     ;;
