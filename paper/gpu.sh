@@ -3,8 +3,8 @@
 #
 #     bash paper/gpu.sh first         # does it run, is it right; an iteration at FLUX.1-dev's size,
 #                                     # ours and DanceGRPO's
-#     bash paper/gpu.sh second        # compiled blocks, fewer of them recomputed, float8: what do
-#                                     # they bring, are they right; memory
+#     bash paper/gpu.sh second        # compiled blocks: what do they bring, are they right; float8,
+#                                     # and fewer blocks recomputed
 #     DEVICE=cpu bash paper/gpu.sh first      # a rehearsal without a GPU: a narrow model, more time
 #
 # Nothing is downloaded: weights are random or those of tiny/. The most telling comes first, each
@@ -89,12 +89,8 @@ first)
 second)
     step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
     step compiled 330 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2,5 --profile $MORE
-    step tests_compiled 150 "$PYTHON" -m pytest -v -s -k "compiled or attention or memory" \
-        tests/test_gpu.py
+    step tests_compiled 150 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
     step ladder 300 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3,4,6 $MORE
-    step small_world_compiled 90 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
-        --compile --eval_every 0 --out_dir "$TEMP/compiled"
-    cp "$TEMP/compiled/log.jsonl" "$OUT/small_world_compiled.jsonl"
     ;;
 *)
     echo "usage: bash paper/gpu.sh first|second" >&2
