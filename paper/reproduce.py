@@ -6,7 +6,7 @@ compares it with.
     python -m paper.reproduce all --jobs 2      # everything, two runs at a time
     python -m paper.reproduce all --quick       # minutes for each, into paper/results/quick/
 
-    table1, table2     the methods: reward, judge, diversity; seconds to DanceGRPO's final reward
+    table1, table2     the methods: reward, judge, diversity
     table3             the cost of an iteration: network evaluations, which are counted, and
                        seconds, which are measured in turns within one process
     table4, 5, 6       sigma, B and p around (0.5, 4, 2), the paper's starting point (Sec. 4.2)
@@ -36,6 +36,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 import rewards, train
 from eval import as_bytes, diversity, label_of, picture_grid, sample
 from inputs import evenly_spaced, read_prompts
@@ -260,8 +261,24 @@ def finals(args, jobs):
                    cwd=HERE, check=True, stdout=subprocess.DEVNULL)
     results = json.loads((args.out / "eval/results.json").read_text(encoding="utf-8"))["results"]
     rows = {row["label"]: row for row in results}
+    apart = {label: between_flawless(args.out / "eval" / label) for label in rows}
+    has_two = np.isfinite(apart[results[0]["label"]])
+    for label, row in rows.items():             # for all of them over the same prompts, or nearly
+        row["between_flawless"] = np.nanmean(apart[label][has_two])
     of_runs = {folder: rows[label_of(path)] for folder, path in newest.items()}
     return {"base": results[0], **of_runs}
+
+def between_flawless(folder):
+    """The distance of two pictures of each prompt that are both flawless, (prompts,), nan if there
+    are no two. Flaws change a whole picture, so `diversity` alone also counts their loss."""
+    apart = []
+    for file in sorted(folder.glob("pictures/*.json")):
+        flawless = json.loads(file.read_text(encoding="utf-8"))["flawless"]
+        kept = [np.array(Image.open(file.with_name(f"{file.stem}-{k}.png")))
+                for k, probability in enumerate(flawless) if probability > 0.5]
+        images = torch.tensor(np.stack(kept)) / 255 if len(kept) > 1 else None
+        apart.append(math.nan if images is None else diversity(images[None]).item())
+    return np.array(apart)
 
 def over_seeds(values):
     """The mean and its standard error, which is nan for one seed."""
@@ -282,24 +299,6 @@ def curve(lines, name="preference"):
     grid = np.linspace(0, times[-1], 11)
     return grid, np.interp(grid, times, gains)
 
-def first_time(times, gains, goal):
-    """The first time at which a curve, straight between its points, has the goal; inf if never."""
-    if gains[0] >= goal:
-        return times[0]
-    for k in range(1, len(times)):
-        if gains[k] >= goal:
-            part = (goal - gains[k - 1]) / (gains[k] - gains[k - 1])
-            return times[k - 1] + (times[k] - times[k - 1]) * part
-    return math.inf
-
-def times_to(curves, goal, rival_time):
-    """Each run's time to the goal, as a share of the rival's, from (times, gains) -> text"""
-    if rival_time == 0:
-        return "the rival gained nothing"
-    shares = [first_time(times, gains, goal) / rival_time for times, gains in curves]
-    never = np.isinf(shares).sum()
-    return f"not reached by {never} of {len(shares)}" if never else shown(shares, 2)
-
 def paper_gains(name, row):
     """The paper's two columns of a row, as gains over its base -> text"""
     values = PAPER[name].get(row, ())
@@ -307,21 +306,12 @@ def paper_gains(name, row):
 
 def compare(args, name, labels, caption):
     """A table that compares methods at equal seconds."""
-    chosen = tuned(args)
-    jobs = {label: jobs_of(args, label) for label in dict.fromkeys([RIVAL, *labels])}
+    chosen, jobs = tuned(args), {label: jobs_of(args, label) for label in labels}
     logs = run_all(args, *jobs.values())
     ends = finals(args, logs)
-    curves = {}                                 # {label: [(seconds, gains)]}
-    for label in jobs:
-        seconds = cost_of(args, label)["seconds"]
-        each = [curve(logs[folder]) for folder in jobs[label]]
-        curves[label] = [(iterations * seconds, gains) for iterations, gains in each]
-    rival = np.mean([gains for _, gains in curves[RIVAL]], 0)
-    goal, rival_time = rival[-1], first_time(curves[RIVAL][0][0], rival, rival[-1])
-
-    base, data = ends["base"], dict(goal=goal)
+    base, data = ends["base"], {}
     rows = [["base", "", "", "", "", "", f"{base['preference']:.4f}", "", f"{base['judge']:.4f}",
-             "", f"{base['diversity']:.3f}", "", "", ""]]
+             "", f"{base['diversity']:.3f}", f"{base['between_flawless']:.3f}", "", ""]]
     for label in labels:
         each, c = [ends[folder] for folder in jobs[label]], cost_of(args, label)
         lr, clip = chosen[METHODS[label][2]]
@@ -331,20 +321,16 @@ def compare(args, name, labels, caption):
         for scorer in ("preference", "judge"):
             row.append(shown([end[scorer] for end in each]))
             row.append(shown([end[f"{scorer}_gain"] for end in each], sign="+"))
-        row.append(shown([end["diversity"] for end in each], 3))
-        row.append("1" if label == RIVAL else times_to(curves[label], goal, rival_time))
+        row += [shown([end[key] for end in each], 3) for key in ("diversity", "between_flawless")]
         rows.append(row + paper_gains(name, label))
-        points = [[list(map(float, part)) for part in pair] for pair in curves[label]]
-        data[label] = dict(finals=each, curves=points, commands=commands(jobs[label]))
-    draw_pictures(args, name, {label: jobs[label] for label in labels})
+        data[label] = dict(finals=each, commands=commands(jobs[label]))
+    draw_pictures(args, name, jobs)
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
     caption += (f" All methods have the same seconds, {seconds:.0f}, by the times of table3. "
-                f"{ERRORS} The goal is {RIVAL}'s final held-out gain, {goal:+.4f}. The paper's "
-                "columns are gains too.")
+                f"{ERRORS} The paper's columns are gains too.")
     head = ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr, clip", "reward",
-            "its gain", "judge", "its gain", "diversity",
-            f"time to {RIVAL}'s final reward, as a share of {RIVAL}'s", "paper: HPSv2.1",
-            "paper: CLIP"]
+            "its gain", "judge", "its gain", "diversity", "of flawless pictures",
+            "paper: HPSv2.1", "paper: CLIP"]
     return head, rows, data, caption
 
 def draw_pictures(args, name, jobs):
@@ -406,14 +392,15 @@ def variants(args, name):
                            for seed in range(args.seeds))
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
-            "diversity": ""}
+            "diversity": "", "between_flawless": ""}
     rows = [["base", *(f"{ends['base'][key]:.3f}" for key in keys)]]
     rows += [[label, *(shown([ends[folder][key] for folder in each], 3, sign)
                        for key, sign in keys.items())] for label, each in jobs.items()]
     draw_pictures(args, name, jobs)
     caption = (f"{OURS}, except as named; {args.iterations} iterations each, lr {rate:g}, clip "
                f"{clip:g}. {ERRORS} The picture: the same held-out prompts and noises, seed 0.")
-    head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity"]
+    head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity",
+            "of flawless pictures"]
     data = dict(ends={label: [ends[folder] for folder in each] for label, each in jobs.items()},
                 commands=[line for each in jobs.values() for line in commands(each)])
     return head, rows, data, caption

@@ -8,9 +8,10 @@ import argparse, json, math, os, shutil, signal, threading, time
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from PIL import Image
 import train
 from paper import baselines, jobs, reproduce
-from paper.reproduce import HERE, OURS, curve, first_time, group_of, over_seeds, shown, times_to
+from paper.reproduce import HERE, OURS, between_flawless, curve, group_of, over_seeds, shown
 
 
 def settings(tmp_path, **more):
@@ -36,25 +37,6 @@ def test_a_curve_is_straight_between_evaluations_and_has_a_value_at_every_tenth_
     assert_allclose(iterations, np.arange(0, 101, 10))
     assert_allclose(gains, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
     assert_allclose(curve(log((0, 0.0), (10, 0.5)), "judge")[1], -np.arange(11) / 20)
-
-
-def test_the_time_to_a_goal_is_interpolated_and_infinite_if_the_goal_is_never_reached():
-    times, gains = [0, 10, 20, 30], [0.0, 0.2, 0.1, 0.4]
-    assert first_time(times, gains, 0.1) == 5
-    assert first_time(times, gains, 0.3) == pytest.approx(20 + 10 * 2 / 3)
-    assert first_time(times, gains, 0.4) == 30
-    assert first_time(times, gains, 0.5) == math.inf and first_time(times, gains, -0.2) == 0
-
-
-def test_a_seed_that_misses_the_goal_is_reported_and_not_averaged_away():
-    fast, slow, never = ([0, 10], [0.0, 1.0]), ([0, 10], [0.0, 0.5]), ([0, 10], [0.0, 0.4])
-    assert times_to([fast, slow], 0.5, 20) == "0.38 ± 0.12"
-    assert times_to([fast, slow, never], 0.5, 20) == "not reached by 1 of 3"
-
-
-def test_no_time_is_given_if_the_rival_gained_nothing():
-    rival_time = first_time([0, 10], [0.0, -0.1], -0.1)
-    assert times_to([([0, 10], [0.0, 1.0])], -0.1, rival_time) == "the rival gained nothing"
 
 
 def test_the_error_is_the_standard_error_over_seeds_and_one_seed_has_none():
@@ -146,9 +128,26 @@ def test_final_scores_are_found_by_the_checkpoints_names_and_the_first_row_is_th
         (tmp_path / "eval").mkdir()
         (tmp_path / "eval/results.json").write_text(json.dumps(dict(results=rows)))
 
+    apart = {"tiny-flux": [1, math.nan, 3], "b-checkpoint-12": [2, 9, 4],
+             "a-checkpoint-12": [math.nan, 9, 5]}
+    monkeypatch.setattr(reproduce, "between_flawless", lambda path: np.array(apart[path.name]))
     monkeypatch.setattr(reproduce.subprocess, "run", evaluate)
     found = reproduce.finals(settings(tmp_path), folders)
-    assert found == {"base": rows[0], folders[0]: rows[2], folders[1]: rows[1]}
+    # where the base has no two flawless pictures, those of the others do not count either
+    assert found == {"base": dict(label="tiny-flux", preference=1, between_flawless=2),
+                     folders[0]: dict(label="a-checkpoint-12", preference=3, between_flawless=5),
+                     folders[1]: dict(label="b-checkpoint-12", preference=2, between_flawless=3)}
+
+
+def test_the_distance_of_flawless_pictures_leaves_out_flawed_ones_and_prompts_with_less_than_two(
+        tmp_path):
+    probabilities = [[0.9, 0.8, 0.1, 0.0], [0.9, 0.1, 0.2, 0.3]]
+    (tmp_path / "pictures").mkdir()
+    for i, flawless in enumerate(probabilities):
+        (tmp_path / f"pictures/{i:05d}.json").write_text(json.dumps(dict(flawless=flawless)))
+        for k, grey in enumerate((0, 51, 255, 102)):            # the first two differ by 0.2
+            Image.new("RGB", (4, 4), (grey,) * 3).save(tmp_path / f"pictures/{i:05d}-{k}.png")
+    assert_allclose(between_flawless(tmp_path), [0.2, math.nan], rtol=1e-6)
 
 
 def test_the_sweep_tries_each_methods_two_best_rates_for_all_the_seconds_and_takes_the_better(
@@ -221,7 +220,8 @@ def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
 def test_a_variant_is_the_tuned_run_but_for_its_own_settings_and_is_averaged_over_its_own_seeds(
         table, tmp_path, monkeypatch):
     asked, drawn = {}, []
-    keys = ("preference_gain", "judge_gain", "named_gain", "flawless", "diversity")
+    keys = ("preference_gain", "judge_gain", "named_gain", "flawless", "diversity",
+            "between_flawless")
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
     monkeypatch.setattr(reproduce, "run_all", lambda args, *groups: [
         asked.update(group) for group in groups])
@@ -244,42 +244,58 @@ def test_a_variant_is_the_tuned_run_but_for_its_own_settings_and_is_averaged_ove
     assert drawn[0][0] == table and list(drawn[0][1]) == list(reproduce.VARIANTS[table])
 
 
-def test_methods_are_compared_by_seconds_and_the_goal_is_the_last_mean_of_the_rival(
-        tmp_path, monkeypatch):
-    """DanceGRPO: ten iterations of 8 s. The two seeds rise evenly to +0.3 and +0.5, and in the last
-    iteration fall to +0.1 and +0.3. So the mean first has +0.2 after 36 s. Neighbor GRPO: forty
-    iterations of 2 s, rising evenly to +0.4. It has +0.2 after 40 s."""
-    ends = {("DanceGRPO", "0"): 0.1, ("DanceGRPO", "1"): 0.3, (OURS, "0"): 0.4, (OURS, "1"): 0.4}
+def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs(tmp_path, monkeypatch):
+    """DanceGRPO takes 8 s an iteration, Neighbor GRPO 2 s. It may have 40 of these."""
+    gains = {("DanceGRPO", "0"): 0.1, ("DanceGRPO", "1"): 0.3, (OURS, "0"): 0.4, (OURS, "1"): 0.4}
+    of_run = {}
 
     def run_all(args, *groups):
-        found = {}
         for folder, (script, flags) in [what for group in groups for what in group.items()]:
             label = OURS if script == "train.py" else "DanceGRPO"
-            last, end = int(after(flags, "--iterations")), ends[label, after(flags, "--seed")]
-            found[folder] = log((0, 0.0), (last, end))
-            if label == "DanceGRPO":
-                found[folder] = log((0, 0.0), (last - 1, end + 0.2), (last, end))
-        return found
+            of_run[folder] = gains[label, after(flags, "--seed")]
+            yield folder, log((0, 0.0), (int(after(flags, "--iterations")), 9.0))
 
-    row = dict(preference=0.5, judge=0.6, preference_gain=0.1, judge_gain=-0.1, diversity=0.2)
+    def row(gain):
+        return dict(preference=0.5 + gain, judge=0.6 - gain, preference_gain=gain,
+                    judge_gain=-gain, diversity=0.2, between_flawless=0.1)
+
     monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(
         ("dance", "neighbor"), (1e-5, 1e-4)))
-    monkeypatch.setattr(reproduce, "run_all", run_all)
+    monkeypatch.setattr(reproduce, "run_all", lambda *got: dict(run_all(*got)))
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
-        "base": row, **{folder: row for folder in logs}})
+        "base": row(0), **{folder: row(of_run[folder]) for folder in logs}})
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: None)
     args = settings(tmp_path, seeds=2, iterations=40)
-    head, rows, data, _ = reproduce.compare(args, "table1", ["DanceGRPO", OURS], "")
-    time_to = [name.startswith("time to") for name in head].index(True)
-    judge = head.index("judge")
-    assert data["goal"] == pytest.approx(0.2)
-    assert {line[0]: line[time_to] for line in rows} == {
-        "base": "", "DanceGRPO": "1", OURS: "1.11 ± 0.00"}
-    assert [line[head.index("iterations")] for line in rows[1:]] == [10, 40]
-    for line in rows:
-        assert line[head.index("reward")].startswith("0.5") and line[judge].startswith("0.6")
-    assert [line[judge + 1] for line in rows[1:]] == ["-0.1000 ± 0.0000"] * 2
+    head, rows, _, _ = reproduce.compare(args, "table1", ["DanceGRPO", OURS], "")
+    columns = list(zip(*rows, strict=True))
+    assert columns[0] == ("base", "DanceGRPO", OURS)
+    assert columns[head.index("iterations")] == ("", 10, 40)
+    reward, judge = head.index("reward"), head.index("judge")
+    assert columns[reward] == ("0.5000", "0.7000 ± 0.1000", "0.9000 ± 0.0000")
+    assert columns[reward + 1] == ("", "+0.2000 ± 0.1000", "+0.4000 ± 0.0000")
+    assert columns[judge] == ("0.6000", "0.4000 ± 0.1000", "0.2000 ± 0.0000")
+    assert columns[judge + 1] == ("", "-0.2000 ± 0.1000", "-0.4000 ± 0.0000")
+
+
+def test_figure_5_has_gains_after_shares_of_the_seconds_and_after_the_rivals_iterations(
+        tmp_path, monkeypatch):
+    """All rise evenly by 0.01 an iteration; the judge falls by as much. All take 8 s an iteration,
+    Neighbor GRPO 2 s. It may have 40 iterations, and the others 10."""
+    def run_all(args, *groups):
+        runs = [what for group in groups for what in group.items()]
+        lasts = {folder: int(after(flags, "--iterations")) for folder, (_, flags) in runs}
+        return {folder: log((0, 0.0), (last, last / 100)) for folder, last in lasts.items()}
+
+    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
+    families = {family for _, _, family in reproduce.METHODS.values()}
+    monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(families, (1e-5, 1e-4)))
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    head, rows, _, _ = reproduce.figure5(settings(tmp_path, iterations=40))
+    assert head[-1] == "reward gain after 10 iterations"
+    found = {row[0]: row[3:] for row in rows}
+    assert found[OURS] == ["40", "+0.080", "+0.240", "+0.400", "-0.400", "+0.100"]
+    assert found["DanceGRPO"] == ["10", "+0.020", "+0.060", "+0.100", "-0.100", "+0.100"]
 
 
 def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
