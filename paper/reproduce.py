@@ -334,9 +334,9 @@ def compare(args, name, labels, caption):
     return head, rows, data, caption
 
 def draw_pictures(args, name, jobs):
-    """A picture of eight held-out prompts by the base, and by the first run of each label."""
+    """A picture of twelve held-out prompts by the base, and by the first run of each label."""
     held_out, strips = read_prompts(HELD_OUT), {}
-    places = evenly_spaced(len(held_out), 8)
+    places = evenly_spaced(len(held_out), 12)                       # as in before_after.png
     chosen = [held_out[i] for i in places]
     newest = {label: checkpoints(next(iter(runs)))[-1] for label, runs in jobs.items()}
     for label, path in {"base": HERE / "tiny/flux", **newest}.items():
