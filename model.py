@@ -2,8 +2,8 @@
 FLUX.1 and FLUX.2 [klein] behind a few methods. Time t runs from 1 (noise) to 0 (image):
 x_t = (1-t) x_0 + t eps, v ~ eps - x_0. Both have this convention, so nothing is flipped here.
 
-What diffusers' `FluxPipeline` and `Flux2KleinPipeline` can load is loaded by the same lines, the
-small one in tiny/flux too. `Flux` is what the two models share; what differs is in `Flux1` and
+Any folder that diffusers' `FluxPipeline` or `Flux2KleinPipeline` can load works here, tiny/flux
+included. `Flux` is what the two models share; what differs is in `Flux1` and
 `Klein`, at the end. Letters: P prompts, M latents (a multiple of P), N image tokens, C channels of
 a token, L text tokens.
 
@@ -165,7 +165,7 @@ class Flux:
     @torch.no_grad()
     def decode(self, x):
         """Latents at t = 0, (M, N, C) -> images (M, 3, H, W) in [0, 1], float32. Sixteen at a time:
-        on a CPU 96 at once take twice as long, because they do not fit in its cache."""
+        on a CPU, 96 at once takes twice as long, because they do not fit in its cache."""
         vae, z = self.pipe.vae, self.unpack(self.unscale(x))
         images = [vae.decode(z[some].to(vae.dtype), return_dict=False)[0].float()
                   for some in self.parts(len(z), most=16)]

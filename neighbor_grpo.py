@@ -3,12 +3,12 @@ Neighbor GRPO on plain tensors (https://arxiv.org/abs/2511.16955).
 Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
 The method in one paragraph. Perturb one noise into G neighbours (Eq. 7) and follow each down the
-deterministic ODE. Score the images, and turn the scores into advantages (Eq. 3, 11). Then, at a
-time t, let the model being trained take one ODE step from one of the rollouts, the anchor. A
-softmax over the squared distances from the point it reaches to the G rollouts at that time is a
-policy (Eq. 8). Its ratio to the same softmax before the update is a likelihood ratio (Eq. 10), and
-PPO's clipped objective (Eq. 9) pulls the anchor towards the candidates that scored well. There is
-no SDE, and no noise after the first.
+deterministic ODE. Score the images, and turn the scores into advantages (Eq. 3, 11). Then let the
+model being trained take one ODE step from one of the rollouts. The point that it reaches is the
+anchor. A softmax over minus the squared distances from the anchor to the G rollouts, all at the
+time after the step, is a policy (Eq. 8). Its ratio to the same softmax before the update is a
+likelihood ratio (Eq. 10), and PPO's clipped objective (Eq. 9) pulls the anchor towards the
+candidates that scored well. There is no SDE, and no noise after the first.
 
 Every function is pure: tensors in, tensors out, and torch is the only import. So each can be pasted
 elsewhere.
@@ -23,14 +23,14 @@ Give float32 or float64, never bf16. Under autocast too, the arithmetic here sta
 of its inputs.
 
 Where this departs from the text of the paper, and why:
-  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. A
-     difference of two log-softmaxes cancels badly: at FLUX's size each log pi is about 1e4, so in
-     float32 the difference carries 4e-3 of noise, forty times the published clip of 1e-4
+  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. With
+     tau = 1, at FLUX's size, each log pi is about -2e4. So in float32 a difference of two of them
+     carries 4e-3 of noise, forty times the clip of 1e-4 that DanceGRPO and MixGRPO publish
      (`log_ratio`).
-  2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But its
-     clip of 1e-4 comes from code that takes the mean, which is tau = D. At the first update tau
-     only rescales the gradient of J. From the second update on the clip acts, and tau decides what
-     it means.
+  2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But the
+     clip of 1e-4 that it cites comes from code that takes the mean, which is tau = D. At the first
+     update tau only rescales the gradient of J. From the second update on the clip acts, and tau
+     decides what it means.
   3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
      the ratio differs from 1 before any update, unless the rollout's solver is that of the trained
      step.
@@ -73,8 +73,8 @@ def combine_rewards(rewards, weights):
 
     rewards (M, G), weights (M,) with a positive sum -> (G,). The standard deviation is the sample's
     (G - 1), as in the multi-reward training that the paper follows (MixGRPO, arXiv 2507.21802).
-    Scales and offsets of the rewards do not matter; a reward that is flat in this group adds
-    nothing. Give the result to `advantages`.
+    Scales and offsets of the rewards do not matter. A reward that is flat in this group adds
+    nothing; rewards that cancel give zeros. Give the result to `advantages`.
     """
     if (rewards.ndim != 2 or weights.shape != rewards.shape[:1]
             or not (weights >= 0).all() or not weights.sum() > 0):
@@ -82,7 +82,9 @@ def combine_rewards(rewards, weights):
                          f"{weights.tolist()} M numbers >= 0, not all 0")
     std = torch.where(is_flat(rewards), torch.inf, rewards.std(1))      # (M,)
     A = (rewards - rewards.mean(1, keepdim=True)) / std[:, None]        # (M, G)        Eq. 3
-    return (weights[:, None] * A).sum(0) / weights.sum()                # (G,)
+    total = (weights[:, None] * A).sum(0) / weights.sum()               # (G,)
+    rounding = 16 * torch.finfo(A.dtype).eps * A.abs().max()    # all that is left if they cancel
+    return torch.where(total.amax() - total.amin() <= rounding, 0, total)
 
 
 def advantages(rewards, p=0.8):

@@ -23,10 +23,10 @@ HERE = Path(__file__).resolve().parent
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process
 RUN_FILES = ("log.jsonl", "config.json", "neighbor_grpo.py", "baselines.py", "before_after.png",
              "curve.png", "samples", "tensorboard", "wandb")    # in out_dir, beside the checkpoints
-MAX_SKIPS = 10                  # so many updates in a row without a finite gradient end the run
+MAX_SKIPS = 10                  # this many updates in a row without a finite gradient end the run
 MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
-              "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads",
-              "out_dir", "resume", "overwrite", "prompts", "eval_prompts")  # from run to --resume
+              "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads")
+NOT_COMPARED = ("out_dir", "resume", "overwrite", "prompts", "eval_prompts")    # see `contents`
 
 # ------------------------------------------------------------------------------------------------
 # Settings that are refused
@@ -80,8 +80,10 @@ def check_out_dir(cfg):
         if not (cfg.overwrite or cfg.resume):
             raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another "
                              "--out_dir")
-        if out.resolve() in Path(cfg.model).resolve().parents:
-            raise ValueError(f"model {cfg.model} lies in {out}, where a new run would delete it")
+        for name in ("model", "init_lora"):
+            path = getattr(cfg, name)
+            if path and out.resolve() in Path(path).resolve().parents:
+                raise ValueError(f"{name} {path} lies in {out}, where a new run would delete it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as trial:     # checkpoints are renamed folders
@@ -104,9 +106,9 @@ def check_resumed(cfg, path):
     for name, value in asdict(cfg).items():
         old = before.get(name, value)
         moved = name == "model" and Path(value).parts[-2:] == Path(old).parts[-2:]
-        if name not in MAY_CHANGE and str(value) != str(old) and not moved:
+        if name not in MAY_CHANGE + NOT_COMPARED and str(value) != str(old) and not moved:
             raise ValueError(f"{name} is {value}, but was {old} in the run to resume; only "
-                             f"{', '.join(MAY_CHANGE[:-5])} may change")
+                             f"{', '.join(MAY_CHANGE)} may change")
     now = contents(cfg)
     for name in sorted({*now, *began}) if began else ():
         if now.get(name) != began.get(name):
@@ -318,7 +320,7 @@ class Run:
             log_rho = torch.cat([r.flatten() for r in log_rhos])
             first = log_rho[: len(log_rho) // c.updates_per_iteration]          # before any update
             line["first_ratio"] = first.clamp(max=80).expm1().abs().max().item()
-            line["clip_fraction"] = clip_fraction(log_rho, c.clip_eps)[None]    # merge: a mean
+            line["clip_fraction"] = clip_fraction(log_rho, c.clip_eps)[None]    # tensor: averaged
         line = merge(gather_objects({key: value.cpu() if isinstance(value, torch.Tensor) else value
                                      for key, value in line.items()}))
         if RANK:

@@ -84,8 +84,8 @@ def train(cfg, model, scorers, run):
 
 def update(cfg, model, run, decay=None):
     """One optimizer step with the gradients collected since the last one. It is left out if they
-    are not finite on any process; and if they are 0, because all groups were flat and momentum
-    alone would move the weights. `decay` replaces cfg.ema."""
+    are not finite on some process. It is also left out if all are 0: then all groups were flat, and
+    momentum alone would move the weights. `decay` replaces cfg.ema."""
     norm = torch.nn.utils.clip_grad_norm_(model.trained(), cfg.max_grad_norm)
     norm = full_tensor(norm)                        # of the averaged gradient: equal everywhere
     if norm.isfinite() and norm > 0:
@@ -150,9 +150,8 @@ def by_group(scores, prompt, to_advantages):
 
 def average_gradients(cfg, model, last):
     """Decide whether the next backward pass averages the gradients over all processes. Once in an
-    update is enough, in its last pass, and DDP does so. With FSDP each process would keep a whole
-    float32 gradient until then, 48 GB of FLUX.1-dev: only with --gather, which says there is
-    room."""
+    update, in its last pass, is enough for DDP. With FSDP each process would have to keep a whole
+    float32 gradient until then (48 GB for FLUX.1-dev), so there it is done only with --gather."""
     if cfg.fsdp:
         model.transformer.set_requires_gradient_sync(last or not cfg.gather)
         model.transformer.set_reshard_after_backward(last or not cfg.gather)
@@ -169,7 +168,7 @@ def option(default, text, allowed=""):
 def check_option(name, value, allowed):
     """Raise ValueError for a value that is not allowed."""
     if isinstance(allowed, tuple) and value not in allowed:
-        raise ValueError(f"{name} is {value}, but must be "
+        raise ValueError(f"{name} is {value or 'empty'}, but must be "
                          + " or ".join(word or "empty" for word in allowed))
     if isinstance(allowed, str) and allowed:
         low, high = map(float, allowed[1:-1].split(","))
@@ -185,8 +184,8 @@ class Config:
     prompts: str = option("", "training prompts: a text file, one prompt a line; or hpdv2_train")
     eval_prompts: str = option("", "held-out prompts; empty: 8 of the training prompts")
     rewards: str = option("hpsv2,pickscore,imagereward", "what to align with (Sec. 4), "
-                          "comma-separated, name=path for weights from a path; your own as "
-                          "FILE.py:FUNCTION; or of " + ", ".join(rewards.SCORERS))
+                          "comma-separated: your own as FILE.py:FUNCTION, or some of "
+                          + ", ".join(rewards.SCORERS) + "; name=path takes weights from a path")
     reward_weights: str = option("", "a number for each, comma-separated; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "more scorers, comma-separated, logged but not trained on")
     resolution: str = option("720", "pixels, multiples of 16: a side, or 832x640, width x height")
@@ -221,8 +220,8 @@ class Config:
                         "is evaluated and saved; 0: none", "[0, 1)")
     # memory and speed
     fsdp: bool = option(False, "divide weights, gradients and moments among the processes")
-    gather: bool = option(False, "with fsdp: keep all weights on every GPU between updates, all "
-                          "gradients within one; faster, where there is room")
+    gather: bool = option(False, "with fsdp: every GPU keeps all weights between updates, and "
+                          "all gradients until an update is done; faster, if they fit")
     checkpoint_blocks: int = option(-1, "number of blocks to recompute in the backward pass, to "
                                     "save memory; -1: all (FLUX.1-dev has 57)", "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes "
@@ -346,7 +345,7 @@ def announce(c, model, run, cut):
     groups, kind = c.prompts_per_iteration // WORLD, "FSDP2" if c.fsdp else "DDP"
     print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters"
           + " of adapters" * bool(c.lora_rank or c.init_lora) +
-          f", {c.resolution}x{c.resolution}, latent {tokens} x {channels}, on {c.device}\n"
+          f", {c.resolution} pixels, latent {tokens} x {channels}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
           f"{'held out' if c.eval_prompts else 'of them to watch'}"
           + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n) + "\n"

@@ -1,7 +1,7 @@
 """
-The methods that the paper compares Neighbor GRPO with, and two more: DiffusionNFT and FDFO. All
-but these two explore by turning the ODE into an SDE. Time t runs from 1 (noise) to 0 (image):
-x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+The methods that the paper compares Neighbor GRPO with, and three more: Flow-GRPO, DiffusionNFT and
+FDFO. All but the last two explore by turning the ODE into an SDE. Time t runs from 1 (noise) to 0
+(image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
     python -m paper.baselines --method dance    # DanceGRPO; or flow, mix, flash, branch, nft, fdfo
     python -m paper.baselines --method mix --window_every 10 --lr 1e-4 --out_dir out/mix-1e-4
@@ -28,7 +28,7 @@ from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
 from train import average_gradients, by_group, generator, option, pick, score, update
 
 # ------------------------------------------------------------------------------------------------
-# The SDE. Its drift makes room for the noise that it adds, so x_t keeps the ODE's distribution.
+# The SDE. Its extra drift offsets the noise that it adds, so x_t keeps the ODE's distribution.
 
 def dance_level(ts, eta=0.3):
     """eta_t of Eq. 12 in DanceGRPO: the same at all times. ts (T+1,) -> (T,).
@@ -138,7 +138,6 @@ def flash_schedule(T, shift, end, compress):
 
     Where we count steps, their code counts points. So with Flash* (compress 0.2, window 0 to 4) it
     takes one step fewer than ours. But they report 8 evaluations for it, as many as ours takes.
-    This does not hold for every position of a sliding window.
     """
     steps = max(1, int(compress * (T - end) + 1e-6))
     tail = schedule(steps, shift, start=1 - end / T)
@@ -251,8 +250,8 @@ def end_point_direction(x0):
     return d / d.pow(2).flatten(1).mean(1).view(-1, *[1] * (d.ndim - 1))
 
 def fdfo_log_ratio(v, v_old, d):
-    """l - l_old with l = -mean((v - (v_old - d))^2), as if the velocity had a Gaussian around a
-    velocity that leads to x_0 + t d. v, v_old, d (M, ...) -> (M,). Like `log_ratio` of
+    """l - l_old with l = -mean((v - (v_old - d))^2), as if the velocity had a Gaussian around
+    v_old - d, the velocity that moves x_0 by t d. v, v_old, d (M, ...) -> (M,). Like `log_ratio` of
     neighbor_grpo.py, it is computed from v - v_old, so it is exactly 0 at theta_old."""
     u = v - v_old
     return -(u * (u + 2 * d)).flatten(1).mean(1)                        # (M,)
@@ -272,8 +271,9 @@ def spo_objective(log_rho, A, eps):
 # The loops, to be read beside train.py's
 
 def train_sde(cfg, model, scorers, run):
-    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash. They differ in `times`. And in Flow-GRPO,
-    every candidate begins at its own noise."""
+    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash. They differ in `times`. Flow-GRPO also
+    begins every candidate at its own noise, and divides advantages by the standard deviation of
+    all rewards (`global_std`)."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     U = cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
@@ -652,7 +652,9 @@ class Config(train.Config):
     def rules_of_all(self):
         row, shared = METHODS.get(self.method, {}), {f.name for f in fields(train.Config)}
         own = [f for f in fields(self) if f.name not in shared]         # noise, eta, ...
-        free = ("method",) if self.method == "branch" else ("method", "global_std")
+        free = ("method", "global_std")
+        if self.method in ("branch", "fdfo"):                           # have their own advantages
+            free = ("method",)
         return [
             *((getattr(self, f.name) == f.default or f.name in row or f.name in free,
                f"{f.name} is not a setting of {self.method}") for f in own),
@@ -664,7 +666,7 @@ class Config(train.Config):
     def rules_of_sde(self):
         T, G = self.num_rollout_steps, self.group_size
         K, U = self.num_train_steps, self.updates_per_iteration
-        size = self.window or T - 1
+        size = T if self.method == "nft" else self.window or T - 1
         return [
             (self.window <= max(0, T - 2), f"window is {self.window}, but must be at most T-2, "
                                            f"{T - 2}: the last two steps are never in it"),
@@ -682,8 +684,8 @@ class Config(train.Config):
         return [
             (self.num_train_steps == 4,
              "num_train_steps is not a setting of branch, which trains every edge; prune is"),
-            (splits_fit, f"splits is {self.splits}, but must be as many different steps below "
-                         f"{T - 1} as give G, {G}, leaves"),
+            (splits_fit, f"splits is {self.splits}, but must be different steps below {T - 1}, "
+                         f"and so many that doubling at each gives G, {G}, leaves"),
             (self.prune < T - last, f"prune is {self.prune}, but must lie between 0 and "
                                     f"{T - 1 - last}, the depths after the last split"),
             (U <= 2 * G - 2,
@@ -710,8 +712,8 @@ class Config(train.Config):
             (self.num_train_steps == 4,
              "num_train_steps is not a setting of fdfo, which trains every step"),
             (G % 2 == 0, f"group_size (G) is {G}, but must be even: fdfo has pairs"),
-            (G // 2 % U == 0, f"updates_per_iteration is {U}, but must divide the pairs of a "
-                              f"prompt, {G // 2}"),
+            (G // 2 % U == 0, f"updates_per_iteration is {U}, but must divide the number of "
+                              f"pairs of a prompt, {G // 2}"),
             (self.churn > 0, f"churn is {self.churn:g}, but must be above 0: the two of a pair "
                              "would be the same"),
             (self.solver == "ddim", "solver is not a setting of fdfo, whose steps are Euler's"),

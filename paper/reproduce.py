@@ -1,6 +1,6 @@
 """
-The paper's tables and figures on the small world: Neighbor GRPO and the methods that the paper
-compares it with.
+The paper's tables and figures on the small world: Neighbor GRPO, the methods that the paper
+compares it with, and three more.
 
     python -m paper.reproduce table1            # into paper/results/table1.md, .json and .png
     python -m paper.reproduce all --jobs 2      # everything, two runs at a time
@@ -10,7 +10,7 @@ compares it with.
     table3             the cost of an iteration: network evaluations, which are counted, and
                        seconds, which are measured in turns within one process
     table4, 5, 6       sigma, B and p around (0.5, 4, 2), the paper's starting point (Sec. 4.2)
-    settings           tau, updates in an iteration, the literal old anchor
+    settings           tau, updates in an iteration, the literal old anchor, learning rate, clip
     rewards            trained on the preference, on the judge, or on both
     figure4            which groups get more weight from the quasi-norm, and which less
     figure5            reward against iterations and against seconds
@@ -22,7 +22,7 @@ Methods are compared at equal seconds: a run lasts as long as --iterations of Ne
 steps, by the times of table3. So other work on the machine does not matter. Tables 4 to 6 have
 equal iterations, as in the paper. Learning rate and clip are those with the best reward in the
 sweep (tune), on prompts and seeds that no table uses. Variants of a method share them. Evaluations
-use DPM-Solver++ with 16 steps. The reward is `preference`. Nothing is trained on the judge.
+use DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains on the judge.
 
 Each run is a call of train.py or paper.baselines. The call is printed, with the run's folder in
 --out_dir. While the call is the same, a complete run is not made again, and an interrupted run
@@ -121,8 +121,8 @@ def jobs_of(args, label):
 
 def lasting(args, label, share=1.0):
     """The number of iterations of a method that take the seconds of args.iterations of ours."""
-    ours, its = cost_of(args, OURS)["seconds"], cost_of(args, label)["seconds"]
-    return max(1, round(args.iterations * share * ours / its))
+    ours, theirs = cost_of(args, OURS)["seconds"], cost_of(args, label)["seconds"]
+    return max(1, round(args.iterations * share * ours / theirs))
 
 def cost_of(args, label):
     """The row of Table 3. Variants of ours do the same work, so they share a timing."""
@@ -181,8 +181,8 @@ def tuned(args):
     return {family: max(cells, key=whole)["setting"] for family, cells in sweep(args).items()}
 
 def sweep(args):
-    """Try every pair for a third of the seconds. Then try the two best learning rates, with both
-    clips, for all the seconds and with another seed, because the fastest start may not end best.
+    """Try every pair for a third of the seconds. The fastest start may not end best, so then try
+    the two best learning rates, with both clips, for all the seconds and with another seed.
     -> {method: [dict(setting, preference, judge)]}, with their gains as
     {"third": gain, "whole": gain}. A run that diverged has a gain of -1."""
     labels = {}
@@ -263,7 +263,7 @@ def finals(args, jobs):
     rows = {row["label"]: row for row in results}
     apart = {label: between_flawless(args.out / "eval" / label) for label in rows}
     has_two = np.isfinite(apart[results[0]["label"]])
-    for label, row in rows.items():             # for all of them over the same prompts, or nearly
+    for label, row in rows.items():             # over the base's prompts that have two
         row["between_flawless"] = np.nanmean(apart[label][has_two])
     of_runs = {folder: rows[label_of(path)] for folder, path in newest.items()}
     return {"base": results[0], **of_runs}
@@ -412,7 +412,7 @@ def figure5(args):
     jobs = {label: jobs_of(args, label) for label in TABLE1}
     logs = run_all(args, *jobs.values())
     figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    rows, data, rivals = [], {}, lasting(args, RIVAL)
+    rows, data, count = [], {}, lasting(args, RIVAL)
     for i, label in enumerate(TABLE1):
         c, ours = cost_of(args, label), "Neighbor" in label
         style = dict(label=label, color=f"C{i % 10}", linewidth=2.5 if ours else 1.2,
@@ -426,8 +426,8 @@ def figure5(args):
         data[label] = dict(iterations=iterations.tolist(), seconds_an_iteration=c["seconds"])
         data[label] |= {f"{name}_gains": each.tolist() for name, each in gains.items()}
         early = ""
-        if iterations[-1] >= rivals:
-            early = shown([np.interp(rivals, iterations, each) for each in gains["preference"]],
+        if iterations[-1] >= count:
+            early = shown([np.interp(count, iterations, each) for each in gains["preference"]],
                           3, "+")
         rows.append([label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
                      f"{iterations[-1]:.0f}",
@@ -443,7 +443,7 @@ def figure5(args):
     caption = (f"Held-out gains. Each method has {seconds:.0f} seconds, by the times of table3; "
                f"\"0.2\" is after that share of them. {ERRORS}")
     head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "reward gain after 0.2", "0.6",
-            "1", "judge gain", f"reward gain after {rivals} iterations"]
+            "1", "judge gain", f"reward gain after {count} iterations"]
     return head, rows, data, caption
 
 @torch.no_grad()

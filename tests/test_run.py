@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
+from safetensors.torch import save_file
 import machine                                                  # before diffusers
 from diffusers import FluxPipeline
 import rewards
@@ -243,6 +244,18 @@ def test_resume_begins_a_run_if_there_is_no_checkpoint(tmp_path):
     assert names == {"config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt",
                      "checkpoint-2"}                            # has no state: not from a run
     assert not any((out / "samples").iterdir())
+
+
+def test_adapters_to_start_from_in_the_folder_of_a_run_are_never_deleted(tmp_path, capsys):
+    adapters = tmp_path / "run/checkpoint-2/pytorch_lora_weights.safetensors"
+    adapters.parent.mkdir(parents=True)
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, adapters)
+    (tmp_path / "run/log.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        train.parse_config(["--init_lora", str(adapters.parent), "--overwrite",
+                            "--out_dir", str(tmp_path / "run")])
+    assert "where a new run would delete it" in capsys.readouterr().err
+    assert adapters.is_file()
 
 
 @pytest.mark.parametrize("how, leftover", [
