@@ -58,6 +58,7 @@ METHODS = {             # label: (script, settings, method whose learning rate a
     OURS_08: (bench.TRAIN, "--sigma 0.5", "neighbor"),          # Table 6
 }
 ERRORS = "± is the standard error over seeds."
+PAIRED = "\"Over\" is the difference of runs of the same seed."
 LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 # The published clip, and one for fewer dimensions: a log ratio that is a mean over D dimensions
 # scales as 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11.
@@ -369,7 +370,8 @@ def ablation(args, name):
     scores = {value: {key: [ends[folder][key] for folder in each] for key in keys}
               for value, each in jobs.items()}
     rows = [[f"{value:g}", shown(s["preference_gain"], sign="+"), shown(s["judge_gain"], sign="+"),
-             shown(s["diversity"], 3), *paper_gains(name, value)] for value, s in scores.items()]
+             *over(ends, jobs[value], jobs[START[flag]]), shown(s["diversity"], 3),
+             *paper_gains(name, value)] for value, s in scores.items()]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for panel, (key, title) in zip(panels, keys.items()):
         means, errors = zip(*(over_seeds(s[key]) for s in scores.values()))
@@ -378,11 +380,18 @@ def ablation(args, name):
                   xticklabels=[f"{value:g}" for value in values])
     finish(figure, args.results / f"{name}.png")
     caption = (f"(sigma, B, p) = (0.5, 4, 2), except {flag}; {args.iterations} iterations each, lr "
-               f"{rate:g}, clip {clip:g}. {ERRORS} The paper's columns are gains too.")
-    head = [flag, "reward gain", "judge gain", "diversity", "paper: HPSv2.1", "paper: CLIP"]
+               f"{rate:g}, clip {clip:g}. {ERRORS} {PAIRED} The paper's columns are gains too.")
+    head = [flag, "reward gain", "judge gain", f"reward over {START[flag]:g}'s", "judge",
+            "diversity", "paper: HPSv2.1", "paper: CLIP"]
     data = dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate, clip=clip,
                 commands=[line for each in jobs.values() for line in commands(each)])
     return head, rows, data, caption
+
+def over(ends, runs, others):
+    """How far runs are above others, each above that of the same seed, which has the same prompts
+    and noise -> [reward, judge] as text"""
+    return [shown([ends[a][key] - ends[b][key] for a, b in zip(runs, others)], sign="+")
+            for key in ("preference_gain", "judge_gain")]
 
 def variants(args, name):
     """What other settings, or other rewards, do to Neighbor GRPO with 8 steps; equal iterations."""
@@ -393,14 +402,17 @@ def variants(args, name):
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
             "diversity": "", "between_flawless": ""}
-    rows = [["base", *(f"{ends['base'][key]:.3f}" for key in keys)]]
+    first = next(iter(jobs))
+    rows = [["base", *(f"{ends['base'][key]:.3f}" for key in keys), "", ""]]
     rows += [[label, *(shown([ends[folder][key] for folder in each], 3, sign)
-                       for key, sign in keys.items())] for label, each in jobs.items()]
+                       for key, sign in keys.items()), *over(ends, each, jobs[first])]
+             for label, each in jobs.items()]
     draw_pictures(args, name, jobs)
     caption = (f"{OURS}, except as named; {args.iterations} iterations each, lr {rate:g}, clip "
-               f"{clip:g}. {ERRORS} The picture: the same held-out prompts and noises, seed 0.")
+               f"{clip:g}. {ERRORS} {PAIRED} The picture: the same held-out prompts and noises, "
+               "seed 0.")
     head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity",
-            "of flawless pictures"]
+            "of flawless pictures", f"reward over \"{first}\"", "judge"]
     data = dict(ends={label: [ends[folder] for folder in each] for label, each in jobs.items()},
                 commands=[line for each in jobs.values() for line in commands(each)])
     return head, rows, data, caption

@@ -202,7 +202,7 @@ def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
             assert (cfg.iterations, cfg.lr, cfg.clip_eps) == (60, 3e-5, 1e-3)
             assert moved == {**reproduce.START, flag: moved[flag]}
             keys = ("preference_gain", "judge_gain", "diversity")
-            found[folder] = dict.fromkeys(keys, moved[flag])
+            found[folder] = dict.fromkeys(keys, moved[flag] + cfg.seed)
         return found
 
     monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(2.0))
@@ -212,7 +212,9 @@ def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
     monkeypatch.setattr(reproduce, "finals", finals)
     _, rows, _, _ = reproduce.ablation(settings(tmp_path, seeds=2), table)
     for value, row in zip(reproduce.SWEEPS[table][1], rows, strict=True):
-        assert row[:2] == [f"{value:g}", f"{value:+.4f} ± 0.0000"]      # its own two runs
+        assert row[:2] == [f"{value:g}", f"{value + 0.5:+.4f} ± 0.5000"]        # its own two runs
+        over = value - reproduce.START[flag]    # the same for both seeds, so without an error
+        assert row[3:5] == [f"{over:+.4f} ± 0.0000"] * 2
     assert len(asked) == 2 * len(rows)
 
 
@@ -240,6 +242,7 @@ def test_a_variant_is_the_tuned_run_but_for_its_own_settings_and_is_averaged_ove
                 for name in ("rewards", "tau", "updates_per_iteration", "old_anchor", "lr",
                              "clip_eps", "iterations"))
         assert rows[1 + i][:2] == [label, f"{i:+.3f} ± 0.000"]          # its own two runs
+        assert rows[1 + i][-2:] == [f"{i:+.4f} ± 0.0000"] * 2           # over the first variant's
     assert rows[0][:2] == ["base", "0.500"] and len(asked) == 2 * len(rows[1:])
     assert drawn[0][0] == table and list(drawn[0][1]) == list(reproduce.VARIANTS[table])
 
