@@ -60,11 +60,13 @@ def perturb_noise(eps_star, delta, sigma):
     return (1 - sigma**2) ** 0.5 * eps_star + sigma * delta             # (G, ...)      Eq. 7
 
 
-def is_flat(rewards):
+def is_flat(rewards, size=None):
     """True where rewards (..., G) are equal up to the rounding of their own precision: nothing can
-    be learnt from such a group."""
+    be learnt from such a group. size (...): how large the numbers were that they were computed
+    from; by default, how large they are."""
+    size = rewards.abs().amax(-1) if size is None else size
     spread = rewards.amax(-1) - rewards.amin(-1)
-    return spread <= 16 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(-1)
+    return spread <= 16 * torch.finfo(rewards.dtype).eps * size
 
 
 def combine_rewards(rewards, weights):
@@ -83,8 +85,7 @@ def combine_rewards(rewards, weights):
     std = torch.where(is_flat(rewards), torch.inf, rewards.std(1))      # (M,)
     A = (rewards - rewards.mean(1, keepdim=True)) / std[:, None]        # (M, G)        Eq. 3
     total = (weights[:, None] * A).sum(0) / weights.sum()               # (G,)
-    rounding = 16 * torch.finfo(A.dtype).eps * A.abs().max()    # all that is left if they cancel
-    return torch.where(total.amax() - total.amin() <= rounding, 0, total)
+    return torch.where(is_flat(total, A.abs().max()), 0, total)         # if they cancel
 
 
 def advantages(rewards, p=0.8):

@@ -338,8 +338,11 @@ def test_rewards_count_as_equal_if_their_range_is_at_most_16_rounding_errors_of_
 def test_combined_reward_is_the_weighted_mean_of_sample_z_scores():
     rewards, r3 = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]]), 3**0.5      # stds 1 and r3
     expected = torch.tensor([-1 - 3 / r3, -3 / r3, 1 + 6 / r3]) / 4     # weights 1/4 and 3/4
-    assert_close(combine_rewards(rewards, torch.tensor([10.0, 30.0])), expected)
+    weights, in_other_units = torch.tensor([1.0, 3.0]), rewards * torch.tensor([[100], [0.01]]) - 7
+    assert_close(combine_rewards(rewards, weights), expected)
+    assert_close(combine_rewards(rewards, 10 * weights), expected)
     assert_close(combine_rewards(rewards, torch.tensor([1.0, 0.0])), torch.tensor([-1.0, 0, 1]))
+    assert_close(combine_rewards(in_other_units, weights), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_reward_that_is_flat_in_a_group_contributes_nothing():
@@ -358,12 +361,9 @@ def test_rewards_that_cancel_leave_nothing_to_learn_and_not_their_rounding():
         assert advantages(combine_rewards(rewards, torch.tensor([1.0, 0.999]))).any()
 
 
-def test_units_and_offsets_of_rewards_do_not_matter_however_small_or_large_they_are():
-    rewards, equal = torch.randn(2, G), torch.ones(2)
-    expected = combine_rewards(rewards, equal)
-    assert_close(combine_rewards(rewards * torch.tensor([[1e-8], [1e8]]), equal), expected)
-    offset = rewards * torch.tensor([[100.0], [0.01]]) - 7
-    assert_close(combine_rewards(offset, equal), expected, rtol=1e-3, atol=1e-3)
+def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers():
+    rewards, units, equal = torch.randn(2, G), torch.tensor([[1e-8], [1e8]]), torch.ones(2)
+    assert_close(combine_rewards(units * rewards, equal), combine_rewards(rewards, equal))
 
 
 # ===================================================== the loss: what it refuses and needs

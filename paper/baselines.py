@@ -652,9 +652,7 @@ class Config(train.Config):
     def rules_of_all(self):
         row, shared = METHODS.get(self.method, {}), {f.name for f in fields(train.Config)}
         own = [f for f in fields(self) if f.name not in shared]         # noise, eta, ...
-        free = ("method", "global_std")
-        if self.method in ("branch", "fdfo"):                           # have their own advantages
-            free = ("method",)
+        free = ("method",) if self.method in ("branch", "fdfo") else ("method", "global_std")
         return [
             *((getattr(self, f.name) == f.default or f.name in row or f.name in free,
                f"{f.name} is not a setting of {self.method}") for f in own),
@@ -663,10 +661,10 @@ class Config(train.Config):
              f"eta is {self.eta:g}, but must be above 0: nothing can be learnt without noise"),
         ]
 
-    def rules_of_sde(self):
+    def rules_of_sde(self, size=0):
         T, G = self.num_rollout_steps, self.group_size
         K, U = self.num_train_steps, self.updates_per_iteration
-        size = T if self.method == "nft" else self.window or T - 1
+        size = size or self.window or T - 1                             # steps to draw K from
         return [
             (self.window <= max(0, T - 2), f"window is {self.window}, but must be at most T-2, "
                                            f"{T - 2}: the last two steps are never in it"),
@@ -703,7 +701,7 @@ class Config(train.Config):
              "the old policy that stays, must lie in (0, 0.5], and beta must be above 0"),
             (self.clip_eps == type(self).clip_eps,
              "clip_eps is not a setting of nft, which has no ratio to clip"),
-            *self.rules_of_sde(),
+            *self.rules_of_sde(size=self.num_rollout_steps),
         ]
 
     def rules_of_fdfo(self):

@@ -113,12 +113,13 @@ def job(args, label, seed, lr, clip, iterations, more=(), evaluations=5, extra=(
         "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
         "--eval_every", str(every), "--save_every", "10", "--keep", "1", *more])
 
-def jobs_of(args, label):
+def jobs_of(args, label, more=(), evaluations=5):
     """A method's runs, {folder: (script, flags)}: one for each seed, with the method's tuned
-    learning rate and clip. They last as long as args.iterations of ours."""
+    learning rate and clip. They last as long as args.iterations of ours. `more`: further flags."""
     rate, clip = tuned(args)[METHODS[label][2]]
     iterations = lasting(args, label)
-    return dict(job(args, label, seed, rate, clip, iterations) for seed in range(args.seeds))
+    return dict(job(args, label, seed, rate, clip, iterations, more, evaluations)
+                for seed in range(args.seeds))
 
 def lasting(args, label, share=1.0):
     """The number of iterations of a method that take the seconds of args.iterations of ours."""
@@ -277,8 +278,9 @@ def between_flawless(folder):
         flawless = json.loads(file.read_text(encoding="utf-8"))["flawless"]
         kept = [np.array(Image.open(file.with_name(f"{file.stem}-{k}.png")))
                 for k, probability in enumerate(flawless) if probability > 0.5]
-        images = torch.tensor(np.stack(kept)) / 255 if len(kept) > 1 else None
-        apart.append(math.nan if images is None else diversity(images[None]).item())
+        apart.append(math.nan)
+        if len(kept) > 1:
+            apart[-1] = diversity(torch.tensor(np.stack(kept))[None] / 255).item()
     return np.array(apart)
 
 def over_seeds(values):
@@ -363,8 +365,7 @@ def ablation(args, name):
             jobs[value] = jobs_of(args, IN_TABLE2[settings["p"]])
             continue
         more = [word for key, each in settings.items() for word in (f"--{key}", f"{each:g}")]
-        jobs[value] = dict(job(args, OURS, seed, rate, clip, args.iterations, more, evaluations=1)
-                           for seed in range(args.seeds))
+        jobs[value] = jobs_of(args, OURS, more, evaluations=1)
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "reward gain", "judge_gain": "judge gain", "diversity": "diversity"}
     scores = {value: {key: [ends[folder][key] for folder in each] for key in keys}
@@ -395,10 +396,8 @@ def over(ends, runs, others):
 
 def variants(args, name):
     """What other settings, or other rewards, do to Neighbor GRPO with 8 steps; equal iterations."""
-    (rate, clip), jobs = tuned(args)["neighbor"], {}
-    for label, flags in VARIANTS[name].items():
-        jobs[label] = dict(job(args, OURS, seed, rate, clip, args.iterations, flags.split())
-                           for seed in range(args.seeds))
+    rate, clip = tuned(args)["neighbor"]
+    jobs = {label: jobs_of(args, OURS, flags.split()) for label, flags in VARIANTS[name].items()}
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
             "diversity": "", "between_flawless": ""}

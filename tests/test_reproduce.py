@@ -224,6 +224,7 @@ def test_a_variant_is_the_tuned_run_but_for_its_own_settings_and_is_averaged_ove
     asked, drawn = {}, []
     keys = ("preference_gain", "judge_gain", "named_gain", "flawless", "diversity",
             "between_flawless")
+    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(2.0))
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
     monkeypatch.setattr(reproduce, "run_all", lambda args, *groups: [
         asked.update(group) for group in groups])
