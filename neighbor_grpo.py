@@ -15,7 +15,7 @@ elsewhere.
 Letters as in the paper:
 
     G    candidates in a group                      sigma  strength of the perturbation, in (0, 1]
-    B    anchors drawn from them                    p      exponent of the quasi-norm, in (0, 2]
+    B    candidates to start a trained step from    p      exponent of the quasi-norm, in (0, 2]
     D    number of elements of one latent           tau    temperature of the softmax
     "..." the shape of one latent, e.g. (N, C)      rho    policy ratio pi_theta / pi_old
 
@@ -28,7 +28,7 @@ Where this departs from the text of the paper, and why:
      carries 4e-3 of noise, forty times the clip of 1e-4 that DanceGRPO and MixGRPO publish
      (`log_ratio`).
   2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But the
-     clip of 1e-4 that it cites comes from code that takes the mean, which is tau = D. At the first
+     clip of 1e-4 that it cites is from code that takes the mean, which is tau = D. At the first
      update tau only rescales the gradient of J. From the second update on the clip acts, and tau
      decides what it means.
   3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
@@ -38,8 +38,8 @@ Where this departs from the text of the paper, and why:
      Eq. 11 would enlarge the rounding to 1.
   5. Eq. 3's standard deviation is left out of `advantages`: Eq. 11 divides by a norm, so it
      cancels.
-  6. rho is cut at e^80, below float32's overflow (e^88), where an infinite ratio would turn a zero
-     gradient into NaN. Beyond it the gradient is zero; such a run has already diverged.
+  6. rho is cut at e^80. float32 overflows at e^88, and an infinite ratio would turn a zero gradient
+     into NaN. Beyond e^80 the gradient is zero; such a run has already diverged.
   7. There is no KL term. Eq. 4 has one, but the paper leaves it out, like other recent methods.
 """
 import torch
@@ -63,7 +63,7 @@ def perturb_noise(eps_star, delta, sigma):
 def is_flat(rewards, size=None):
     """True where rewards (..., G) are equal up to the rounding of their own precision: nothing can
     be learnt from such a group. size (...): how large the numbers were that they were computed
-    from; by default, how large they are."""
+    from; by default, their own size."""
     size = rewards.abs().amax(-1) if size is None else size
     spread = rewards.amax(-1) - rewards.amin(-1)
     return spread <= 16 * torch.finfo(rewards.dtype).eps * size
@@ -129,15 +129,15 @@ def log_ratio(x, anchor, anchor_old, tau=1.0):
     x (G, ...), anchors (...) -> (G,).
 
     x: the group's rollouts at t_next, constants. anchor: where the model being trained lands at
-    t_next from the anchor's rollout at t; the only argument that carries a gradient. anchor_old:
-    where the rollout's model lands by the SAME step, a constant. If the weights have not moved
-    since the rollout, give anchor.detach().
+    t_next from one candidate's x_t; the only argument that carries a gradient. anchor_old: where
+    the rollout's model lands by the SAME step, a constant. If the weights have not moved since the
+    rollout, give anchor.detach().
 
-    With u = anchor - anchor_old the squared distances drop by 2 (x_i - anchor_old) . u - |u|^2,
-    where |u|^2 is the same for all and cancels. The log ratio is the rest, over tau, less its
-    log-mean under pi_old. It is exactly 0 at u = 0, and accurate to 1e-6 in float32 for
-    |log rho| < 20.
-    (Multiplied and summed, not `@`: autocast would turn a matrix product into bf16.)
+    Let u = anchor - anchor_old and gain_i = 2 (x_i - anchor_old) . u / tau. Then log rho_i is
+    gain_i - log sum_k pi_old(k) exp(gain_k): the squared distances also contain |u|^2, but that is
+    the same for all i and cancels. The result is exactly 0 at u = 0, and accurate to 1e-6 in
+    float32 for |log rho| < 20. (Multiplied and summed, not `@`: autocast would turn a matrix
+    product into bf16.)
     """
     if anchor.shape != anchor_old.shape:
         raise ValueError(f"anchor is {tuple(anchor.shape)} and anchor_old "

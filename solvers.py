@@ -34,10 +34,9 @@ def dpmpp_2m_step(x, v, t, t_next, x0_prev=None, t_prev=None):
     alpha = 1 - t and sigma = t.
 
     The data prediction x_0 = x - t v is extrapolated linearly in lambda = log((1 - t) / t) from its
-    last two values (x0_prev at t_prev is the one before). The exponentials of the paper collapse to
-    t_next / t. At t = 1 and t = 0 lambda is not finite, so there the extrapolation is dropped, and
-    the step is DDIM's. This is so at the first step, at the last, and at the second if t_prev = 1.
-    Returns (x_{t_next}, x_0).
+    last two values (x0_prev at t_prev is the one before). That paper's exponentials become
+    t_next / t. lambda is infinite at t = 1 and t = 0. So the first step, the last, and (if
+    t_prev = 1) the second have no extrapolation and are DDIM's. Returns (x_{t_next}, x_0).
     """
     x0 = guess = x - t * v
     if x0_prev is not None and t_prev < 1 and t_next > 0:

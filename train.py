@@ -135,8 +135,8 @@ def score(scorers, images, prompt):
             for name, scorer in scorers.items()}
 
 def by_group(scores, prompt, to_advantages):
-    """`to_advantages` of each group's M rewards, (M, G) -> (G,); together (P, G). Where a reward is
-    not finite they are nan. Then the gradient is nan on all processes, and all skip the update."""
+    """Apply `to_advantages` to each group's M rewards, (M, G) -> (G,). Returns (P, G), nan where a
+    reward is not finite. Then the gradient is nan on all processes, and all skip the update."""
     A = torch.full_like(next(iter(scores.values())), torch.nan)
     for g, r in enumerate(torch.stack(list(scores.values()), 1)):       # (M, G)
         if r.isfinite().all():
@@ -150,8 +150,8 @@ def by_group(scores, prompt, to_advantages):
 
 def average_gradients(cfg, model, last):
     """Decide whether the next backward pass averages the gradients over all processes. Once in an
-    update, in its last pass, is enough for DDP. With FSDP each process would have to keep a whole
-    float32 gradient until then (48 GB for FLUX.1-dev), so there it is done only with --gather."""
+    update, in its last pass, is enough for DDP. With FSDP each process would keep a whole float32
+    gradient until then (48 GB for FLUX.1-dev), so it waits only with --gather."""
     if cfg.fsdp:
         model.transformer.set_requires_gradient_sync(last or not cfg.gather)
         model.transformer.set_reshard_after_backward(last or not cfg.gather)

@@ -136,8 +136,8 @@ def flash_schedule(T, shift, end, compress):
     """MixGRPO-Flash: the T - end steps after the window, where nothing is trained, become
     int(compress (T - end)) steps.
 
-    Where we count steps, their code counts points. So with Flash* (compress 0.2, window 0 to 4) it
-    takes one step fewer than ours. But they report 8 evaluations for it, as many as ours takes.
+    Their code counts points, not steps. So with Flash* (compress 0.2, window 0 to 4) their code
+    takes 7 steps, and ours takes 8. Their paper reports 8 evaluations.
     """
     steps = max(1, int(compress * (T - end) + 1e-6))
     tail = schedule(steps, shift, start=1 - end / T)
@@ -165,10 +165,11 @@ def tree_advantages(rewards, width):
     return A.clamp(-5, 5)                                               # (P, width)
 
 def pruned_depths(iteration, T, count, earliest, every):
-    """Depth pruning: `count` depths are not trained. At first these are T - count to T - 1. They
-    move one depth earlier after every `every` iterations, counted from 1, until they begin at
-    `earliest`, the last split's. (In their paper they move the other way.) With 5 of them NFE_theta
-    is the published 8.625. At the end it is 9.125, because the last split has half the nodes."""
+    """Depth pruning: `count` depths are not trained. At first these are the last ones. After
+    every `every` iterations, counted from 1, they move one depth earlier, until the first of them
+    is `earliest`, the last split's. (In their paper they move the other way.) With 5 of them
+    NFE_theta is the published 8.625. At the end it is 9.125, because the last split has half the
+    nodes."""
     moved = (iteration + 1) // every if every else 0
     start = max(T - count - moved, earliest)
     return range(start, start + count)
@@ -534,8 +535,8 @@ def draw_fdfo(cfg, it, prompts, latent_shape):
 def times(cfg, it):
     """An iteration's schedule, its SDE steps [start, end), and the noise level of every step, 0 for
     a step of the ODE. In DanceGRPO (which decodes the predicted x_0) and in MixGRPO, the last step
-    is one of the ODE. In Flow-GRPO it has noise (`noisy_end`), so the image has noise, too. But it
-    is not trained: with their timestep_fraction of 0.99, 5 of 6 steps are."""
+    is one of the ODE. In Flow-GRPO it has noise (`noisy_end`), and so has the image. But it is
+    not trained: their timestep_fraction of 0.99 trains 5 of 6 steps."""
     T = cfg.num_rollout_steps
     start, end = 0, T if cfg.noisy_end else T - 1
     if cfg.window:

@@ -18,11 +18,12 @@ compares it with, and three more.
     tune               learning rate and clip of each method, from eight pairs (DiffusionNFT and
                        FDFO: four learning rates, because they have no clip)
 
-Methods are compared at equal seconds: a run lasts as long as --iterations of Neighbor GRPO with 8
-steps, by the times of table3. So other work on the machine does not matter. Tables 4 to 6 have
-equal iterations, as in the paper. Learning rate and clip are those with the best reward in the
-sweep (tune), on prompts and seeds that no table uses. Variants of a method share them. Evaluations
-use DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains on the judge.
+Methods are compared at equal seconds: those of --iterations of Neighbor GRPO with 8 steps. The
+times of table3 turn them into iterations, so other work on the machine does not matter during a
+run. Tables 4 to 6 have equal iterations, as in the paper. Learning rate and clip are those with the
+best reward in the sweep (tune), on prompts and seeds that no table uses. Variants of a method share
+them. Evaluations use DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains
+on the judge.
 
 Each run is a call of train.py or paper.baselines. The call is printed, with the run's folder in
 --out_dir. While the call is the same, a complete run is not made again, and an interrupted run
@@ -265,7 +266,7 @@ def finals(args, jobs):
     rows = {row["label"]: row for row in results}
     apart = {label: between_flawless(args.out / "eval" / label) for label in rows}
     has_two = np.isfinite(apart[results[0]["label"]])
-    for label, row in rows.items():             # over the base's prompts that have two
+    for label, row in rows.items():             # prompts with two flawless pictures of the base
         row["between_flawless"] = np.nanmean(apart[label][has_two])
     of_runs = {folder: rows[label_of(path)] for folder, path in newest.items()}
     return {"base": results[0], **of_runs}
@@ -481,7 +482,7 @@ def before_and_after(args, prompts, seed=0):
 
 def figure4(args):
     """A'_i of real groups. The effect of p on a group is the length |A'|_2. At p = 2 it is 1 for
-    every group. At a smaller p, flat groups become shorter."""
+    every group. At a smaller p, even groups become shorter."""
     prompts = read_prompts(TRAINED_ON)
     some = evenly_spaced(len(prompts), 16 if args.quick else 64)
     groups = before_and_after(args, [prompts[i] for i in some])
@@ -490,22 +491,22 @@ def figure4(args):
     for panel, (label, (_, r)) in zip(panels, groups.items()):
         A = r - r.mean(1, keepdim=True)                                 # (P, G)
         # 1 if all |A_i| are equal, small if one of them stands out
-        flatness = (A.abs().sum(1) / A.norm(dim=1) / math.sqrt(A.shape[1])).numpy()     # (P,)
-        order, quarter = np.argsort(flatness), len(flatness) // 4
+        evenness = (A.abs().sum(1) / A.norm(dim=1) / math.sqrt(A.shape[1])).numpy()     # (P,)
+        order, quarter = np.argsort(evenness), len(evenness) // 4
         for p in (2.0, 1.0, 0.8, 0.5):
             length = torch.stack([advantages(each, p) for each in r]).norm(dim=1).numpy()
             weight = length / length.mean()                             # (P,)
-            peaked, flat = weight[order[:quarter]].mean(), weight[order[-quarter:]].mean()
-            panel.scatter(flatness, weight, s=12, label=f"p = {p:g}")
-            rows.append([label, f"{p:g}", f"{peaked:.3f}", f"{flat:.3f}", f"{peaked / flat:.2f}"])
-            data[f"{label}, p {p:g}"] = dict(flatness=flatness.tolist(), weight=weight.tolist())
-        panel.set(title=label, xlabel="flatness of the group, |A|_1 / (sqrt(G) |A|_2)",
+            peaked, even = weight[order[:quarter]].mean(), weight[order[-quarter:]].mean()
+            panel.scatter(evenness, weight, s=12, label=f"p = {p:g}")
+            rows.append([label, f"{p:g}", f"{peaked:.3f}", f"{even:.3f}", f"{peaked / even:.2f}"])
+            data[f"{label}, p {p:g}"] = dict(evenness=evenness.tolist(), weight=weight.tolist())
+        panel.set(title=label, xlabel="evenness of the group, |A|_1 / (sqrt(G) |A|_2)",
                   ylabel="length of A' over the mean of all groups")
         panel.legend()
     finish(figure, args.results / "figure4.png")
     caption = f"{len(some)} rollout groups of training prompts; weight: |A'|_2 over its mean."
     return ["model", "p", "weight of the most peaked quarter of the groups",
-            "weight of the flattest quarter", "ratio"], rows, data, caption
+            "weight of the most even quarter", "ratio"], rows, data, caption
 
 def figure8(args):
     known = read_prompts(TRAINED_ON)
