@@ -80,7 +80,7 @@ VARIANTS = {            # Neighbor GRPO with 8 steps as it is, and with other se
     "rewards": {"preference": "", "judge": "--rewards judge --eval_scorers preference",
                 "both": "--rewards preference,judge --eval_scorers flawless"}}
 PAPER_BASE = 0.310, 0.389
-PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward (Table 1: one of three), CLIP never
+PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one of three
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382),
                "MixGRPO-Flash*": (0.343, 0.374), "Neighbor GRPO, 25 steps": (0.359, 0.385),
                "Neighbor GRPO, 16 steps": (0.369, 0.386), OURS: (0.366, 0.391)},
@@ -330,8 +330,8 @@ def compare(args, name, labels, caption):
         data[label] = dict(finals=each, commands=commands(jobs[label]))
     draw_pictures(args, name, jobs)
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption += (f" All methods have the same seconds, {seconds:.0f}, by the times of table3. "
-                f"{ERRORS} The paper's columns are gains too.")
+    caption += (f" All methods have the same seconds, {seconds:.0f}, by the times of table3, "
+                f"in whole iterations. {ERRORS} The paper's columns are gains too.")
     head = ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr, clip", "reward",
             "its gain", "judge", "its gain", "diversity", "of flawless pictures",
             "paper: HPSv2.1", "paper: CLIP"]
