@@ -426,14 +426,14 @@ def check(args):
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
     schedule(args.steps, args.shift or 1)
-    cuda, by_checkpoint = torch.cuda.is_available(), round(args.hybrid * args.steps)
+    cuda, hybrid = torch.cuda.is_available(), args.hybrid if 0 <= args.hybrid < 1 else 1
     for holds, sentence in [
         (args.specs, f"scorers is empty; name at least one of {', '.join(rewards.SCORERS)}"),
         (min(args.images_per_prompt, args.columns, args.batch, args.num_prompts + 1) >= 1,
          "images_per_prompt, columns and batch must be at least 1, and num_prompts 0"),
         (args.solver in SOLVERS, f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
         (0 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0 to 100"),
-        (args.hybrid == 0 or 0 < by_checkpoint < args.steps,
+        (hybrid == 0 or 0 < round(hybrid * args.steps) < args.steps,
          f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the "
          f"{args.steps} steps"),
         (math.isfinite(args.guidance), f"guidance is {args.guidance}, but must be finite"),

@@ -247,6 +247,9 @@ def load_lora(pipe, path):
         state, prefix = load_file(file), "base_model.model."    # PEFT's
         if all(name.startswith(prefix) and "transformer_blocks" in name for name in state):
             settings = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
+            for name in ("use_rslora", "use_dora", "alpha_pattern"):
+                if settings.get(name):
+                    raise ValueError(f"its {name} changes the adapters' strength; save it without")
             state = {name.replace(prefix, "transformer."): w for name, w in state.items()}
             for name in [name for name in state if name.endswith(".lora_A.weight")]:
                 alpha = torch.tensor(float(settings["lora_alpha"]))

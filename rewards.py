@@ -70,10 +70,10 @@ class Scorer:
         try:
             with torch.autocast(self.device.type, enabled=False):
                 scores = self.score(pixels.to(self.device), prompts)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: "
                               f"{describe(error, self.code_file)}") from error
-        shape, finite = tuple(scores.shape), scores.isfinite()
+        shape, finite = tuple(scores.shape), scores.abs() < 1e30       # nan is not, either
         if shape != (len(images),) or not finite.all():
             bad = finite.int().argmin() if shape == (len(images),) else 0
             raise ScorerError(f"scorer {self.name!r} gave {one_line(scores.tolist())}, of shape "

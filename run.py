@@ -71,6 +71,7 @@ def check_out_dir(cfg):
     """Refuse a directory that holds another run or the model, or that cannot be written to."""
     out, found = Path(cfg.out_dir), checkpoints(cfg.out_dir)
     others = [name for name in RUN_FILES if (out / name).exists()]
+    others += [path.name for path in out.glob("checkpoint-[0-9]*")]     # another program's, say
     if cfg.resume and found:
         check_resumed(cfg, found[-1])
     elif others and not found and not (out / "log.jsonl").exists():
@@ -142,9 +143,9 @@ def discard(path):
     """Delete, but rename first: a half-deleted folder must not pass for a checkpoint."""
     aside = path.with_name(f"{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    if path.exists():
+    if os.path.lexists(path):
         os.replace(path, aside)
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
 
 class Run:
     """The optimizer, the counters, and everything that is written.
@@ -157,11 +158,14 @@ class Run:
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
         self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                      betas=(0.9, 0.999), fused=model.device.type == "cuda")
+        state_of(model, self.opt, [])           # makes the moments now, by a step with lr 0; at the
+        for moments in self.opt.state.values():             # first save that step would count
+            moments["step"].zero_()
         self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
         self.prompts = read_prompts(cfg.eval_prompts or cfg.prompts)
         if not cfg.eval_prompts:
             self.prompts = [self.prompts[i] for i in evenly_spaced(len(self.prompts), 8)]
-        self.iteration, self.before, self.evaluated = 0, None, None
+        self.iteration, self.before = 0, None
         self.stop, self.skips = False, 0
         found = checkpoints(self.out) if cfg.resume else []
         self.resumed = path = found[-1] if found else None
@@ -177,6 +181,8 @@ class Run:
         if RANK == 0:
             self.write_files()
         gather_objects(None)                    # and the files are there before any goes on
+        done = [line["iter"] for line in self.lines() if "reward" not in line]
+        self.evaluated = done[-1] if done else None
 
     def write_files(self):
         """The files of a new run; or those of a resumed one, as they were at its checkpoint."""
@@ -206,6 +212,8 @@ class Run:
     def iterations(self):
         """Count through the iterations that are left; evaluate and save between them."""
         c = self.cfg
+        if c.eval_every and self.iteration % c.eval_every == 0 and self.evaluated != self.iteration:
+            self.evaluate()                     # before --resume a scorer failed in it
         with tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations,
                   desc="train", disable=True if RANK else None) as self.bar:
             for it in self.bar:
@@ -258,8 +266,8 @@ class Run:
         for name in self.scorers:
             base, now = first.get(f"eval_{name}"), last.get(f"eval_{name}")
             if base is not None and now is not None:
-                r = real.get(name)
-                gap = f"{r:9.3f}  {(now - base) / (r - base):10.0%}" if r else ""
+                r = real.get(name, base)
+                gap = f"{r:9.3f}  {(now - base) / (r - base):10.0%}" if r != base else ""
                 print(f"{name:14}{base:8.3f}{now:9.3f}{gap}")
 
     def diverged(self, what):
@@ -367,8 +375,7 @@ class Run:
                         if math.isfinite(mean) else f"{name} missing")
         if RANK:
             return
-        if not any(old["iter"] == self.iteration and "reward" not in old for old in self.lines()):
-            self.write(line)                    # else a resumed run has it in its log already
+        self.write(line)
         said.insert(0, f"{n} {'held-out' if c.eval_prompts else 'training'} prompts")
         tqdm.write(" | ".join([f"eval {self.iteration:03d}", *said]))
         rows = {"base": self.before["images"]}

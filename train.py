@@ -206,7 +206,7 @@ class Config:
     updates_per_iteration: int = option(2, "optimizer steps that share the B anchors (Alg. 1: B; "
                                         "the authors' arXiv 2603.17461: 2)", "[1, inf)")
     sigma: float = option(0.3, "strength of the perturbation (Eq. 7, Table 4)", "(0, 1]")
-    p: float = option(0.8, "exponent of the quasi-norm; 2: GRPO (Eq. 11, Table 6)", "(0, 2]")
+    p: float = option(0.8, "exponent of the quasi-norm; 2: GRPO (Eq. 11, Table 6)", "[0.2, 2]")
     tau: str = option("dim", "temperature of the policy (Eq. 8): a number, 1 in the paper; or dim "
                       "for D, which makes the distance a mean over dimensions")
     clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)", "(0, inf)")
@@ -331,7 +331,7 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
         for f in fields(cfg):
             check_option(f.name, getattr(cfg, f.name), f.metadata["allowed"])
         refused = check(cfg)
-    except ValueError as error:
+    except (ValueError, OSError) as error:                      # OSError: a name that is too long
         refused = str(error)
     for sentence in filter(None, gather_objects(refused)):      # by any process
         if RANK == 0:
@@ -366,7 +366,6 @@ def load(cfg):
 def start(cfg, algorithm):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)                                 # of LoRA's first weights
     if cfg.device != "cpu":
         torch.cuda.set_device(cfg.device)
     prompts = read_prompts(cfg.prompts) + read_prompts(cfg.eval_prompts or cfg.prompts)
@@ -375,6 +374,7 @@ def start(cfg, algorithm):
     try:
         scorers = rewards.load_all(names | watched, cfg.device, prompts)
         scorers |= {name: rewards.forgiving(scorers[name]) for name in watched}
+        torch.manual_seed(cfg.seed)                             # of LoRA's first weights
         model = load(cfg)
     except ValueError as error:                                 # weights that do not fit, say
         raise OSError(rewards.one_line(error)) from error

@@ -52,7 +52,7 @@ class Flow(nn.Module):
 
 def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, sigma=0.3, clip_eps=1e-4):
     """One iteration for one prompt. velocity(x (M, *shape), t) -> v, t from 1 (noise) to 0."""
-    ts, tau = torch.linspace(1, 0, T + 1), torch.Size(shape).numel()        # tau = D, a mean
+    ts, tau = torch.linspace(1, 0, T + 1), torch.Size(shape).numel()        # tau = D: mean distance
     x = perturb_noise(torch.randn(shape), torch.randn(G, *shape), sigma)
     traj, vels = [x], []
     with torch.no_grad():

@@ -165,11 +165,11 @@ def tree_advantages(rewards, width):
     return A.clamp(-5, 5)                                               # (P, width)
 
 def pruned_depths(iteration, T, count, earliest, every):
-    """Depth pruning: `count` depths are not trained. At first these are the last ones. After
-    every `every` iterations, counted from 1, they move one depth earlier, until the first of them
-    is `earliest`, the last split's. (In their paper they move the other way.) With 5 of them
-    NFE_theta is the published 8.625. At the end it is 9.125, because the last split has half the
-    nodes."""
+    """Depth pruning: `count` depths are not trained. At first these are depths T - count to
+    T - 1. After every `every` iterations, counted from 1, they move one depth earlier, until the
+    first of them is `earliest`, the last split's. (In their paper they move the other way.) With 5
+    of them NFE_theta is the published 8.625. At the end it is 9.125, because the last split has
+    half the nodes."""
     moved = (iteration + 1) // every if every else 0
     start = max(T - count - moved, earliest)
     return range(start, start + count)
@@ -240,6 +240,11 @@ def half_difference(x):
     so on -> (M, ...)."""
     pairs = x.unflatten(0, (-1, 2))                                     # (M / 2, 2, ...)
     return ((pairs - pairs.flip(1)) / 2).flatten(0, 1)                  # (M, ...)
+
+def pair_advantages(rewards):
+    """The half differences of rewards (G,) -> (G,), zeros for two that are equal up to rounding."""
+    flat = is_flat(rewards.unflatten(0, (-1, 2)))                       # (G / 2,)
+    return torch.where(flat.repeat_interleave(2), 0, half_difference(rewards))
 
 def end_point_direction(x0):
     """d / mean(d^2), where d is the half difference of two partners' x_0. (M, ...) -> (M, ...).
@@ -465,7 +470,7 @@ def train_fdfo(cfg, model, scorers, run):
 
         # Score them, and take the half differences of scores and of end points
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        A = by_group(scores, prompt, lambda r: half_difference(weights.to(r) @ r))      # (P, G)
+        A = by_group(scores, prompt, lambda r: pair_advantages(weights.to(r) @ r))      # (P, G)
         d = end_point_direction(x0).unflatten(0, (P, G))                # (P, G, N, C)
         lap("reward")
 
@@ -713,8 +718,8 @@ class Config(train.Config):
             (G % 2 == 0, f"group_size (G) is {G}, but must be even: fdfo has pairs"),
             (G // 2 % U == 0, f"updates_per_iteration is {U}, but must divide the number of "
                               f"pairs of a prompt, {G // 2}"),
-            (self.churn > 0, f"churn is {self.churn:g}, but must be above 0: the two of a pair "
-                             "would be the same"),
+            (self.churn >= 1e-6, f"churn is {self.churn:g}, but must be at least 1e-6: the two of "
+                                 "a pair would be the same"),
             (self.solver == "ddim", "solver is not a setting of fdfo, whose steps are Euler's"),
         ]
 

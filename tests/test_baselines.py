@@ -15,8 +15,8 @@ from neighbor_grpo import clipped_objective, log_ratio, perturb_noise
 from paper import baselines
 from paper.baselines import (
     METHODS, Config, churn, dance_level, drift_residual, end_point_direction, fdfo_log_ratio,
-    flow_level, half_difference, log_prob, nft_loss, noise_estimate, sde_mean, sde_rollout, sde_std,
-    spo_objective, tree_advantages, tree_widths)
+    flow_level, half_difference, log_prob, nft_loss, noise_estimate, pair_advantages, sde_mean,
+    sde_rollout, sde_std, spo_objective, tree_advantages, tree_widths)
 from run import HERE, Run
 from solvers import ddim_step, rollout, schedule
 
@@ -345,6 +345,12 @@ def slope(objective, v_old, x0, r, eps=0.03):
     log_rho = fdfo_log_ratio(v, v_old, end_point_direction(x0))
     assert not log_rho.any()
     return torch.autograd.grad(objective(log_rho, half_difference(r), eps), v)[0]
+
+
+def test_a_pair_whose_rewards_are_equal_up_to_rounding_teaches_fdfo_nothing():
+    rewards = torch.tensor([1e6, 1e6 + 0.06, 0.25, 0.75, 3.0, 3.0])
+    assert rewards[0] != rewards[1]
+    assert_close(pair_advantages(rewards), torch.tensor([0, 0, -0.25, 0.25, 0, 0]))
 
 
 def test_fdfos_log_ratio_is_the_old_mean_squared_distance_to_the_target_less_the_new_one():
@@ -823,7 +829,7 @@ def test_a_run_is_not_resumed_with_another_method(before, now, tmp_path, capsys)
     ("--method nft --ema 0.9", "must lie in (0, 0.5]"),
     ("--method nft --clip_eps 0.1", "clip_eps is not a setting of nft"),
     ("--method nft --churn 0.1", "churn is not a setting of nft"),
-    ("--method fdfo --churn 0", "churn is 0, but must be above 0"),
+    ("--method fdfo --churn 0", "churn is 0, but must be at least 1e-6"),
     ("--method fdfo --group_size 9", "group_size (G) is 9, but must be even"),
     ("--method fdfo --updates_per_iteration 4", "must divide the number of pairs of a prompt, 6"),
     ("--method fdfo --num_train_steps 9", "num_train_steps is not a setting of fdfo"),

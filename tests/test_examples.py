@@ -4,19 +4,32 @@ The examples do what they say. One test per sentence.
     python -m pytest -q tests/test_examples.py
 """
 import inspect, re
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 from examples import own_model, toy
 from examples.own_reward import redness
-from tests.conftest import HERE
+from tests.conftest import HERE, TINY
 
 
 def test_the_toys_loop_is_the_one_that_readme_offers():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     offered = re.search(r"```python\nimport torch\n.*?\n\n(def .*?)```", readme, re.S).group(1)
     assert offered == inspect.getsource(toy.neighbor_grpo_step)
+
+
+def test_the_lines_that_readme_offers_draw_a_picture_from_a_checkpoint(tmp_path):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"```python\n(import machine, torch.*?)```", readme, re.S).group(1)
+    picture = tmp_path / "apple.png"
+    for path, here in (("out/tiny/checkpoint-50", TINY / "flux"), ("apple.png", picture)):
+        assert lines.count(path) == 1
+        lines = lines.replace(path, str(here))
+    exec(lines, {})
+    pixels = np.array(Image.open(picture))
+    assert pixels.shape == (64, 64, 3) and pixels.std() > 20
 
 
 def test_the_toys_velocity_is_the_conditional_mean_of_noise_less_data():

@@ -244,6 +244,12 @@ def test_adapters_that_peft_wrote_have_the_strength_that_peft_gives_them(flux, t
     moved = theirs.velocity(x, 0.5, cond)
     assert_close(ours.velocity(x, 0.5, cond), moved, rtol=0, atol=1e-5)
     assert (moved - flux.velocity(x, 0.5, cond)).abs().max() > 1e-2
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    for other in ({"use_rslora": True}, {"alpha_pattern": {"to_q": 64}}):       # not read: refused
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | other),
+                                                      encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{next(iter(other))} changes the adapters' strength"):
+            Flux(FLUX, 64, lora=str(tmp_path))
 
 
 # ==================================================================== FLUX.2 klein

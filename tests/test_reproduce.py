@@ -60,6 +60,15 @@ def test_runs_last_equal_seconds(tmp_path, monkeypatch):
     assert reproduce.lasting(args, OURS) == reproduce.lasting(args, reproduce.OURS_2) == 60
 
 
+def test_every_method_has_its_own_seconds_but_variants_of_ours_share_them(tmp_path, monkeypatch):
+    seconds = {label: {"seconds": n} for n, label in enumerate(reproduce.METHODS)}
+    monkeypatch.setattr(reproduce, "costs", lambda args: seconds)
+    for n, label in enumerate(reproduce.METHODS):
+        shared = label in (reproduce.OURS_2, reproduce.OURS_08)
+        expected = seconds[OURS]["seconds"] if shared else n
+        assert reproduce.cost_of(settings(tmp_path), label)["seconds"] == expected
+
+
 def test_a_saved_result_is_used_only_for_the_same_inputs(tmp_path):
     asked = []
 

@@ -31,7 +31,7 @@ REFUSED = [
     ("--sigma 0", "sigma is 0, but must lie in (0, 1]"),
     ("--sigma 1.5", "sigma is 1.5, but must lie in (0, 1]"),
     ("--sigma nan", "sigma is nan, but must lie in (0, 1]"),
-    ("--p 0", "p is 0, but must lie in (0, 2]"),
+    ("--p 0.1", "p is 0.1, but must lie in [0.2, 2]"),
     ("--tau warm", "tau is warm, but must be a number above 0, or dim"),
     ("--tau inf", "tau is inf, but must be a number above 0, or dim"),
     ("--tau 0", "tau is 0, but must be a number above 0, or dim"),
@@ -214,6 +214,59 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_to_the_last_
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_that_is_saved_before_its_first_update_goes_on_as_if_it_had_not_been(tmp_path):
+    """If there are no moments yet, torch makes them at a save, by a step that must not count."""
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def moon(images, prompts):\n"             # all groups of another prompt are flat
+        "    return torch.stack([i.mean() * (p == 'the moon') for i, p in zip(images, prompts)])\n",
+        encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a dog\na bus\na cat\nthe moon\n", encoding="utf-8")
+    settings = [*SHORT, "--rewards", f"{tmp_path}/own.py:moon", "--prompts",
+                f"{tmp_path}/prompts.txt", "--prompts_per_iteration", "1", "--iterations", "4"]
+    for name, save_every in (("often", "1"), ("once", "0")):
+        out = ["--save_every", save_every, "--out_dir", str(tmp_path / name)]
+        assert train.main([*settings, *out]) is None
+    flat = [line["flat_groups"] for line in lines_of(tmp_path / "once")]
+    assert flat[0] == 1 and 0 in flat                           # a save came before an update
+    often, once = (weights_of(tmp_path / name, 4) for name in ("often", "once"))
+    assert all(torch.equal(often[name], once[name]) for name in once)
+
+
+def test_watching_a_scorer_does_not_change_the_adapters_that_a_run_begins_with(tmp_path):
+    norms = []
+    for watched in ("", "judge"):
+        command = [*SHORT[:-1], watched, "--lora_rank", "3", "--iterations", "1"]
+        assert train.main([*command, "--out_dir", str(tmp_path / f"run{watched}")]) is None
+        norms.append(of_training(lines_of(tmp_path / f"run{watched}"))[0]["grad_norm"])
+    assert norms[0] == norms[1]
+
+
+def test_an_evaluation_in_which_a_reward_failed_is_made_after_resume(
+        alone, five, tmp_path, monkeypatch, capsys):
+    preference = rewards.find("preference")[0]
+    command = [*SHORT, *five, "--eval_every", "2", "--iterations", "4", "--out_dir", str(tmp_path)]
+    calls, score = [], preference.score
+
+    def fails_once(self, pixels, prompts):
+        calls.append(len(pixels))
+        if len(calls) == failing:
+            raise RuntimeError("the server is down")
+        return score(self, pixels, prompts)
+
+    failing = None
+    monkeypatch.setattr(preference, "score", fails_once)
+    assert train.main([*command, "--overwrite"]) is None
+    whole, sizes = lines_of(tmp_path, seconds=False), list(calls)
+    calls.clear()
+    failing = sizes.index(8, sizes.index(8) + 1) + 2            # the call after two iterations' 8s
+    assert train.main([*command, "--overwrite"]) == 1
+    assert "the server is down" in capsys.readouterr().err
+    assert len(lines_of(tmp_path)) < len(whole)
+    assert train.main([*command, "--resume"]) is None
+    assert lines_of(tmp_path, seconds=False) == whole
+
+
 def test_the_same_command_with_resume_begins_a_run_and_continues_it(
         five, alone, tmp_path, capsys):
     command = [*SHORT, *five, "--iterations", "2", "--out_dir", str(tmp_path), "--resume"]
@@ -256,6 +309,22 @@ def test_adapters_to_start_from_in_the_folder_of_a_run_are_never_deleted(tmp_pat
                             "--out_dir", str(tmp_path / "run")])
     assert "where a new run would delete it" in capsys.readouterr().err
     assert adapters.is_file()
+
+
+def test_a_checkpoint_of_another_program_is_never_replaced(tmp_path, capsys):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/optimizer.bin").write_text("", encoding="utf-8")
+    for how in ([], ["--resume"], ["--overwrite"]):
+        with pytest.raises(SystemExit):
+            train.parse_config(["--out_dir", str(tmp_path), *how])
+        assert "is not a run, and holds checkpoint-2" in capsys.readouterr().err
+
+
+def test_a_link_in_a_run_is_deleted_and_what_it_points_to_is_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "samples").symlink_to(tmp_path / "elsewhere")
+    discard(tmp_path / "samples")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 @pytest.mark.parametrize("how, leftover", [
