@@ -294,13 +294,14 @@ def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs(tmp_path,
 def test_figure_5_has_gains_after_shares_of_the_seconds_and_after_the_rivals_iterations(
         tmp_path, monkeypatch):
     """All rise evenly by 0.01 an iteration; the judge falls by as much. All take 8 s an iteration,
-    Neighbor GRPO 2 s. It may have 40 iterations, and the others 10."""
+    Neighbor GRPO 2 s, FDFO 16 s. They may have 40, 5, and the others 10 iterations."""
     def run_all(args, *groups):
         runs = [what for group in groups for what in group.items()]
         lasts = {folder: int(after(flags, "--iterations")) for folder, (_, flags) in runs}
         return {folder: log((0, 0.0), (last, last / 100)) for folder, last in lasts.items()}
 
-    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
+    costs = {**all_cost(8.0), "FDFO": all_cost(16.0)["FDFO"]}
+    monkeypatch.setattr(reproduce, "costs", lambda args: costs)
     families = {family for _, _, family in reproduce.METHODS.values()}
     monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(families, (1e-5, 1e-4)))
     monkeypatch.setattr(reproduce, "run_all", run_all)
@@ -309,6 +310,7 @@ def test_figure_5_has_gains_after_shares_of_the_seconds_and_after_the_rivals_ite
     found = {row[0]: row[3:] for row in rows}
     assert found[OURS] == ["40", "+0.080", "+0.240", "+0.400", "-0.400", "+0.100"]
     assert found["DanceGRPO"] == ["10", "+0.020", "+0.060", "+0.100", "-0.100", "+0.100"]
+    assert found["FDFO"] == ["5", "+0.010", "+0.030", "+0.050", "-0.050", ""]
 
 
 def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
