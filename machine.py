@@ -180,8 +180,12 @@ def whole_weights(model):
 def state_of(model, opt, ema):
     """What torch.distributed.checkpoint writes and reads, each process its own shards: trained
     weights, AdamW's moments, the average of weights."""
-    weights, moments = get_state_dict(model.transformer, opt,
-                                      options=StateDictOptions(ignore_frozen_params=True))
+    options = StateDictOptions(ignore_frozen_params=True)
+    if not opt.state:                           # torch makes the moments here, by a step with lr 0
+        get_state_dict(model.transformer, opt, options=options)
+        for moments in opt.state.values():
+            moments["step"].zero_()             # which must not count
+    weights, moments = get_state_dict(model.transformer, opt, options=options)
     return dict(weights=weights, moments=moments, ema={str(i): w for i, w in enumerate(ema)})
 
 

@@ -158,9 +158,6 @@ class Run:
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
         self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                      betas=(0.9, 0.999), fused=model.device.type == "cuda")
-        state_of(model, self.opt, [])           # makes the moments now, by a step with lr 0; at the
-        for moments in self.opt.state.values():             # first save that step would count
-            moments["step"].zero_()
         self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
         self.prompts = read_prompts(cfg.eval_prompts or cfg.prompts)
         if not cfg.eval_prompts:
