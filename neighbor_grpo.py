@@ -1,64 +1,51 @@
 """
-Neighbor GRPO on plain tensors (https://arxiv.org/abs/2511.16955).
-Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+Neighbor GRPO on plain tensors: tensors in, tensors out, torch is the only import.
+Method: He et al., Neighbor GRPO, CVPR 2026, https://arxiv.org/abs/2511.16955 (its equations).
+Source: neighbor_grpo.py of the Neighbor GRPO reference implementation. MIT licence.
 
-The method in one paragraph. Perturb one noise into G neighbours (Eq. 7) and follow each down the
-deterministic ODE. Score the images, and turn the scores into advantages (Eq. 3, 11). Then let the
-model being trained take one ODE step from one of the rollouts. The point that it reaches is the
-anchor. A softmax over minus the squared distances from the anchor to the G rollouts, all at the
-time after the step, is a policy (Eq. 8). Its ratio to the same softmax before the update is a
-likelihood ratio (Eq. 10), and PPO's clipped objective (Eq. 9) pulls the anchor towards the
-candidates that scored well. There is no SDE, and no noise after the first.
-
-Every function is pure: tensors in, tensors out, and torch is the only import. So each can be pasted
-elsewhere.
-Letters as in the paper:
+Perturb one noise into G neighbours (Eq. 7) and follow each down the deterministic ODE. Score the
+images, and turn the scores into advantages (Eq. 3, 11). Some of the candidates are anchors: from an
+anchor's state the model being trained takes one ODE step, and lands at x_theta. A softmax over
+minus the squared distances from x_theta to the G candidates, all at the time after the step, is a
+policy (Eq. 8). Its ratio to the same softmax before the update is a likelihood ratio (Eq. 10), and
+PPO's clipped objective (Eq. 9) pulls x_theta towards the candidates that scored well.
 
     G    candidates in a group                      sigma  strength of the perturbation, in (0, 1]
-    B    candidates to start a trained step from    p      exponent of the quasi-norm, in (0, 2]
-    D    number of elements of one latent           tau    temperature of the softmax
-    "..." the shape of one latent, e.g. (N, C)      rho    policy ratio pi_theta / pi_old
+    B    anchors, drawn from the G                  p      exponent of the quasi-norm, in (0, 2]
+    D    elements of one latent: ONE dimension,     tau    temperature of the softmax
+         so flatten latents before                  rho    policy ratio pi_theta / pi_old
+    ...  leading dimensions: groups, anchors        A      advantages, A' in the paper
 
-Give float32 or float64, never bf16. Under autocast too, the arithmetic here stays in the precision
-of its inputs.
-
-Where this departs from the text of the paper, and why:
-  1. The ratio is formed from the anchor's displacement, not as a quotient of two softmaxes. With
-     tau = 1, at FLUX's size, each log pi is about -2e4. So in float32 a difference of two of them
-     carries 4e-3 of noise, forty times the clip of 1e-4 that DanceGRPO and MixGRPO publish
-     (`log_ratio`).
-  2. `tau` divides the squared distance. The paper has tau = 1, a sum over the D dimensions. But the
-     clip of 1e-4 that it cites is from code that takes the mean, which is tau = D. At the first
-     update tau only rescales the gradient of J. From the second update on the clip acts, and tau
-     decides what it means.
-  3. The old anchor is an argument (`log_ratio`). Algorithm 1 takes the rollout's own latent. Then
-     the ratio differs from 1 before any update, unless the rollout's solver is that of the trained
-     step.
-  4. Rewards that are equal up to rounding give zero advantages. Eq. 3 would divide by zero, and
-     Eq. 11 would enlarge the rounding to 1.
-  5. Eq. 3's standard deviation is left out of `advantages`: Eq. 11 divides by a norm, so it
-     cancels.
-  6. rho is cut at e^80. float32 overflows at e^88, and an infinite ratio would turn a zero gradient
-     into NaN. Beyond e^80 the gradient is zero; such a run has already diverged.
-  7. There is no KL term. Eq. 4 has one, but the paper leaves it out, like other recent methods.
+x has as many leading dimensions as x_theta, or none; a size of 1 is shared. So with x (P, 1, G, D),
+x_theta (P, b, D) and A (P, 1, G) the b anchors of a group share its candidates and advantages; for
+one group, x (G, D) and A (G,) will do. No function takes t: the direction and the range of time do
+not matter. A training loop calls `neighbor_grpo_loss`. Any function can be pasted elsewhere, with
+those that it calls.
 """
 import torch
 
+def check_precision(**tensors):
+    """Refuse float16 and bf16, where 1 + 1e-4 is 1. At FLUX's size the rounding of x_theta to bf16
+    moves a ratio a thousand times as far as the usual clip."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {tensor.dtype}, but must be float32 or float64: only the "
+                             "network may run in bf16, not latents, solver and loss")
 
 def perturb_noise(eps_star, delta, sigma):
     """Eq. 7: eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i, G neighbours of one noise.
 
-    If eps* (...) and delta (G, ...) are independent standard normals, so is each neighbour. Any two
-    of them have correlation 1 - sigma^2, hence nearly the same distance sigma sqrt(2 D). sigma = 1
-    gives unrelated noises. Returns (G, ...). The noise is an argument: this function draws none.
+    eps_star (..., D), delta (..., G, D) -> (..., G, D). If these are standard normal, so is each
+    neighbour. Any two neighbours have correlation 1 - sigma^2, hence nearly the same distance,
+    sigma sqrt(2 D). sigma = 1 gives unrelated noises.
     """
+    check_precision(eps_star=eps_star, delta=delta)
     if not 0 < sigma <= 1:
         raise ValueError(f"sigma is {sigma}, but must lie in (0, 1]")
-    if delta.shape[1:] != eps_star.shape:
-        raise ValueError(f"delta is {tuple(delta.shape)}, but must be (G, ...) over eps_star's "
-                         f"{tuple(eps_star.shape)}")
-    return (1 - sigma**2) ** 0.5 * eps_star + sigma * delta             # (G, ...)      Eq. 7
-
+    if delta.ndim < 2 or delta.shape[:-2] + delta.shape[-1:] != eps_star.shape:
+        raise ValueError(f"eps_star is {tuple(eps_star.shape)} and delta {tuple(delta.shape)}, but "
+                         "they must be (..., D) and (..., G, D)")
+    return (1 - sigma**2) ** 0.5 * eps_star.unsqueeze(-2) + sigma * delta   # (..., G, D)   Eq. 7
 
 def is_flat(rewards, size=None):
     """True where rewards (..., G) are equal up to the rounding of their own precision: nothing can
@@ -68,111 +55,143 @@ def is_flat(rewards, size=None):
     spread = rewards.amax(-1) - rewards.amin(-1)
     return spread <= 16 * torch.finfo(rewards.dtype).eps * size
 
-
 def combine_rewards(rewards, weights):
     """Several rewards into one: Eq. 3 on each, A_m = (r - mean) / std over the group, then the mean
-    weighted by `weights`.
+    weighted by `weights`. Give the result to `group_advantages`.
 
-    rewards (M, G), weights (M,) with a positive sum -> (G,). The standard deviation is the sample's
-    (G - 1), as in the multi-reward training that the paper follows (MixGRPO, arXiv 2507.21802).
-    Scales and offsets of the rewards do not matter. A reward that is flat in this group adds
-    nothing; rewards that cancel give zeros. Give the result to `advantages`.
+    rewards (..., M, G), weights (M,) with a positive sum -> (..., G). The standard deviation is the
+    sample's (G - 1), as in MixGRPO (arXiv 2507.21802); the paper does not say where rewards are
+    merged. Scales and offsets of the rewards do not matter. A reward that is flat in a group adds
+    nothing there; rewards that cancel give zeros.
     """
-    if (rewards.ndim != 2 or weights.shape != rewards.shape[:1]
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    check_precision(rewards=rewards)
+    if (rewards.ndim < 2 or weights.shape != rewards.shape[-2:-1]
             or not (weights >= 0).all() or not weights.sum() > 0):
-        raise ValueError(f"rewards {tuple(rewards.shape)} must be (M, G), and weights "
+        raise ValueError(f"rewards {tuple(rewards.shape)} must be (..., M, G), and weights "
                          f"{weights.tolist()} M numbers >= 0, not all 0")
-    std = torch.where(is_flat(rewards), torch.inf, rewards.std(1))      # (M,)
-    A = (rewards - rewards.mean(1, keepdim=True)) / std[:, None]        # (M, G)        Eq. 3
-    total = (weights[:, None] * A).sum(0) / weights.sum()               # (G,)
-    size = (weights * rewards.abs().amax(1) / std).sum() / weights.sum()        # of what is rounded
-    return torch.where(is_flat(total, size), 0, total)                  # if they cancel
+    std = torch.where(is_flat(rewards), torch.inf, rewards.std(-1))     # (..., M)
+    A = (rewards - rewards.mean(-1, keepdim=True)) / std[..., None]     # (..., M, G)   Eq. 3
+    total = (weights[:, None] * A).sum(-2) / weights.sum()              # (..., G)
+    size = (weights * rewards.abs().amax(-1) / std).sum(-1) / weights.sum()     # of what is rounded
+    return torch.where(is_flat(total, size)[..., None], 0, total)       # if they cancel
 
+def group_advantages(rewards, p=0.8):
+    """Eq. 11 on Eq. 3: A'_i = A_i / (sum_k |A_k|^p)^(1/p), with A = r - mean(r) in each group.
 
-def advantages(rewards, p=0.8):
-    """Eq. 11 on Eq. 3: A'_i = A_i / (sum_k |A_k|^p)^(1/p), A = r - mean(r). rewards (G,) -> (G,),
-    with sum zero.
+    rewards (..., G), of any dtype but float16 and bf16 -> (..., G), with sum zero. A group shares
+    one eps*, not just a prompt. p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group in which a
+    few candidates stand out gets more weight than one in which all advantages have the same size,
+    whatever the rewards' scale. At p = 0.1 and G = 12 no optimizer sees A' any more: G^(-1/p).
 
-    p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group in which a few candidates stand out
-    gets more weight than one in which all advantages have the same size, whatever the rewards' own
-    scale. Rewards that are equal up to rounding give zeros. A small p makes all of A' small, by
-    G^(-1/p): at p = 0.1 and G = 12 no optimizer sees it.
+    Departures: Eq. 3's standard deviation is left out, since it cancels in Eq. 11. Rewards that are
+    equal up to rounding give zeros: Eq. 3 would divide by zero, Eq. 11 would enlarge the rounding.
     """
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    check_precision(rewards=rewards)
     if not 0 < p <= 2:
         raise ValueError(f"p is {p}, but must lie in (0, 2]")
-    if rewards.ndim != 1 or not rewards.is_floating_point() or not rewards.isfinite().all():
-        raise ValueError("rewards must be floats, one finite number for each of the G candidates, "
-                         f"not {rewards.tolist()}")
-    if is_flat(rewards):
-        return torch.zeros_like(rewards)
-    A = rewards - rewards.mean()                                        # (G,)          Eq. 3
-    A = A / A.abs().max()           # the scale cancels below; this keeps |A|^p from underflowing
-    return A / A.abs().pow(p).sum().pow(1 / p)                          # (G,)          Eq. 11
+    if rewards.ndim < 1 or not rewards.isfinite().all():
+        raise ValueError("rewards must be finite numbers, one for each of the G candidates, not "
+                         f"{rewards.tolist()}")
+    A = rewards - rewards.mean(-1, keepdim=True)                        # (..., G)      Eq. 3
+    A = A / A.abs().amax(-1, keepdim=True)      # the scale cancels; |A|^p must not underflow
+    A = A / A.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)             # (..., G)      Eq. 11
+    return torch.where(is_flat(rewards)[..., None], 0, A)
 
+def log_policy(x, x_theta, tau):
+    """Eq. 8, the surrogate leaping policy: log pi_i = log softmax_i(-||x_i - x_theta||^2 / tau).
 
-def log_policy(x, anchor, tau=1.0):
-    """Eq. 8, the surrogate leaping policy: log pi_i = log softmax_i(-||x_i - anchor||^2 / tau).
+    x (..., G, D), x_theta (..., D) -> (..., G). The squared distance is a SUM over D. tau = 1 is
+    the paper's, and at FLUX's D = 129,600 nearly one-hot; tau = D makes it a mean. It is also the
+    posterior of Eq. 30 for a leaping kernel of variance tau / 2.
 
-    x (G, ...), anchor (...) -> (G,). The squared distance is a SUM over the D dimensions, as in the
-    paper; tau = D turns it into a mean. It is also the posterior of Eq. 30 for a leaping kernel of
-    variance tau / 2.
+    Departure: the paper has no tau. But the clip of 1e-4 that it cites is from code that takes the
+    mean. At the first update `neighbor_grpo_loss` does not depend on tau. From the second on the
+    clip acts, and tau decides what it means.
     """
+    check_precision(x=x, x_theta=x_theta)
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau is {tau}, but must be a number above 0")
-    if x.shape[1:] != anchor.shape:
-        raise ValueError(f"x is {tuple(x.shape)}, but must be (G, ...) over the anchor's "
-                         f"{tuple(anchor.shape)}")
-    sq_dist = (x - anchor).flatten(1).pow(2).sum(1)                     # (G,)
-    return torch.log_softmax(-sq_dist / tau, dim=0)                     # (G,)          Eq. 8
+    leading = zip(x.shape[:-2], x_theta.shape[:-1])
+    if (x.ndim not in (2, x_theta.ndim + 1) or x.shape[-1:] != x_theta.shape[-1:]
+            or any(a != b and 1 not in (a, b) for a, b in leading)):
+        raise ValueError(f"x is {tuple(x.shape)} and x_theta {tuple(x_theta.shape)}, but they must "
+                         "be (..., G, D) and (..., D)")
+    sq_dist = (x - x_theta.unsqueeze(-2)).pow(2).sum(-1)                # (..., G)
+    return torch.log_softmax(-sq_dist / tau, -1)                        # (..., G)      Eq. 8
 
+def log_ratio(x, x_theta, x_old, tau):
+    """Eq. 10: log rho_i = log pi_theta(x_i) - log pi_old(x_i). x (..., G, D), x_theta and x_old
+    (..., D) -> (..., G).
 
-def log_ratio(x, anchor, anchor_old, tau=1.0):
-    """Eq. 10: log rho_i = log pi_theta(x_i) - log pi_old(x_i), for one anchor.
-    x (G, ...), anchors (...) -> (G,).
+    x        the group's candidates at t_next, constants
+    x_theta  where the model being trained lands at t_next by one Euler (DDIM) step from an anchor's
+             x_t; the only argument that carries a gradient
+    x_old    where the rollout's model lands by the SAME step, a constant. If the rollout's solver
+             is Euler, it is the rollout's own next state of the anchor, a row of x. With another
+             solver repeat the step with the velocity that the rollout has evaluated at x_t. If the
+             weights have not moved since the rollout, it is x_theta.detach().
 
-    x: the group's rollouts at t_next, constants. anchor: where the model being trained lands at
-    t_next from one candidate's x_t; the only argument that carries a gradient. anchor_old: where
-    the rollout's model lands by the SAME step, a constant. If the weights have not moved since the
-    rollout, give anchor.detach().
+    Velocity means the guided one, here as in the rollout. x_t must be, bit for bit, what the
+    rollout's network saw: store a state after it is rounded, not before. Then the first ratio is 1.
+    Assert that: an SDE left on, or another rounding, shows there and nowhere else.
 
-    Let u = anchor - anchor_old and gain_i = 2 (x_i - anchor_old) . u / tau. Then log rho_i is
-    gain_i - log sum_k pi_old(k) exp(gain_k): the squared distances also contain |u|^2, but that is
-    the same for all i and cancels. The result is exactly 0 at u = 0, and accurate to 1e-6 in
-    float32 for |log rho| < 20. (Multiplied and summed, not `@`: autocast would turn a matrix
-    product into bf16.)
+    Let u = x_theta - x_old and gain_i = 2 (x_i - x_old) . u / tau. Then log rho_i is gain_i -
+    log sum_k pi_old(k) exp(gain_k): the squared distances also contain |u|^2, which cancels. The
+    result is exactly 0 at u = 0, and accurate to 1e-6 in float32 for |log rho| < 20. (Multiplied
+    and summed, not `@`, which autocast would turn into bf16.)
+
+    Departures: Algorithm 1 takes the rollout's next state as x_old with every solver; then the
+    ratio is not 1 before any update, unless the solver is Euler. And the quotient of two softmaxes
+    is avoided: with tau = 1 at FLUX's size each log pi is about -2e4, so in float32 a difference
+    carries 4e-3 of noise, forty times a clip of 1e-4.
     """
-    if anchor.shape != anchor_old.shape:
-        raise ValueError(f"anchor is {tuple(anchor.shape)} and anchor_old "
-                         f"{tuple(anchor_old.shape)}, but they must match")
-    log_pi_old = log_policy(x, anchor_old, tau)                         # (G,)
-    u = anchor - anchor_old                                             # (...)     has the gradient
-    gain = (2 * (x - anchor_old) * u).flatten(1).sum(1) / tau           # (G,)
-    log_mean = (torch.logsumexp(log_pi_old + gain, 0)                   # ()
-                - torch.logsumexp(log_pi_old, 0))                       # ()    0 but for rounding
-    return gain - log_mean                                              # (G,)          Eq. 10
-
+    check_precision(x_theta=x_theta, x_old=x_old)
+    if x_theta.shape != x_old.shape:
+        raise ValueError(f"x_theta is {tuple(x_theta.shape)} and x_old {tuple(x_old.shape)}, but "
+                         "they must have the same shape")
+    log_pi_old = log_policy(x, x_old, tau)                              # (..., G)
+    u = x_theta - x_old                                                 # (..., D)  has the gradient
+    gain = (2 * (x - x_old.unsqueeze(-2)) * u.unsqueeze(-2)).sum(-1) / tau      # (..., G)
+    log_mean = (torch.logsumexp(log_pi_old + gain, -1)                  # (...)
+                - torch.logsumexp(log_pi_old, -1))                      # (...) 0 but for rounding
+    return gain - log_mean[..., None]                                   # (..., G)      Eq. 10
 
 def clipped_objective(log_rho, A, clip_eps):
     """Eq. 9: J = sum_i min(A_i rho_i, A_i clip(rho_i, 1 - clip_eps, 1 + clip_eps)), to be
     MAXIMISED: loss = -tau J.
 
-    The factor tau takes back the division in `log_ratio`: at theta_old the gradient is that of
-    tau = 1, the paper's. With tau = D and loss = -J it would be D times shorter, and at FLUX's size
-    nearly all of its elements would be below AdamW's eps of 1e-8.
+    log_rho (..., G) from `log_ratio`, A (..., G) from `group_advantages`, clip_eps a float ->
+    scalar, a sum over all of them. At theta_old every rho is 1, so J = sum(A) = 0 there, while
+    dJ / dx_theta is (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing
+    about progress, and an anchor's own advantage does not matter, even if it is 0.
 
-    log_rho (G,) from `log_ratio`, A (G,) from `advantages`, one anchor at one time -> scalar. It is
-    a sum over the group, not a mean. For inputs (..., G) it sums over all their anchors. At
-    theta_old every rho is 1, so J = sum(A) = 0 there, while its gradient with respect to the anchor
-    is (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing about progress.
+    Departures: rho is cut at e^80. float32 overflows at e^88, and an infinite ratio would turn a
+    zero gradient into NaN. There is no KL term. Eq. 4 has one, but the paper leaves it out.
     """
-    if log_rho.shape != A.shape:
+    check_precision(log_rho=log_rho, A=A)
+    if (A.ndim not in (1, log_rho.ndim) or A.shape[-1] != log_rho.shape[-1]
+            or any(a not in (1, b) for a, b in zip(A.shape[:-1], log_rho.shape))):
         raise ValueError(f"log_rho is {tuple(log_rho.shape)} and A {tuple(A.shape)}, but each must "
-                         "hold one number per candidate")
+                         "hold one number per candidate, (..., G)")
     rho = log_rho.clamp(max=80).exp()                                   # (..., G)
     return torch.minimum(A * rho, A * rho.clamp(1 - clip_eps, 1 + clip_eps)).sum()      # ()  Eq. 9
 
+def neighbor_grpo_loss(x, x_theta, x_old, A, tau, clip_eps):
+    """What a training loop minimises: -tau J (Eq. 9), averaged over the leading dimensions, so over
+    groups and anchors. Arguments as in `log_ratio` and `clipped_objective`.
+
+    Returns (loss, log_rho (..., G) without gradient). The loss is no measure of progress; log the
+    reward, the largest |rho - 1| before the first update (it must be 0), and `clip_fraction`.
+    With K calls before an update, divide each loss by K. The factor tau takes back the division in
+    `log_ratio`: the first gradient is that of tau = 1, the paper's. With tau = D and -J it would be
+    D times shorter, and at FLUX's size mostly below AdamW's eps of 1e-8.
+    """
+    log_rho = log_ratio(x, x_theta, x_old, tau)                         # (..., G)      Eq. 10
+    J = clipped_objective(log_rho, A, clip_eps)                         # ()            Eq. 9
+    return -tau * J / log_rho[..., 0].numel(), log_rho.detach()
 
 def clip_fraction(log_rho, clip_eps):
-    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]. Worth logging, unlike
-    J."""
+    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]."""
     return (log_rho.expm1().abs() > clip_eps).float().mean()

@@ -24,8 +24,8 @@ from torch.testing import assert_close
 import machine                                                  # noqa: F401  (before diffusers)
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 import train
-from neighbor_grpo import (advantages, clip_fraction, clipped_objective, combine_rewards,
-                           log_policy, log_ratio, perturb_noise)
+from neighbor_grpo import (clip_fraction, clipped_objective, combine_rewards, group_advantages,
+                           log_policy, log_ratio, neighbor_grpo_loss, perturb_noise)
 from run import Run
 from solvers import ddim_step, rollout, schedule
 
@@ -82,40 +82,40 @@ def test_perturbed_noise_stays_standard_normal_and_neighbours_are_equidistant(si
 
 
 def test_policy_is_a_softmax_over_squared_distances_summed_over_all_dimensions():
-    x = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 0.0]]])      # sq_dist 0 and 3
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])              # sq_dist 0 and 3
     sigmoid_3, sigmoid_075 = 0.9525741268, 0.6791786992                 # 1 / (1 + e^-3), e^-0.75
-    assert_close(log_policy(x, x[0]).exp(), torch.tensor([sigmoid_3, 1 - sigmoid_3]))
+    assert_close(log_policy(x, x[0], 1).exp(), torch.tensor([sigmoid_3, 1 - sigmoid_3]))
     assert_close(log_policy(x, x[0], tau=4).exp(), torch.tensor([sigmoid_075, 1 - sigmoid_075]))
 
 
 def test_policy_sums_to_one_and_is_highest_at_the_anchors_own_candidate():
     x = normal(G, 5)
-    pi = torch.stack([log_policy(x, anchor).exp() for anchor in x])     # (anchor, candidate)
+    pi = log_policy(x, x, 1).exp()                          # (anchor, candidate)
     assert_close(pi.sum(1), torch.ones(G).double())
     assert pi.argmax(1).tolist() == list(range(G))
 
 
 def test_policy_and_ratio_follow_the_order_of_the_candidates():
-    x, old, anchor, order = normal(G, 5), normal(5), normal(5), torch.randperm(G)
-    assert_close(log_policy(x[order], anchor), log_policy(x, anchor)[order])
-    assert_close(log_ratio(x[order], anchor, old), log_ratio(x, anchor, old)[order])
+    x, old, x_theta, order = normal(G, 5), normal(5), normal(5), torch.randperm(G)
+    assert_close(log_policy(x[order], x_theta, 2), log_policy(x, x_theta, 2)[order])
+    assert_close(log_ratio(x[order], x_theta, old, 2), log_ratio(x, x_theta, old, 2)[order])
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 8.0])
 def test_policy_is_the_bayes_posterior_of_a_gaussian_leap_with_variance_tau_over_2(tau):
-    x, anchor = normal(G, 5), normal(5)
+    x, x_theta = normal(G, 5), normal(5)
     leap = Independent(Normal(x, (tau / 2) ** 0.5), 1)      # Eq. 26: from candidate i to anywhere
-    likelihood = leap.log_prob(anchor).exp()                # (G,)      Eq. 28-29, prior 1/G
-    assert_close(log_policy(x, anchor, tau).exp(), likelihood / likelihood.sum())
+    likelihood = leap.log_prob(x_theta).exp()               # (G,)      Eq. 28-29, prior 1/G
+    assert_close(log_policy(x, x_theta, tau).exp(), likelihood / likelihood.sum())
 
 
 def test_leaping_keeps_the_marginal_as_the_temperature_falls():
     def gaussian(var, n):                                   # quantiles, without sampling noise
         return Normal(0, var**0.5).icdf((torch.arange(n).double() + 0.5) / n)
 
-    def variance_after_a_leap(anchors, tau):
-        pi = [log_policy(x[:, None], anchor[None], tau).exp() for anchor in anchors]
-        return (torch.stack(pi).mean(0) * x**2).sum().item()
+    def variance_after_a_leap(ends, tau):
+        pi = log_policy(x[:, None], ends[:, None], tau).exp()           # (500, 2000)
+        return (pi.mean(0) * x**2).sum().item()
 
     var = 2.25
     x = gaussian(var, 2000)                                 # p(x_t)
@@ -123,28 +123,28 @@ def test_leaping_keeps_the_marginal_as_the_temperature_falls():
         leap = tau / 2                                      # the variance of the leap
         blurred = gaussian(var + leap, 500)                 # Eq. 26: p after one leap
         assert variance_after_a_leap(blurred, tau) == pytest.approx(var, rel=0.01)      # and back
-        kept = (var**2 + leap * (var + leap)) / (var + leap) ** 2       # by hand: anchors from p
+        kept = (var**2 + leap * (var + leap)) / (var + leap) ** 2       # by hand: ends from p
         assert variance_after_a_leap(gaussian(var, 500), tau) == pytest.approx(kept * var, rel=0.01)
     assert 0.98 < kept < 1                                  # at the last tau
 
 
 def test_log_ratio_of_two_candidates_worked_out_by_hand():
-    x = torch.tensor([[0.0], [1.0]])                # the anchor moves from the first candidate to
-    assert_close(log_ratio(x, x[1], x[0]), torch.tensor([-1.0, 1.0]))   # the second
+    x = torch.tensor([[0.0], [1.0]])                # x_theta moves from the first candidate to
+    assert_close(log_ratio(x, x[1], x[0], tau=1), torch.tensor([-1.0, 1.0]))    # the second
     assert_close(log_ratio(x, x[1], x[0], tau=4), torch.tensor([-0.25, 0.25]))
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 8.0])
 def test_log_ratio_and_its_gradient_are_those_of_two_softmaxes(tau):
-    x, old, anchor, weight = normal(G, 5), normal(5), normal(5), normal(G)
+    x, old, x_theta, weight = normal(G, 5), normal(5), normal(5), normal(G)
 
-    def eq_10(anchor):
-        log_pi, log_pi_old = (-torch.cdist(x, a[None])[:, 0] ** 2 / tau for a in (anchor, old))
+    def eq_10(x_theta):
+        log_pi, log_pi_old = (-torch.cdist(x, a[None])[:, 0] ** 2 / tau for a in (x_theta, old))
         return log_pi.log_softmax(0) - log_pi_old.log_softmax(0)
 
-    assert_close(log_ratio(x, anchor, old, tau), eq_10(anchor))
-    assert_close(gradient(lambda a: weight @ log_ratio(x, a, old, tau), anchor),
-                 gradient(lambda a: weight @ eq_10(a), anchor))
+    assert_close(log_ratio(x, x_theta, old, tau), eq_10(x_theta))
+    assert_close(gradient(lambda a: weight @ log_ratio(x, a, old, tau), x_theta),
+                 gradient(lambda a: weight @ eq_10(a), x_theta))
 
 
 @pytest.mark.parametrize("tau", [1, D_FLUX])
@@ -160,32 +160,33 @@ def test_log_ratio_equals_two_float64_softmaxes_even_below_the_published_clip(si
     old = x[0] + 0.01 * torch.randn(D_FLUX)
     random_direction, direction_of_a_candidate = torch.randn(D_FLUX), x[1]
     for direction in (random_direction, direction_of_a_candidate):
-        anchor = old + size * direction
+        x_theta = old + size * direction
         for tau in (1, D_FLUX):
-            exact = (log_policy(x.double(), anchor.double(), tau)
+            exact = (log_policy(x.double(), x_theta.double(), tau)
                      - log_policy(x.double(), old.double(), tau))
-            assert_close(log_ratio(x, anchor, old, tau).double(), exact, rtol=1e-7, atol=1e-6)
-            naive = log_policy(x, anchor, tau) - log_policy(x, old, tau)    # the naive form
+            error = (log_ratio(x, x_theta, old, tau) - exact).abs().max()
+            assert error < 1e-5 * exact.abs().max() + 1e-6
+            naive = log_policy(x, x_theta, tau) - log_policy(x, old, tau)   # the naive form
             assert tau > 1 or (naive - exact).abs().max() > 10 * PUBLISHED_CLIP
 
 
 def test_log_ratio_stays_float32_under_autocast():
-    x, old, anchor = torch.randn(G, 64), torch.randn(64), torch.randn(64)
-    expected = log_ratio(x, anchor, old)
+    x, old, x_theta = torch.randn(G, 64), torch.randn(64), torch.randn(64)
+    expected = log_ratio(x, x_theta, old, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert ((x - old) @ (anchor - old)).dtype == torch.bfloat16     # the naive form: matmul
-        assert_close(log_ratio(x, anchor, old), expected, rtol=0, atol=0)
+        assert ((x - old) @ (x_theta - old)).dtype == torch.bfloat16    # the naive form: matmul
+        assert_close(log_ratio(x, x_theta, old, 1), expected, rtol=0, atol=0)
 
 
-def test_rounding_the_anchor_to_bf16_moves_the_ratio_a_thousand_times_past_the_published_clip():
+def test_rounding_x_theta_to_bf16_moves_the_ratio_a_thousand_times_past_the_published_clip():
     x = flux_sized_group()                                              # so we use float32
-    assert log_ratio(x, x[0].bfloat16().float(), x[0]).abs().max() > 1000 * PUBLISHED_CLIP
+    assert log_ratio(x, x[0].bfloat16().float(), x[0], 1).abs().max() > 1000 * PUBLISHED_CLIP
 
 
 # ================================================================= the loss: objective, Eq. 9
 
-def J(x, anchor, old, A, tau=1.0, clip_eps=0.2):
-    return clipped_objective(log_ratio(x, anchor, old, tau), A, clip_eps)
+def J(x, x_theta, old, A, tau=1.0, clip_eps=0.2):
+    return clipped_objective(log_ratio(x, x_theta, old, tau), A, clip_eps)
 
 
 def test_objective_is_zero_at_theta_old_but_its_gradient_is_not():
@@ -251,21 +252,92 @@ def test_clip_fraction_is_the_share_of_ratios_outside_the_clip():
     assert clip_fraction(torch.zeros(G), 0.0) == 0                      # the edge counts as inside
 
 
-def test_only_the_anchor_has_a_gradient_and_it_reaches_the_weights_as_worked_out_by_hand():
+def test_the_gradient_reaches_the_weights_through_x_theta_alone_as_worked_out_by_hand():
     model, ts, k, j, tau = nn.Linear(3, 3).double(), schedule(4).double(), 1, 5, 0.5
     with torch.no_grad():
         traj, vels = rollout(lambda x, t: model(x.tanh()), normal(G, 3), ts)
-    A, x = advantages(normal(G)), traj[k, j]
-    anchor = ddim_step(x, model(x.tanh()), ts[k], ts[k + 1])
-    anchor_old = ddim_step(x, vels[k, j], ts[k], ts[k + 1])
-    J(traj[k + 1], anchor, anchor_old, A, tau).backward()
+    A, x = group_advantages(normal(G)), traj[k, j]
+    x_theta = ddim_step(x, model(x.tanh()), ts[k], ts[k + 1])
+    x_old = ddim_step(x, vels[k, j], ts[k], ts[k + 1])
+    J(traj[k + 1], x_theta, x_old, A, tau).backward()
     pull = 2 / tau * (A[:, None] * traj[k + 1]).sum(0)                  # the first gradient above
     dJ_dv = (ts[k + 1] - ts[k]) * pull
     assert_close(model.weight.grad, torch.outer(dJ_dv, x.tanh()))
     assert_close(model.bias.grad, dJ_dv)
-    anchor = ddim_step(x, model(x.tanh()), ts[k], ts[k + 1])            # the naive form: the old
-    naive = torch.autograd.grad(J(traj[k + 1], anchor, anchor, A, tau), model.bias)[0]
-    assert not naive.any()                                              # anchor has a gradient
+    x_theta = ddim_step(x, model(x.tanh()), ts[k], ts[k + 1])           # the naive form: x_old has
+    naive = torch.autograd.grad(J(traj[k + 1], x_theta, x_theta, A, tau), model.bias)[0]
+    assert not naive.any()                                              # the same gradient
+
+
+@pytest.mark.parametrize("tau", [0.5, 5.0])
+def test_the_loss_is_minus_tau_times_the_mean_of_j_over_groups_and_anchors(tau):
+    P, b = 3, 2
+    x, x_theta, x_old, A = normal(P, G, 5), normal(P, b, 5), normal(P, b, 5), normal(P, G)
+    each = [[J(x[g], x_theta[g, j], x_old[g, j], A[g], tau) for j in range(b)] for g in range(P)]
+    loss, log_rho = neighbor_grpo_loss(
+        x[:, None], x_theta.requires_grad_(), x_old, A[:, None], tau, 0.2)
+    assert_close(loss, -tau * torch.tensor(each).double().mean())
+    assert_close(log_rho[2, 1], log_ratio(x[2], x_theta[2, 1], x_old[2, 1], tau).detach())
+    assert loss.requires_grad and not log_rho.requires_grad             # safe to keep and to log
+
+
+def test_the_first_gradient_of_the_loss_does_not_depend_on_tau():
+    (x, A), old = group(), normal(2, 5)                                 # two anchors of one group
+    for tau in (1.0, 7.0):
+        pull = gradient(lambda a: neighbor_grpo_loss(x, a, old, A, tau, 1e-4)[0], old)
+        assert_close(pull, -(A[:, None] * x).sum(0).expand(2, 5))       # -2 sum_i A_i x_i / 2
+
+
+# ======================================================= the loss: whole batches, one dimension D
+
+def test_every_formula_treats_the_groups_of_a_batch_one_by_one():
+    P, b, M = 3, 2, 2
+    eps_star, delta, r, w = normal(P, 5), normal(P, G, 5), normal(P, M, G), torch.tensor([2.0, 1.0])
+    r[1], r[2, 0] = 3.7, 0.1                                # a flat group; one flat reward
+    x, x_theta, x_old = perturb_noise(eps_star, delta, 0.3), normal(P, b, 5), normal(P, b, 5)
+    total = combine_rewards(r, w)
+    A, log_rho = group_advantages(total), log_ratio(x[:, None], x_theta, x_old, 2)
+    assert_close(clipped_objective(log_rho, A[:, None], 0.2), sum(
+        clipped_objective(log_rho[g, j], A[g], 0.2) for g in range(P) for j in range(b)))
+    for g in range(P):
+        assert_close(x[g], perturb_noise(eps_star[g], delta[g], 0.3))
+        assert_close(total[g], combine_rewards(r[g], w))
+        assert_close(A[g], group_advantages(total[g]))
+        for j in range(b):
+            expected = log_ratio(x[g], x_theta[g, j], x_old[g, j], 2)
+            assert_close(log_rho[g, j], expected)
+            assert_close(log_ratio(x[g], x_theta[g], x_old[g], 2)[j], expected)     # x is shared
+    assert not A[1].any() and A[0].any() and A[2].any()
+
+
+def test_rewards_may_be_integers_or_booleans():
+    zeros_and_ones = torch.tensor([0, 1, 1, 0, 0, 0])
+    expected = group_advantages(zeros_and_ones.float())
+    for rewards in (zeros_and_ones, zeros_and_ones.bool(), 7 * zeros_and_ones):
+        assert_close(group_advantages(rewards), expected)
+        assert_close(combine_rewards(rewards[None], torch.ones(1)),
+                     combine_rewards(zeros_and_ones[None].float(), torch.ones(1)))
+    assert not group_advantages(torch.ones(G).bool()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_wherever_it_enters(dtype):
+    x, one = torch.randn(4, 3), torch.ones(1)
+    half, theta, A = x.to(dtype), x[0], x[:, 0]
+    for call, named in (
+            (lambda: perturb_noise(half[0], x, 0.3), "eps_star"),
+            (lambda: perturb_noise(x[0], half, 0.3), "delta"),
+            (lambda: group_advantages(half[:, 0]), "rewards"),
+            (lambda: combine_rewards(half[:, :1].T, one), "rewards"),
+            (lambda: log_policy(half, theta, 1), "x"), (lambda: log_policy(x, half[0], 1), "x_theta"),
+            (lambda: log_ratio(half, theta, theta, 1), "x"),
+            (lambda: log_ratio(x, half[0], theta, 1), "x_theta"),
+            (lambda: log_ratio(x, theta, half[0], 1), "x_old"),
+            (lambda: clipped_objective(half[:, 0], A, 0.2), "log_rho"),
+            (lambda: clipped_objective(A, half[:, 0], 0.2), "A"),
+            (lambda: neighbor_grpo_loss(x, theta, theta, half[:, 0], 1, 0.2), "A")):
+        with pytest.raises(ValueError, match=f"^{named} is {dtype}, but must be float32"):
+            call()
 
 
 # ============================================ the loss: advantages, Eq. 3 and 11, many rewards
@@ -273,20 +345,20 @@ def test_only_the_anchor_has_a_gradient_and_it_reaches_the_weights_as_worked_out
 def test_advantages_of_four_rewards_worked_out_by_hand():
     rewards, A = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([-2.0, -1.0, 0.0, 3.0])
     for p, norm in ((1, 6), (2, 3.7416573868), (0.8, 7.7568959268), (0.5, 17.1915099484)):
-        assert_close(advantages(rewards, p), A / norm)      # p = 0.5: (1.4142 + 1 + 1.7321)^2
-    assert_close(advantages(rewards), advantages(rewards, 0.8))         # Table 2
+        assert_close(group_advantages(rewards, p), A / norm)      # p = 0.5: (1.4142 + 1 + 1.7321)^2
+    assert_close(group_advantages(rewards), group_advantages(rewards, 0.8))         # Table 2
 
 
 def test_p2_is_grpos_z_score_over_sqrt_G():
     rewards = normal(G)
     z = (rewards - rewards.mean()) / rewards.std(correction=0)          # Eq. 3, the std over all G
-    assert_close(advantages(rewards, p=2), z / G**0.5)
+    assert_close(group_advantages(rewards, p=2), z / G**0.5)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.8, 1.0, 2.0])
 def test_advantages_sum_to_zero_and_keep_sign_and_order(p):
     rewards = normal(G)
-    A = advantages(rewards, p)
+    A = group_advantages(rewards, p)
     assert_close(A.sum(), torch.tensor(0.0).double())
     assert_close(A.sign(), (rewards - rewards.mean()).sign())
     assert torch.equal(A.argsort(), rewards.argsort())
@@ -295,20 +367,20 @@ def test_advantages_sum_to_zero_and_keep_sign_and_order(p):
 @pytest.mark.parametrize("p", [0.3, 0.8, 1.0, 2.0])
 def test_advantages_have_unit_quasi_norm_whatever_the_rewards_scale_and_offset(p):
     rewards = torch.randn(G)
-    A = advantages(rewards, p)
+    A = group_advantages(rewards, p)
     assert_close(A.abs().pow(p).sum(), torch.tensor(1.0))
-    assert_close(advantages(5 * rewards + 3, p), A, rtol=1e-4, atol=1e-6)
+    assert_close(group_advantages(5 * rewards + 3, p), A, rtol=1e-4, atol=1e-6)
     for scale in (1e-30, 1e30):                             # the naive form: |A|^2 is 0 or inf
         assert (scale * rewards).pow(2).sum() in (0, torch.inf)
-        assert_close(advantages(scale * rewards, p), A)
+        assert_close(group_advantages(scale * rewards, p), A)
 
 
 def test_smaller_p_shrinks_flat_groups_more_than_sparse_ones():
     flat, sparse = torch.tensor([[1.0, -1.0] * 6, [1.0] + [0.0] * 11]).double()
     shrinks = []
     for p in (2, 1, 0.8, 0.5):
-        length_flat, length_sparse = advantages(flat, p).norm(), advantages(sparse, p).norm()
-        assert_close(advantages(flat, p).abs(), torch.full((G,), G ** (-1 / p)).double())
+        length_flat, length_sparse = group_advantages(flat, p).norm(), group_advantages(sparse, p).norm()
+        assert_close(group_advantages(flat, p).abs(), torch.full((G,), G ** (-1 / p)).double())
         assert_close(length_flat, torch.tensor(G ** (1 / 2 - 1 / p)).double())
         by_hand = (11**2 + 11) ** 0.5 / (11**p + 11) ** (1 / p)     # A: once 11/12, 11 times -1/12
         assert_close(length_sparse, torch.tensor(by_hand).double())
@@ -322,9 +394,9 @@ def test_equal_rewards_give_zero_advantages_even_when_their_mean_rounds():
     A = rewards - rewards.mean()
     assert (A / A.norm()).abs().max() > 0.2     # the naive form magnifies rounding errors
     for equal in (rewards, torch.zeros(12), -rewards, 1e-30 * rewards, rewards.double()):
-        assert torch.equal(advantages(equal), torch.zeros_like(equal))
+        assert torch.equal(group_advantages(equal), torch.zeros_like(equal))
     nearly, expected = [3.7] * 11 + [3.7001], [-1 / 22] * 11 + [0.5]    # one differs
-    assert_close(advantages(torch.tensor(nearly), 1), torch.tensor(expected), rtol=0.05, atol=0)
+    assert_close(group_advantages(torch.tensor(nearly), 1), torch.tensor(expected), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -332,7 +404,7 @@ def test_rewards_count_as_equal_if_their_range_is_at_most_16_rounding_errors_of_
     for roundings, flat in ((16, True), (17, False)):
         largest = 1 + roundings * torch.finfo(dtype).eps
         rewards = torch.tensor([1.0] * 11 + [largest], dtype=dtype)
-        assert (advantages(rewards) == 0).all() == (advantages(-rewards) == 0).all() == flat
+        assert (group_advantages(rewards) == 0).all() == (group_advantages(-rewards) == 0).all() == flat
 
 
 def test_combined_reward_is_the_weighted_mean_of_sample_z_scores():
@@ -357,8 +429,8 @@ def test_a_reward_that_is_flat_in_a_group_contributes_nothing():
 def test_rewards_that_cancel_leave_nothing_to_learn_and_not_their_rounding():
     for offset, spread in [(0.3, 0.005), (21, 0.1), (100, 0.01)] * 50:
         rewards = torch.tensor([[1.0], [-3]]) * (offset + spread * torch.randn(G))
-        assert not advantages(combine_rewards(rewards, torch.ones(2))).any()
-        assert advantages(combine_rewards(rewards, torch.tensor([1.0, 0.5]))).any()
+        assert not group_advantages(combine_rewards(rewards, torch.ones(2))).any()
+        assert group_advantages(combine_rewards(rewards, torch.tensor([1.0, 0.5]))).any()
 
 
 def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers():
@@ -372,22 +444,31 @@ def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers()
     (lambda x: perturb_noise(x[0], x, 0), "sigma is 0"),
     (lambda x: perturb_noise(x[0], x, 1.5), "sigma is 1.5"),
     (lambda x: perturb_noise(x[0], x[:, :2], 0.3), r"\(4, 2\)"),
-    (lambda x: advantages(x[:, 0], p=0), "p is 0"),
-    (lambda x: advantages(x[:, 0], p=2.5), "p is 2.5"),
-    (lambda x: advantages(torch.tensor([1.0, math.nan])), "nan"),
-    (lambda x: advantages(torch.tensor([1.0, math.inf])), "inf"),
-    (lambda x: advantages(torch.tensor([1, 2])), "floats"),
-    (lambda x: advantages(x), "one finite number for each"),
+    (lambda x: perturb_noise(x, x, 0.3), r"\(4, 3\) and delta \(4, 3\)"),     # one eps* for each
+    (lambda x: perturb_noise(x[:, 0], x[:, 0], 0.3), r"\(4,\)"),
+    (lambda x: perturb_noise(x[:2], x.expand(4, 4, 3), 0.3), r"\(2, 3\)"),
+    (lambda x: group_advantages(x[:, 0], p=0), "p is 0"),
+    (lambda x: group_advantages(x[:, 0], p=2.5), "p is 2.5"),
+    (lambda x: group_advantages(torch.tensor([1.0, math.nan])), "nan"),
+    (lambda x: group_advantages(torch.tensor([1.0, math.inf])), "inf"),
+    (lambda x: group_advantages(x[0, 0]), "one for each of the G"),
     (lambda x: combine_rewards(x[0], torch.ones(3)), r"\(3,\) must be"),
     (lambda x: combine_rewards(x, torch.ones(3)), r"\(4, 3\)"),
     (lambda x: combine_rewards(x, torch.tensor([1.0, 1.0, 1.0, -1.0])), r"-1\.0"),
     (lambda x: combine_rewards(x, torch.zeros(4)), "not all 0"),
-    (lambda x: log_policy(x, x[0, :2]), r"\(2,\)"),
+    (lambda x: log_policy(x, x[0, :2], 1), r"\(2,\)"),
+    (lambda x: log_policy(x[0], x[0], 1), r"x is \(3,\)"),
     (lambda x: log_policy(x, x[0], tau=0), "tau is 0"),
     (lambda x: log_policy(x, x[0], tau=math.inf), "tau is inf"),
-    (lambda x: log_ratio(x, x[0, :1], x[0]), r"\(1,\)"),
-    (lambda x: log_ratio(x, x[0, :2], x[0, :2]), r"\(2,\)"),
+    (lambda x: log_ratio(x, x[0, :1], x[0], 1), r"\(1,\)"),
+    (lambda x: log_ratio(x, x[0, :2], x[0, :2], 1), r"\(2,\)"),
+    # b anchors of P = b groups, without the dimension that shares a group: x (P, G, D)
+    (lambda x: log_ratio(*[x.expand(4, 4, 3)] * 3, 1), r"\(4, 4, 3\) and x_theta \(4, 4, 3\)"),
+    (lambda x: log_ratio(x.expand(2, 4, 3), x, x, 1), r"\(2, 4, 3\)"),
     (lambda x: clipped_objective(x[:, 0], x[:3, 0], 0.2), r"\(3,\)"),
+    (lambda x: clipped_objective(x.expand(4, 4, 3), x, 0.2), r"A \(4, 3\)"),
+    (lambda x: clipped_objective(x, x.expand(4, 4, 3), 0.2), r"A \(4, 4, 3\)"),
+    (lambda x: clipped_objective(x, x[:3], 0.2), r"A \(3, 3\)"),
     (lambda x: schedule(0), "num_steps is 0"),
     (lambda x: schedule(4, shift=-1), "shift -1"), (lambda x: schedule(4, shift=0), "shift 0"),
     (lambda x: schedule(4, shift=math.inf), "shift inf"),
@@ -548,8 +629,8 @@ def test_the_first_ratio_is_one_with_a_replayed_velocity_but_not_with_the_latent
     ts, x1, j, ks = schedule(8), torch.randn(G, 6), 3, range(8)
 
     def first_ratio(old):                                   # log ratios (8, G), before any update
-        anchors = [ddim_step(traj[k], curved(traj[k], ts[k]), ts[k], ts[k + 1])[j] for k in ks]
-        return torch.stack([log_ratio(traj[k + 1], anchors[k], old[k]) for k in ks])
+        ends = [ddim_step(traj[k], curved(traj[k], ts[k]), ts[k], ts[k + 1])[j] for k in ks]
+        return log_ratio(traj[1:], torch.stack(ends), old, 1)
 
     for solver in ("ddim", "dpmpp_2m"):
         traj, vels = rollout(curved, x1, ts, solver)
@@ -682,14 +763,28 @@ def test_training_raises_the_expected_reward_and_lowers_it_if_it_is_negated(tmp_
         assert sign * gain > 0.5 and sign * standard_errors > 10        # at most 1.7
 
 
-def test_the_example_in_the_readme_raises_the_reward():
+def the_example_in_the_readme():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     exec(readme.split("## Copy the loss")[1].split("```python\n")[1].split("```")[0], names := {})
-    model = Toy()
-    opt = torch.optim.Adam(model.trained(), lr=3e-3)
-    for _ in range(60):
-        names["neighbor_grpo_step"](model.velocity, closeness, opt, (2,))
-    assert gain_of_fresh_samples(model)[1] > 10             # standard errors
+    return names["neighbor_grpo_step"]
+
+
+def test_the_example_in_the_readme_raises_the_reward_and_its_clip_acts():
+    step, models = the_example_in_the_readme(), [Toy(), Toy(), Toy()]
+    models[1].transformer.load_state_dict(models[0].transformer.state_dict())
+    for model, clip_eps, iterations in zip(models, (1e-4, 1e9, 1e-4), (3, 3, 60)):
+        opt = torch.optim.Adam(model.trained(), lr=3e-3)
+        torch.manual_seed(2)
+        for _ in range(iterations):
+            step(model.velocity, closeness, opt, (2,), clip_eps=clip_eps)
+    assert (models[0].weights() - models[1].weights()).norm() > 1e-3    # lr is 3e-3
+    assert gain_of_fresh_samples(models[2])[1] > 10         # standard errors
+
+
+def test_the_example_in_the_readme_stops_where_an_sde_is_left_on():
+    sde = lambda x, t: -x + 0.5 * (not torch.is_grad_enabled()) * torch.randn_like(x)
+    with pytest.raises(AssertionError, match="is an SDE still on"):
+        the_example_in_the_readme()(sde, closeness, None, (2,))
 
 
 def test_equal_rewards_leave_the_weights_where_they_were(tmp_path):

@@ -20,7 +20,7 @@ from inputs import read_prompts
 from machine import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
                      gather_objects, init_processes, stopwatch, wrap_for_processes)
 from model import Flux
-from neighbor_grpo import advantages, clipped_objective, combine_rewards, log_ratio, perturb_noise
+from neighbor_grpo import combine_rewards, group_advantages, neighbor_grpo_loss, perturb_noise
 from rewards import parse_weights
 from run import HERE, Run, check
 from solvers import ddim_step, rollout, schedule
@@ -28,33 +28,31 @@ from solvers import ddim_step, rollout, schedule
 def train(cfg, model, scorers, run):
     """Algorithm 1. `scorers`: the rewards to train on. `run`: optimizer, log and checkpoints."""
     P, G, U = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.updates_per_iteration
-    prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
+    prompts, shape = read_prompts(cfg.prompts), model.latent_shape      # shape: (N, C), D = N C
+    weights = parse_weights(cfg.reward_weights, scorers).to(model.device)               # (M,)
     ts = schedule(cfg.num_rollout_steps, cfg.shift)                     # (T+1,)
-    tau = math.prod(model.latent_shape) if cfg.tau == "dim" else float(cfg.tau)
+    tau = math.prod(shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P, device=model.device)[:, None]                 # (P, 1)  indexes groups
-    ratios_of_a_group = torch.vmap(log_ratio, (None, 0, 0, None))       # one for each anchor
-    ratios = torch.vmap(ratios_of_a_group, (0, 0, 0, None))             # one for each group
-    to_advantages = lambda r: advantages(combine_rewards(r, weights.to(r)), cfg.p)      # Eq. 3, 11
 
     for it in run.iterations():                     # which evaluates and saves in between
         # Draw prompts, noise, anchors and steps
         seconds, lap = stopwatch(model.device)
-        prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, model.latent_shape)
+        prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, shape)
 
         # Roll out G neighbours of one noise for each prompt
-        x1 = [perturb_noise(e, d, cfg.sigma) for e, d in zip(eps_star, delta)]          # Eq. 7
-        x1 = torch.cat(x1).to(model.device)                             # (P G, N, C)
+        x1 = perturb_noise(eps_star, delta, cfg.sigma)                  # (P, G, D)     Eq. 7
+        x1 = x1.view(P * G, *shape).to(model.device)                    # (P G, N, C)
         with torch.no_grad():
             cond = model.encode(prompt)
             traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.solver)
             images = model.decode(run.finite(traj[-1]))                 # (P G, 3, H, W)
-        traj = traj.unflatten(1, (P, G))                                # (T+1, P, G, N, C)
-        vels = vels.unflatten(1, (P, G))                                # (T, P, G, N, C)
+        traj, vels = (y.view(len(y), P, G, -1) for y in (traj, vels))   # (T+1 and T, P, G, D)
         lap("rollout")
 
         # Score them, and turn scores into advantages
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        A = by_group(scores, prompt, to_advantages)                     # (P, G)
+        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
+        A = known * group_advantages(combine_rewards(r, weights), cfg.p)    # (P, G)  Eq. 3, 11
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
@@ -62,21 +60,19 @@ def train(cfg, model, scorers, run):
         for chosen in anchors.to(model.device).chunk(U, dim=1):         # (P, b)        b = B / U
             for k in steps:                                             # K of the first T-1
                 average_gradients(cfg, model, last=k == steps[-1])
-                x_t = traj[k][row, chosen]                              # (P, b, N, C)
-                v = model.velocity(x_t.flatten(0, 1), ts[k], cond).unflatten(0, chosen.shape)
-                anchor = ddim_step(x_t, v, ts[k], ts[k + 1])            # the only gradient
-                # The old anchor: the same step with the rollout's velocity, so that rho is 1 before
-                # the first update. Algorithm 1 has the rollout's latent, but DPM++ lands elsewhere.
+                x_t = traj[k][row, chosen]                              # (P, b, D)
+                v = model.velocity(x_t.view(-1, *shape), ts[k], cond).reshape(x_t.shape)
+                x_theta = ddim_step(x_t, v, ts[k], ts[k + 1])           # the only gradient
+                # x_old is the same step with the rollout's velocity, so that rho is 1 before the
+                # first update. Algorithm 1 has the rollout's latent, but DPM++ lands elsewhere.
                 if cfg.old_anchor == "replay":
-                    anchor_old = ddim_step(x_t, vels[k][row, chosen], ts[k], ts[k + 1])
+                    x_old = ddim_step(x_t, vels[k][row, chosen], ts[k], ts[k + 1])
                 else:
-                    anchor_old = traj[k + 1][row, chosen]
-                log_rho = ratios(traj[k + 1], anchor, anchor_old, tau)  # (P, b, G)     Eq. 8, 10
-                each_A = A[:, None].expand_as(log_rho)                  # (P, b, G)
-                J = clipped_objective(log_rho, each_A, cfg.clip_eps)    # ()            Eq. 9
-                loss = -tau * J / (chosen.numel() * len(steps))     # mean over anchors and steps
-                loss.backward()
-                log_rhos.append(log_rho.detach())
+                    x_old = traj[k + 1][row, chosen]
+                loss, log_rho = neighbor_grpo_loss(                     # (), (P, b, G)
+                    traj[k + 1][:, None], x_theta, x_old, A[:, None], tau, cfg.clip_eps)
+                (loss / len(steps)).backward()      # a mean over groups, anchors and steps
+                log_rhos.append(log_rho)
                 trained += chosen.numel()
             update(cfg, model, run)
         lap("update")
@@ -110,22 +106,22 @@ def pick(cfg, it, group, prompts):
     return prompts[torch.randperm(len(prompts), generator=generator(cfg.seed, 1, epoch))[place]]
 
 def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
-    """Everything random in iteration `it`, for the P groups of this process: P prompts, eps* (P, N,
-    C), delta (P, G, N, C), anchors (P, B), and [K] trained steps, the same for all groups."""
+    """Everything random in iteration `it`, for the P groups of this process: P prompts, eps* (P,
+    D), delta (P, G, D), anchors (P, B), and [K] trained steps, the same for all groups."""
     P = cfg.prompts_per_iteration // world
     chosen, eps_star, delta, anchors = [], [], [], []
     for group in range(rank * P, rank * P + P):
         chosen.append(pick(cfg, it, group, prompts))
         rng = generator(cfg.seed, 2, it, group)
-        eps_star.append(torch.randn(latent_shape, generator=rng))
-        delta.append(torch.randn(cfg.group_size, *latent_shape, generator=rng))
+        eps_star.append(torch.randn(math.prod(latent_shape), generator=rng))
+        delta.append(torch.randn(cfg.group_size, math.prod(latent_shape), generator=rng))
         anchors.append(torch.randperm(cfg.group_size, generator=rng)[: cfg.num_anchors])
     steps = torch.randperm(cfg.num_rollout_steps - 1, generator=generator(cfg.seed, 3, it))
     steps = sorted(steps[: cfg.num_train_steps].tolist())
     return chosen, torch.stack(eps_star), torch.stack(delta), torch.stack(anchors), steps
 
 # ------------------------------------------------------------------------------------------------
-# Scores and advantages, group by group
+# Scores and rewards
 
 def score(scorers, images, prompt):
     """The scores of P groups' images (P G, 3, H, W): {name: (P, G)}."""
@@ -134,16 +130,15 @@ def score(scorers, images, prompt):
     return {name: scorer(images, each).unflatten(0, (len(prompt), G))
             for name, scorer in scorers.items()}
 
-def by_group(scores, prompt, to_advantages):
-    """Apply `to_advantages` to each group's M rewards, (M, G) -> (G,). Returns (P, G), nan where a
-    reward is not finite. Then the gradient is nan on all processes, and all skip the update."""
-    A = torch.full_like(next(iter(scores.values())), torch.nan)
-    for g, r in enumerate(torch.stack(list(scores.values()), 1)):       # (M, G)
-        if r.isfinite().all():
-            A[g] = to_advantages(r)
-        else:
-            tqdm.write(f"a reward for {prompt[g]!r} is not finite")
-    return A
+def stack_rewards(scores, prompt):
+    """The M rewards of P groups, (P, M, G), and a factor for their advantages, (P, 1): 1, or nan
+    for a group that has a reward which is not finite. Its gradient is then nan on all processes, so
+    all skip the update, and none raises alone."""
+    rewards = torch.stack(list(scores.values()), 1)                     # (P, M, G)
+    bad = ~rewards.isfinite().all(2).all(1)                             # (P,)
+    for g in bad.nonzero()[:, 0].tolist():
+        tqdm.write(f"a reward for {prompt[g]!r} is not finite")
+    return rewards.nan_to_num(0, 0, 0), torch.where(bad, torch.nan, 1.0)[:, None]
 
 # ------------------------------------------------------------------------------------------------
 # Several processes have whole groups each, so the gradient is all that they exchange

@@ -15,7 +15,7 @@ from matplotlib import animation, pyplot as plt
 from torch import nn
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))                   # so that the script finds the project's files
-from neighbor_grpo import advantages, clipped_objective, log_policy, log_ratio, perturb_noise
+from neighbor_grpo import group_advantages, log_policy, neighbor_grpo_loss, perturb_noise
 
 ASSETS = HERE / "assets"
 ANGLES = torch.arange(6) * math.pi / 3
@@ -50,27 +50,31 @@ class Flow(nn.Module):
         return exact_velocity(x, t) + self.net(torch.cat([x, t.expand(len(x), 1)], 1))
 
 
-def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, sigma=0.3, clip_eps=1e-4):
-    """One iteration for one prompt. velocity(x (M, *shape), t) -> v, t from 1 (noise) to 0."""
-    ts, tau = torch.linspace(1, 0, T + 1), torch.Size(shape).numel()        # tau = D: mean distance
-    x = perturb_noise(torch.randn(shape), torch.randn(G, *shape), sigma)
-    traj, vels = [x], []
+def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, updates=2, sigma=0.3,
+                       clip_eps=1e-4, device="cpu"):
+    """One iteration for one prompt. velocity(x (M, *shape), t) -> v ~ noise - data, the guided one
+    if you guide; t falls from 1 (noise) to 0. reward(x_0 (G, *shape)) -> (G,)."""
+    ts, D = torch.linspace(1, 0, T + 1, device=device), torch.Size(shape).numel()
+
+    def step(x, k):                                     # Euler's, from ts[k]: (M, D) -> (M, D)
+        return x + (ts[k + 1] - ts[k]) * velocity(x.view(-1, *shape), ts[k]).reshape(x.shape)
+
+    eps_star, delta = torch.randn(D, device=device), torch.randn(G, D, device=device)
+    traj = [perturb_noise(eps_star, delta, sigma)]      # T+1 states of the group, (G, D) each
     with torch.no_grad():
-        for t, t_next in zip(ts[:-1], ts[1:]):      # your own sampler: keep states and velocities
-            vels.append(velocity(x, t))
-            x = x + (t_next - t) * vels[-1]
-            traj.append(x)
-    A = advantages(reward(x))                       # reward(x_0 (G, *shape)) -> (G,)
-    for j in torch.randperm(G)[:B]:                 # anchors
-        for k in torch.randperm(T - 1)[:K]:         # times, but for the last
-            x_t, dt = traj[k][j], ts[k + 1] - ts[k]
-            anchor = x_t + dt * velocity(x_t[None], ts[k])[0]       # the only one with a gradient
-            anchor_old = x_t + dt * vels[k][j]
-            log_rho = log_ratio(traj[k + 1], anchor, anchor_old, tau)
-            loss = -tau * clipped_objective(log_rho, A, clip_eps) / (B * K)
-            loss.backward()
-    opt.step()              # train.py makes several updates per rollout; only then clip_eps acts
-    opt.zero_grad()
+        for k in range(T):                              # your own sampler, with its SDE off
+            traj.append(step(traj[k], k))
+    A = group_advantages(reward(traj[-1].view(G, *shape)))              # (G,)
+    anchors, times = torch.randperm(G)[:B].to(device), torch.randperm(T - 1)[:K].tolist()
+    for update, j in enumerate(anchors.chunk(updates)):                 # (b,)  b = B / updates
+        for k in times:                                 # all but the last may be drawn
+            x, x_theta = traj[k + 1], step(traj[k][j], k)               # x_theta has the gradient
+            x_old = x[j]        # as the rollout is Euler's; else its velocity's Euler step
+            loss, log_rho = neighbor_grpo_loss(x, x_theta, x_old, A, D, clip_eps)       # tau = D
+            assert update or log_rho.abs().max() < 1e-3, "rho is not 1: is an SDE still on?"
+            (loss / K).backward()       # a mean over anchors and times, unless your trainer's
+        opt.step()                      # backward() divides by the number of calls itself
+        opt.zero_grad()
 
 
 @torch.no_grad()
@@ -99,7 +103,7 @@ def draw_method(flow, before, after, iterations):
     j, k = 4, 4                                 # the anchor and its step in the second panel
     torch.manual_seed(4)
     traj = follow(flow, perturb_noise(EPS_STAR, torch.randn(G, 2), 0.4), T=8)       # (T+1, G, 2)
-    A = advantages(reward(traj[-1]))
+    A = group_advantages(reward(traj[-1]))
     look = dict(c=A, cmap="coolwarm_r", vmin=-0.12, vmax=0.12, edgecolors="black", zorder=3)
 
     contours(bundle)
@@ -115,13 +119,13 @@ def draw_method(flow, before, after, iterations):
 
     ts = torch.linspace(1, 0, 9)
     x_t, x = traj[k, j], traj[k + 1]
-    anchor = (x_t + (ts[k + 1] - ts[k]) * flow(x_t[None], ts[k])[0]).detach()       # Eq. 2
-    weight = log_policy(x, anchor, tau).exp()                                       # Eq. 8
-    pull = 2 / tau * (A[:, None] * x).sum(0)                                        # dJ / d anchor
-    tip = anchor + 0.5 * pull / pull.norm()
+    x_theta = (x_t + (ts[k + 1] - ts[k]) * flow(x_t[None], ts[k])[0]).detach()      # Eq. 2
+    weight = log_policy(x, x_theta, tau).exp()                                      # Eq. 8
+    pull = 2 / tau * (A[:, None] * x).sum(0)                                        # dJ / dx_theta
+    tip = x_theta + 0.5 * pull / pull.norm()
     step.scatter(*x.T, s=40 + 2500 * weight, **look)
-    step.annotate("", anchor, x_t, arrowprops=dict(arrowstyle="->", linewidth=2), zorder=4)
-    step.annotate("", tip, anchor, zorder=4,
+    step.annotate("", x_theta, x_t, arrowprops=dict(arrowstyle="->", linewidth=2), zorder=4)
+    step.annotate("", tip, x_theta, zorder=4,
                   arrowprops=dict(arrowstyle="-|>", color="darkorange", linewidth=4))
     step.annotate("one DDIM step", x_t, (-100, -4), textcoords="offset points")
     step.annotate("pull", tip, (6, 0), textcoords="offset points", color="darkorange", size=13)

@@ -25,7 +25,7 @@ from machine import RANK, WORLD, exit_process, gather_objects, stopwatch
 from neighbor_grpo import clipped_objective, combine_rewards, is_flat
 from rewards import parse_weights
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
-from train import average_gradients, by_group, generator, option, pick, score, update
+from train import average_gradients, generator, option, pick, score, stack_rewards, update
 
 # ------------------------------------------------------------------------------------------------
 # The SDE. Its extra drift offsets the noise that it adds, so x_t keeps the ODE's distribution.
@@ -242,9 +242,10 @@ def half_difference(x):
     return ((pairs - pairs.flip(1)) / 2).flatten(0, 1)                  # (M, ...)
 
 def pair_advantages(rewards):
-    """The half differences of rewards (G,) -> (G,), zeros for two that are equal up to rounding."""
-    flat = is_flat(rewards.unflatten(0, (-1, 2)))                       # (G / 2,)
-    return torch.where(flat.repeat_interleave(2), 0, half_difference(rewards))
+    """The half differences of rewards (P, G) -> (P, G), zeros for two equal up to rounding."""
+    pairs = rewards.flatten()                                           # (P G,)
+    flat = is_flat(pairs.unflatten(0, (-1, 2))).repeat_interleave(2)    # (P G,)
+    return torch.where(flat, 0, half_difference(pairs)).view_as(rewards)
 
 def end_point_direction(x0):
     """d / mean(d^2), where d is the half difference of two partners' x_0. (M, ...) -> (M, ...).
@@ -369,8 +370,8 @@ def train_branch(cfg, model, scorers, run):
 
         # Score the leaves, and turn the scores into advantages of all nodes
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        leaves = by_group(scores, prompt,
-                          lambda r: combine_rewards(r, weights.to(r)))  # (P, G)        Eq. 3
+        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
+        leaves = known * combine_rewards(r, weights.to(r))              # (P, G)        Eq. 3
         A = [tree_advantages(leaves, width) for width in widths]        # T+1 of (P, w)
         lap("reward")
 
@@ -470,7 +471,8 @@ def train_fdfo(cfg, model, scorers, run):
 
         # Score them, and take the half differences of scores and of end points
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        A = by_group(scores, prompt, lambda r: pair_advantages(weights.to(r) @ r))      # (P, G)
+        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
+        A = known * pair_advantages(weights.to(r) @ r)                  # (P, G)
         d = end_point_direction(x0).unflatten(0, (P, G))                # (P, G, N, C)
         lap("reward")
 
@@ -581,8 +583,8 @@ def standardised(cfg, scores, prompt, weights):
     """Advantages (P, G) in [-5, 5]: the weighted mean of Eq. 3 on each reward, as in MixGRPO. With
     global_std: `global_advantages` of the weighted sum of the rewards."""
     if not cfg.global_std:
-        A = by_group(scores, prompt, lambda r: combine_rewards(r, weights.to(r)))
-        return A.clamp(-5, 5)                                           # (P, G)        Eq. 3
+        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
+        return (known * combine_rewards(r, weights.to(r))).clamp(-5, 5)         # (P, G)    Eq. 3
     total = sum(w * s for w, s in zip(weights, scores.values()))        # (P, G)
     everywhere = torch.cat(gather_objects(total.cpu()))
     return global_advantages(total, everywhere.to(total.device))

@@ -42,7 +42,7 @@ import rewards, train
 from eval import as_bytes, diversity, label_of, picture_grid, sample
 from inputs import evenly_spaced, read_prompts
 from model import Flux
-from neighbor_grpo import advantages, perturb_noise
+from neighbor_grpo import group_advantages, perturb_noise
 from paper import bench
 from paper.jobs import cached, commands, run_all, stop, threads
 from run import HERE, checkpoints
@@ -465,9 +465,9 @@ def group_of(path, prompts, seed, sigma=0.3, G=12):
     scorers = rewards.load_all(rewards.parse("preference"), "cpu", prompts[:1])
     cond, x1 = model.encode(prompts), []
     for _ in prompts:
-        eps_star = torch.randn(model.latent_shape, generator=rng)
-        delta = torch.randn(G, *model.latent_shape, generator=rng)
-        x1.append(perturb_noise(eps_star, delta, sigma))                                # Eq. 7
+        eps_star = torch.randn(model.latent_shape, generator=rng).flatten()
+        delta = torch.randn(G, *model.latent_shape, generator=rng).flatten(1)
+        x1.append(perturb_noise(eps_star, delta, sigma).view(G, *model.latent_shape))   # Eq. 7
     velocity = lambda x, t: model.velocity(x, t, cond)
     traj, _ = rollout(velocity, torch.cat(x1), schedule(8), "dpmpp_2m")
     images = model.decode(traj[-1])                                     # (P G, 3, H, W)
@@ -494,7 +494,7 @@ def figure4(args):
         evenness = (A.abs().sum(1) / A.norm(dim=1) / math.sqrt(A.shape[1])).numpy()     # (P,)
         order, quarter = np.argsort(evenness), len(evenness) // 4
         for p in (2.0, 1.0, 0.8, 0.5):
-            length = torch.stack([advantages(each, p) for each in r]).norm(dim=1).numpy()
+            length = group_advantages(r, p).norm(dim=1).numpy()
             weight = length / length.mean()                             # (P,)
             peaked, even = weight[order[:quarter]].mean(), weight[order[-quarter:]].mean()
             panel.scatter(evenness, weight, s=12, label=f"p = {p:g}")

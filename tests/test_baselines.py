@@ -302,8 +302,7 @@ def test_fdfos_perturbation_is_equation_7_so_churned_noise_stays_standard_normal
     x, noise, c = torch.randn(20_000, 3), torch.randn(20_000, 3), 0.4
     churned, t = churn(x, torch.ones(()), noise, c)
     sigma = (1 - 1 / (1 + c) ** 2) ** 0.5
-    assert_close(churned, torch.stack([perturb_noise(e, n[None], sigma)[0]
-                                       for e, n in zip(x, noise)]))
+    assert_close(churned, perturb_noise(x, noise[:, None], sigma)[:, 0])
     assert t == 1
     assert_close(churned.T.cov(), torch.eye(3), atol=0.04, rtol=0)
     assert_close((churned * x).mean(0), torch.full((3,), 1 / (1 + c)), atol=0.04, rtol=0)
@@ -348,9 +347,9 @@ def slope(objective, v_old, x0, r, eps=0.03):
 
 
 def test_a_pair_whose_rewards_are_equal_up_to_rounding_teaches_fdfo_nothing():
-    rewards = torch.tensor([1e6, 1e6 + 0.06, 0.25, 0.75, 3.0, 3.0])
-    assert rewards[0] != rewards[1]
-    assert_close(pair_advantages(rewards), torch.tensor([0, 0, -0.25, 0.25, 0, 0]))
+    rewards = torch.tensor([[1e6, 1e6 + 0.06, 0.25, 0.75, 3.0, 3.0]] * 2)       # two groups
+    assert rewards[0, 0] != rewards[0, 1]
+    assert_close(pair_advantages(rewards), torch.tensor([[0, 0, -0.25, 0.25, 0, 0]] * 2))
 
 
 def test_fdfos_log_ratio_is_the_old_mean_squared_distance_to_the_target_less_the_new_one():
@@ -390,8 +389,8 @@ def test_at_theta_old_fdfo_is_neighbor_grpo_with_g_2_whose_candidates_are_the_en
         x_t, slopes = normal(2, 6), []
         for i in range(2):                                      # the anchor is one, then the other
             v = v_old[i].clone().requires_grad_()
-            anchor = ddim_step(x_t[i], v, t, t_next)
-            log_rho = log_ratio(candidates, anchor, anchor.detach(), tau)
+            x_theta = ddim_step(x_t[i], v, t, t_next)
+            log_rho = log_ratio(candidates, x_theta, x_theta.detach(), tau)
             J = clipped_objective(log_rho, r - r.mean(), 1e-4)
             slopes += torch.autograd.grad(J, v)
         return torch.stack(slopes)

@@ -52,7 +52,8 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
     prompts, eps_star, delta, anchors, steps = train.draw(cfg, 0, ["a", "b", "c"], (4, 3))
     ts, U = schedule(cfg.num_rollout_steps, cfg.shift).double(), cfg.updates_per_iteration
     tau, groups, norms = 12 if cfg.tau == "dim" else float(cfg.tau), [], []
-    for prompt, eps, d in zip(prompts, eps_star.double(), delta.double()):
+    noises = eps_star.double().view(-1, 4, 3), delta.double().view(-1, G, 4, 3)
+    for prompt, eps, d in zip(prompts, *noises):
         cond = model.encode([prompt])
         x1 = (1 - cfg.sigma**2) ** 0.5 * eps + cfg.sigma * d                    # Eq. 7
         with torch.no_grad():
@@ -68,11 +69,11 @@ def algorithm_1_in_plain_loops(cfg, model, scorers, weights):
             for j in chosen[u * b : (u + 1) * b]:
                 for k in steps:
                     x, dt = traj[k, j], ts[k + 1] - ts[k]
-                    anchor = x + dt * model.velocity(x[None], ts[k], cond)[0]
+                    x_theta = x + dt * model.velocity(x[None], ts[k], cond)[0]
                     old = x + dt * vels[k, j] if cfg.old_anchor == "replay" else traj[k + 1, j]
                     log_pi, log_pi_old = (          # Eq. 8
                         (-(traj[k + 1] - a).pow(2).sum((1, 2)) / tau).log_softmax(0)
-                        for a in (anchor, old))
+                        for a in (x_theta, old))
                     rho = (log_pi - log_pi_old).exp()                           # Eq. 10
                     ratios.append(rho.detach())
                     cut = rho.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
