@@ -3,7 +3,7 @@ The examples do what they say. One test per sentence.
 
     python -m pytest -q tests/test_examples.py
 """
-import inspect, re
+import inspect, re, subprocess
 import numpy as np
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from examples import own_model, toy
 from examples.own_reward import redness
 from tests.conftest import HERE, TINY
+from tests.test_train import torchrun
 
 
 def test_the_toys_loop_is_the_one_that_readme_offers():
@@ -61,6 +62,20 @@ def test_a_model_that_is_not_flux_is_aligned_by_the_same_train(tmp_path, capsys)
     saved = torch.load(tmp_path / "checkpoint-2/model.pt")              # what its `save` wrote
     assert saved.keys() == own_model.Net().state_dict().keys()
     assert Image.open(tmp_path / "samples.png").height > 256
+
+
+def test_a_group_over_two_processes_makes_the_update_of_one_process(tmp_path):
+    weights = []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.pt"
+        start = torchrun("examples/split_groups.py", str(path), "3", processes=processes)
+        done = subprocess.run(**start, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:]
+        weights.append(torch.load(path))
+    for name, w in toy.Flow().state_dict().items():
+        a, b = (each[name] for each in weights)
+        assert_close(a, b, rtol=0, atol=1e-5)                   # six updates with lr 2e-3
+        assert (a - w).abs().max() > 2e-3
 
 
 def test_redness_is_one_for_red_zero_for_grey_and_negative_for_cyan():
