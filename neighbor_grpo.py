@@ -153,7 +153,7 @@ def log_ratio(x, x_theta, x_old, tau):
                          "they must have the same shape")
     log_pi_old = log_policy(x, x_old, tau)                              # (..., G)
     u = x_theta - x_old                                                 # (..., D)  has the gradient
-    gain = (2 * (x - x_old.unsqueeze(-2)) * u.unsqueeze(-2)).sum(-1) / tau      # (..., G)
+    gain = 2 * ((x - x_old.unsqueeze(-2)) * u.unsqueeze(-2)).sum(-1) / tau      # (..., G)
     log_mean = (torch.logsumexp(log_pi_old + gain, -1)                  # (...)
                 - torch.logsumexp(log_pi_old, -1))                      # (...) 0 but for rounding
     return gain - log_mean[..., None]                                   # (..., G)      Eq. 10

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 import pytest
 import torch
+from torch.testing import assert_close
 import machine                                                  # noqa: F401  (before diffusers)
 from diffusers import FluxPipeline
 import train
@@ -45,6 +46,17 @@ def lines_of(out, seconds=True):
     lines = [json.loads(line) for line in text.splitlines()]
     return [{key: value for key, value in line.items() if seconds or "seconds" not in key}
             for line in lines]
+
+
+def assert_near(actual, expected, rel=1e-5):
+    """Compare the largest difference with the largest number. Processors round in other orders, and
+    the error of a sum grows with its largest terms. So a small element may be off by more."""
+    assert_close(actual, expected, rtol=0, atol=rel * expected.abs().max().item())
+
+
+def joined(tensors):
+    """Many tensors, such as the gradients of all weights, as one vector."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def weights_of(out, iteration):

@@ -28,7 +28,7 @@ from model import Flux, Klein
 from paper import bench
 from run import Run, read_log
 from solvers import rollout, schedule
-from tests.conftest import SHORT, TINY
+from tests.conftest import SHORT, TINY, assert_near, joined
 
 FLUX = TINY / "flux"
 PROMPTS = ["a red apple, 3d style", "an octopus, noto style"]
@@ -53,8 +53,8 @@ def test_a_ddim_rollout_gives_the_latents_and_pictures_of_diffusers_own_pipeline
     theirs = functools.partial(flux.pipe, PROMPTS, latents=noise, height=64, width=64,
                                num_inference_steps=6, guidance_scale=3.5, max_sequence_length=16)
     latents, pictures = (theirs(output_type=kind).images for kind in ("latent", "pt"))
-    assert_close(traj[-1], latents, rtol=0, atol=1e-5)
-    assert_close(flux.decode(traj[-1]), pictures, rtol=0, atol=1e-5)
+    assert_near(traj[-1], latents)
+    assert_near(flux.decode(traj[-1]), pictures)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_pictures_that_are_not_square_are_those_of_diffusers_own_pipeline():
     theirs = wide.pipe(PROMPTS, latents=noise, height=64, width=96, num_inference_steps=3,
                        guidance_scale=3.5, max_sequence_length=16, output_type="pt").images
     assert theirs.shape == (2, 3, 64, 96)
-    assert_close(wide.decode(traj[-1]), theirs, rtol=0, atol=1e-5)
+    assert_near(wide.decode(traj[-1]), theirs)
 
 
 def test_prompts_that_are_too_long_for_an_encoder_are_counted(flux):
@@ -84,7 +84,7 @@ def test_each_prompt_owns_its_rows_of_a_batch_and_each_row_its_time(flux):
     together = flux.velocity(x, t, flux.encode(PROMPTS))
     for row in range(6):
         alone = flux.velocity(x[row : row + 1], t[row], flux.encode([PROMPTS[row // 3]]))
-        assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+        assert_near(together[row : row + 1], alone)
     exchanged = flux.velocity(x, t, flux.encode(PROMPTS[::-1]))
     assert (together - exchanged).abs().max() > 0.01
 
@@ -110,13 +110,12 @@ def test_checkpointing_recomputes_as_many_blocks_as_are_asked_for_and_keeps_the_
     def gradients(model):
         model.transformer.zero_grad()
         model.velocity(x, 0.5, cond).pow(2).mean().backward()
-        return [w.grad for w in model.transformer.parameters() if w.grad is not None]
+        return joined(w.grad for w in model.transformer.parameters() if w.grad is not None)
 
     checkpointed = Flux(FLUX, 64, checkpoint_blocks=blocks)
     for block in checkpointed.blocks():
         block.register_forward_pre_hook(lambda *_: calls.append(1))
-    for a, b in zip(gradients(flux), gradients(checkpointed), strict=True):
-        assert_close(a, b, rtol=0, atol=1e-7)
+    assert_near(gradients(flux), gradients(checkpointed))
     assert len(calls) == len(checkpointed.blocks()) + recomputed
 
 
@@ -140,10 +139,10 @@ def test_compiled_blocks_give_the_same_numbers_and_blocks_of_a_kind_share_their_
             rolled = model.velocity(x, 0.5, cond)
         v = model.velocity(x, 0.5, cond)
         v.pow(2).mean().backward()
-        gradients = [w.grad for w in model.trained() if w.grad is not None]
-        found.append([rolled, v.detach(), *gradients])
+        gradients = joined(w.grad for w in model.trained() if w.grad is not None)
+        found.append([rolled, v.detach(), gradients])
     for a, b in zip(*found, strict=True):
-        assert_close(a, b, rtol=0, atol=1e-6)
+        assert_near(a, b)
     assert 4 <= len(graphs) <= 7        # two kinds, with and without gradients; the first of a kind
                                         # may get its input in another form. Six alone would be 12.
 
@@ -161,10 +160,10 @@ def test_a_network_that_is_called_with_few_latents_at_a_time_gives_the_same_numb
     for model in (together, parts):
         v = model.velocity(x, 0.5, cond)
         v.pow(2).sum().backward()
-        found.append([v.detach(), model.decode(x)] + [w.grad for w in model.trained()])
+        found.append([v.detach(), model.decode(x), joined(w.grad for w in model.trained())])
     assert sizes == [3, 3, 2]
     for a, b in zip(*found):
-        assert_close(a, b, rtol=0, atol=1e-5 * max(1, float(a.abs().max())))
+        assert_near(a, b)
 
 
 def test_many_pictures_are_the_pictures_of_each_latent_in_order_sixteen_at_a_time_at_most():
@@ -172,7 +171,7 @@ def test_many_pictures_are_the_pictures_of_each_latent_in_order_sixteen_at_a_tim
     x, decode = torch.randn(35, *model.latent_shape), model.pipe.vae.decode
     alone = torch.cat([model.decode(row[None]) for row in x])
     model.pipe.vae.decode = lambda z, **more: sizes.append(len(z)) or decode(z, **more)
-    assert_close(model.decode(x), alone, rtol=0, atol=1e-5)
+    assert_near(model.decode(x), alone)
     assert sizes == [16, 16, 3]
 
 
@@ -207,9 +206,9 @@ def test_lora_trains_adapters_alone_begins_at_the_base_and_is_loaded_by_diffuser
     model = Flux(FLUX, 64, lora_rank=4)                         # from the sharded state
     cfg = train.parse_config([*lora, "--iterations", "3", "--resume"])
     assert Run(cfg, model, {}).iteration == 2
-    assert_close(model.velocity(x, 0.5, cond), theirs, rtol=0, atol=1e-5)
+    assert_near(model.velocity(x, 0.5, cond), theirs)
     frozen = Flux(FLUX, 64, frozen=True, lora=str(out / "checkpoint-2"))        # from the adapters
-    assert_close(frozen.velocity(x, 0.5, cond), theirs, rtol=0, atol=1e-5)
+    assert_near(frozen.velocity(x, 0.5, cond), theirs)
 
 
 @torch.no_grad()
@@ -223,7 +222,7 @@ def test_adapters_are_loaded_from_a_folder_or_a_file_and_trained_on_from_there(f
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
         assert is_lora(path)
         loaded = Flux(FLUX, 64, lora=str(path))
-        assert_close(loaded.velocity(x, 0.5, cond), expected, rtol=0, atol=1e-5)
+        assert_near(loaded.velocity(x, 0.5, cond), expected)
         for a, b in zip(loaded.trained(), model.trained(), strict=True):
             assert torch.equal(a, b)
     with pytest.raises(ValueError, match="could not be loaded as adapters|holds no adapters"):
@@ -242,7 +241,7 @@ def test_adapters_that_peft_wrote_have_the_strength_that_peft_gives_them(flux, t
     adapted.save_pretrained(tmp_path)
     ours = Flux(FLUX, 64, lora=str(tmp_path))
     moved = theirs.velocity(x, 0.5, cond)
-    assert_close(ours.velocity(x, 0.5, cond), moved, rtol=0, atol=1e-5)
+    assert_near(ours.velocity(x, 0.5, cond), moved)
     assert (moved - flux.velocity(x, 0.5, cond)).abs().max() > 1e-2
     settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     for other in ({"use_rslora": True}, {"alpha_pattern": {"to_q": 64}}):       # not read: refused
@@ -305,7 +304,7 @@ def klein(tmp_path_factory):
 
 
 @torch.no_grad()
-def compare_with_klein_pipeline(model, guidance, prompts, atol):
+def compare_with_klein_pipeline(model, guidance, prompts, rel=1e-5):
     """Four steps by model.py and by Flux2KleinPipeline, with its own sigmas -> ours at t = 0; and
     what else its pipeline needs for the same picture. Prints the largest difference of latents."""
     x1 = torch.randn(len(prompts), *model.latent_shape)
@@ -317,7 +316,7 @@ def compare_with_klein_pipeline(model, guidance, prompts, atol):
     theirs = model.pipe(**inputs, output_type="latent").images
     assert_close(model.pipe.scheduler.sigmas, ts)
     ours = model.unpack(model.unscale(traj[-1]))
-    assert_close(ours, theirs, rtol=0, atol=atol)
+    assert_near(ours, theirs, rel)
     assert (traj[-1] - x1).abs().max() > 0.1
     print(f"guidance {guidance:g}, 4 steps: largest difference {(ours - theirs).abs().max():.1e} "
           f"of latents up to {theirs.abs().max():.1f}", flush=True)
@@ -330,9 +329,9 @@ def test_four_steps_of_klein_are_those_of_diffusers_own_pipeline_with_and_withou
         guidance, distilled, nfe, tmp_path):
     model = Flux(one_layer_klein(tmp_path, distilled=distilled), "96x64", guidance=guidance)
     assert type(model) is Klein and model.nfe == nfe
-    x0, inputs = compare_with_klein_pipeline(model, guidance, PROMPTS, atol=1e-5)
+    x0, inputs = compare_with_klein_pipeline(model, guidance, PROMPTS)
     pictures = model.pipe(**inputs, output_type="pt").images
-    assert_close(model.decode(x0), pictures, rtol=0, atol=1e-5)
+    assert_near(model.decode(x0), pictures)
 
 
 @pytest.mark.parametrize("side, steps", [(720, 8), (1024, 50), (1280, 25)])
@@ -374,12 +373,11 @@ def test_a_guided_velocity_is_two_evaluations_and_its_gradient_runs_through_both
     each = [prompt for prompt in PROMPTS for _ in range(2)]
     with_prompt, without = one(each), one([""] * 4)
     expected = 4 * with_prompt - 3 * without
-    assert_close(v, expected, rtol=0, atol=1e-5)
+    assert_near(v, expected)
     theirs = torch.autograd.grad(expected.pow(2).sum(), model.trained(), retain_graph=True)
     half = 4 * with_prompt - 3 * without.detach()
     half = torch.autograd.grad(half.pow(2).sum(), model.trained())
-    for a, b in zip(ours, theirs, strict=True):
-        assert_close(a, b, rtol=1e-3, atol=1e-5 * max(1, float(b.abs().max())))
+    assert_near(joined(ours), joined(theirs))
     assert max((a - b).abs().max() / b.abs().max() for a, b in zip(half, theirs)) > 0.1
 
 
@@ -393,9 +391,9 @@ def test_klein_has_the_same_numbers_and_gradients_however_memory_and_time_are_sa
     x, found = torch.randn(2, *plain.latent_shape), []
     for model in (plain, other):
         v = model.velocity(x, 0.5, model.encode(PROMPTS))
-        found.append([v.detach(), *torch.autograd.grad(v.pow(2).mean(), model.trained())])
+        found.append([v.detach(), joined(torch.autograd.grad(v.pow(2).mean(), model.trained()))])
     for a, b in zip(*found, strict=True):
-        assert_close(a, b, rtol=0, atol=1e-5 * max(1, float(a.abs().max())))
+        assert_near(a, b)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -487,7 +485,7 @@ def try_klein(folder):
     path = one_layer_klein(folder / "klein", PUBLISHED)
     for guidance in (4.0, 1.0):
         model = Flux(path, 64, guidance=guidance, frozen=True)
-        compare_with_klein_pipeline(model, guidance, PROMPTS[:1], atol=1e-4)
+        compare_with_klein_pipeline(model, guidance, PROMPTS[:1], 1e-4)
     del model
     for name, how in (("lora", ["--lora_rank", "64"]), ("full", [])):
         change, size = train_klein(path, folder / name, how)
@@ -543,7 +541,7 @@ def compare_latents(path, prompt):
         ours = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, "ddim")[0][-1]
     print(f"4 steps: largest difference {(ours - theirs).abs().max():.1e} of latents up to "
           f"{theirs.abs().max():.1f}, which moved by {(theirs - x1).abs().max():.1f}", flush=True)
-    assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert_near(ours, theirs, 1e-4)
     return cond
 
 
