@@ -16,11 +16,11 @@ PPO's clipped objective (Eq. 9) pulls x_theta towards the candidates that scored
          so flatten latents before                  rho    policy ratio pi_theta / pi_old
     ...  leading dimensions: groups, anchors        A      advantages, A' in the paper
 
-x has as many leading dimensions as x_theta, or none; a size of 1 is shared. So with x (P, 1, G, D),
-x_theta (P, b, D) and A (P, 1, G) the b anchors of a group share its candidates and advantages; for
-one group, x (G, D) and A (G,) will do. No function takes t: the direction and the range of time do
-not matter. A training loop calls `neighbor_grpo_loss`. Any function can be pasted elsewhere, with
-those that it calls.
+For one group: x (G, D), A (G,), x_theta (b, D). For P groups: x (P, 1, G, D), A (P, 1, G), x_theta
+(P, b, D), so that b anchors share a group. (If P = b, shapes cannot show a wrong order.) A group is
+what shares one eps*, not what shares a prompt. No function takes t: the direction and the range of
+time do not matter. A training loop calls `neighbor_grpo_loss`. Any function can be pasted
+elsewhere, with those that it calls.
 """
 import torch
 
@@ -49,8 +49,8 @@ def perturb_noise(eps_star, delta, sigma):
 
 def is_flat(rewards, size=None):
     """True where rewards (..., G) are equal up to the rounding of their own precision: nothing can
-    be learnt from such a group. size (...): how large the numbers were that they were computed
-    from; by default, their own size."""
+    be learnt from such a group. If they are differences of larger numbers, size (...) says how
+    large those were."""
     size = rewards.abs().amax(-1) if size is None else size
     spread = rewards.amax(-1) - rewards.amin(-1)
     return spread <= 16 * torch.finfo(rewards.dtype).eps * size
@@ -73,16 +73,16 @@ def combine_rewards(rewards, weights):
     std = torch.where(is_flat(rewards), torch.inf, rewards.std(-1))     # (..., M)
     A = (rewards - rewards.mean(-1, keepdim=True)) / std[..., None]     # (..., M, G)   Eq. 3
     total = (weights[:, None] * A).sum(-2) / weights.sum()              # (..., G)
-    size = (weights * rewards.abs().amax(-1) / std).sum(-1) / weights.sum()     # of what is rounded
+    size = (weights * rewards.abs().amax(-1) / std).sum(-1) / weights.sum()     # before - mean
     return torch.where(is_flat(total, size)[..., None], 0, total)       # if they cancel
 
 def group_advantages(rewards, p=0.8):
     """Eq. 11 on Eq. 3: A'_i = A_i / (sum_k |A_k|^p)^(1/p), with A = r - mean(r) in each group.
 
-    rewards (..., G), of any dtype but float16 and bf16 -> (..., G), with sum zero. A group shares
-    one eps*, not just a prompt. p = 2 is GRPO's z-score over sqrt(G). With p < 2 a group in which a
-    few candidates stand out gets more weight than one in which all advantages have the same size,
-    whatever the rewards' scale. At p = 0.1 and G = 12 no optimizer sees A' any more: G^(-1/p).
+    rewards (..., G), of any dtype but float16 and bf16 -> (..., G), with sum zero. p = 2 is GRPO's
+    z-score over sqrt(G). With p < 2 a group in which a few candidates stand out gets more weight
+    than one in which all advantages have the same size, whatever the rewards' scale. A small p
+    makes all of A' small, by G^(-1/p): about 1e-11 at p = 0.1 and G = 12.
 
     Departures: Eq. 3's standard deviation is left out, since it cancels in Eq. 11. Rewards that are
     equal up to rounding give zeros: Eq. 3 would divide by zero, Eq. 11 would enlarge the rounding.
@@ -91,9 +91,9 @@ def group_advantages(rewards, p=0.8):
     check_precision(rewards=rewards)
     if not 0 < p <= 2:
         raise ValueError(f"p is {p}, but must lie in (0, 2]")
-    if rewards.ndim < 1 or not rewards.isfinite().all():
-        raise ValueError("rewards must be finite numbers, one for each of the G candidates, not "
-                         f"{rewards.tolist()}")
+    if rewards.ndim < 1 or rewards.shape[-1] < 2 or not rewards.isfinite().all():
+        raise ValueError("rewards must be finite numbers, one for each of the G > 1 candidates, "
+                         f"not {rewards.tolist()}")
     A = rewards - rewards.mean(-1, keepdim=True)                        # (..., G)      Eq. 3
     A = A / A.abs().amax(-1, keepdim=True)      # the scale cancels; |A|^p must not underflow
     A = A / A.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)             # (..., G)      Eq. 11
@@ -103,12 +103,12 @@ def log_policy(x, x_theta, tau):
     """Eq. 8, the surrogate leaping policy: log pi_i = log softmax_i(-||x_i - x_theta||^2 / tau).
 
     x (..., G, D), x_theta (..., D) -> (..., G). The squared distance is a SUM over D. tau = 1 is
-    the paper's, and at FLUX's D = 129,600 nearly one-hot; tau = D makes it a mean. It is also the
-    posterior of Eq. 30 for a leaping kernel of variance tau / 2.
+    the paper's, and at FLUX's D = 129,600 nearly one-hot; tau = D makes it a mean. It is the chance
+    that x_theta came from x_i by a Gaussian leap of variance tau / 2 (Eq. 30).
 
     Departure: the paper has no tau. But the clip of 1e-4 that it cites is from code that takes the
-    mean. At the first update `neighbor_grpo_loss` does not depend on tau. From the second on the
-    clip acts, and tau decides what it means.
+    mean. The gradient of the first update does not depend on tau. From the second on tau decides
+    what the clip stops: with a larger one, ratios stay nearer to 1.
     """
     check_precision(x=x, x_theta=x_theta)
     if not 0 < tau < float("inf"):
@@ -117,7 +117,7 @@ def log_policy(x, x_theta, tau):
     if (x.ndim not in (2, x_theta.ndim + 1) or x.shape[-1:] != x_theta.shape[-1:]
             or any(a != b and 1 not in (a, b) for a, b in leading)):
         raise ValueError(f"x is {tuple(x.shape)} and x_theta {tuple(x_theta.shape)}, but they must "
-                         "be (..., G, D) and (..., D)")
+                         "be (G, D) and (b, D), or for P groups (P, 1, G, D) and (P, b, D)")
     sq_dist = (x - x_theta.unsqueeze(-2)).pow(2).sum(-1)                # (..., G)
     return torch.log_softmax(-sq_dist / tau, -1)                        # (..., G)      Eq. 8
 
@@ -134,8 +134,9 @@ def log_ratio(x, x_theta, x_old, tau):
              weights have not moved since the rollout, it is x_theta.detach().
 
     Velocity means the guided one, here as in the rollout. x_t must be, bit for bit, what the
-    rollout's network saw: store a state after it is rounded, not before. Then the first ratio is 1.
-    Assert that: an SDE left on, or another rounding, shows there and nowhere else.
+    rollout's network saw: if your sampler rounds latents to bf16, store them rounded. Then the
+    first ratio is 1. Assert that: it is not, if an SDE or dropout is on, or the step is another.
+    Wrong candidates x do not show there.
 
     Let u = x_theta - x_old and gain_i = 2 (x_i - x_old) . u / tau. Then log rho_i is gain_i -
     log sum_k pi_old(k) exp(gain_k): the squared distances also contain |u|^2, which cancels. The
@@ -148,9 +149,9 @@ def log_ratio(x, x_theta, x_old, tau):
     carries 4e-3 of noise, forty times a clip of 1e-4.
     """
     check_precision(x_theta=x_theta, x_old=x_old)
-    if x_theta.shape != x_old.shape:
-        raise ValueError(f"x_theta is {tuple(x_theta.shape)} and x_old {tuple(x_old.shape)}, but "
-                         "they must have the same shape")
+    if x_theta.shape != x_old.shape or x_old.requires_grad or x.requires_grad:
+        raise ValueError(f"x_theta is {tuple(x_theta.shape)} and x_old {tuple(x_old.shape)}; they "
+                         "must have the same shape, and only x_theta may have a gradient")
     log_pi_old = log_policy(x, x_old, tau)                              # (..., G)
     u = x_theta - x_old                                                 # (..., D)  has the gradient
     gain = 2 * ((x - x_old.unsqueeze(-2)) * u.unsqueeze(-2)).sum(-1) / tau      # (..., G)
@@ -163,18 +164,20 @@ def clipped_objective(log_rho, A, clip_eps):
     MAXIMISED: loss = -tau J.
 
     log_rho (..., G) from `log_ratio`, A (..., G) from `group_advantages`, clip_eps a float ->
-    scalar, a sum over all of them. At theta_old every rho is 1, so J = sum(A) = 0 there, while
-    dJ / dx_theta is (2 / tau) sum_i A_i x_i for every anchor alike: the value of J says nothing
-    about progress, and an anchor's own advantage does not matter, even if it is 0.
+    scalar, a sum over all of them. At theta_old every rho is 1 and J = sum(A) = 0, whatever the
+    model does. But dJ / dx_theta is (2 / tau) sum_i A_i x_i there, for every anchor alike: an
+    anchor's own advantage does not matter, even if it is 0.
 
     Departures: rho is cut at e^80. float32 overflows at e^88, and an infinite ratio would turn a
     zero gradient into NaN. There is no KL term. Eq. 4 has one, but the paper leaves it out.
     """
     check_precision(log_rho=log_rho, A=A)
+    if not clip_eps > 0:
+        raise ValueError(f"clip_eps is {clip_eps}, but must be above 0")
     if (A.ndim not in (1, log_rho.ndim) or A.shape[-1] != log_rho.shape[-1]
             or any(a not in (1, b) for a, b in zip(A.shape[:-1], log_rho.shape))):
-        raise ValueError(f"log_rho is {tuple(log_rho.shape)} and A {tuple(A.shape)}, but each must "
-                         "hold one number per candidate, (..., G)")
+        raise ValueError(f"log_rho is {tuple(log_rho.shape)} and A {tuple(A.shape)}, but they must "
+                         "be (b, G) and (G,), or for P groups (P, b, G) and (P, 1, G)")
     rho = log_rho.clamp(max=80).exp()                                   # (..., G)
     return torch.minimum(A * rho, A * rho.clamp(1 - clip_eps, 1 + clip_eps)).sum()      # ()  Eq. 9
 
@@ -183,15 +186,15 @@ def neighbor_grpo_loss(x, x_theta, x_old, A, tau, clip_eps):
     groups and anchors. Arguments as in `log_ratio` and `clipped_objective`.
 
     Returns (loss, log_rho (..., G) without gradient). The loss is no measure of progress; log the
-    reward, the largest |rho - 1| before the first update (it must be 0), and `clip_fraction`.
+    reward, the largest |rho - 1| before the first update (0, up to rounding), and `clip_fraction`.
     With K calls before an update, divide each loss by K. The factor tau takes back the division in
-    `log_ratio`: the first gradient is that of tau = 1, the paper's. With tau = D and -J it would be
-    D times shorter, and at FLUX's size mostly below AdamW's eps of 1e-8.
+    `log_ratio`: the first gradient is that of tau = 1, the paper's. Were the loss -J with tau = D,
+    it would be D times shorter, and at FLUX's size mostly below AdamW's eps of 1e-8.
     """
     log_rho = log_ratio(x, x_theta, x_old, tau)                         # (..., G)      Eq. 10
     J = clipped_objective(log_rho, A, clip_eps)                         # ()            Eq. 9
     return -tau * J / log_rho[..., 0].numel(), log_rho.detach()
 
 def clip_fraction(log_rho, clip_eps):
-    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]."""
-    return (log_rho.expm1().abs() > clip_eps).float().mean()
+    """The share of ratios outside [1 - clip_eps, 1 + clip_eps], in [0, 1]; nan is outside."""
+    return (~(log_rho.expm1().abs() <= clip_eps)).float().mean()

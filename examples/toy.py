@@ -64,16 +64,16 @@ def neighbor_grpo_step(velocity, reward, opt, shape, G=12, B=4, K=4, T=8, update
     with torch.no_grad():
         for k in range(T):                              # your own sampler, with its SDE off
             traj.append(step(traj[k], k))
-    A = group_advantages(reward(traj[-1].view(G, *shape)))              # (G,)
+        A = group_advantages(reward(traj[-1].view(G, *shape)))          # (G,)
     anchors, times = torch.randperm(G)[:B].to(device), torch.randperm(T - 1)[:K].tolist()
     for update, j in enumerate(anchors.chunk(updates)):                 # (b,)  b = B / updates
-        for k in times:                                 # all but the last may be drawn
+        for k in times:                                 # never the last step, as in train.py
             x, x_theta = traj[k + 1], step(traj[k][j], k)               # x_theta has the gradient
-            x_old = x[j]        # as the rollout is Euler's; else its velocity's Euler step
+            x_old = x[j]        # Heun, DPM++: traj[k][j] + (ts[k + 1] - ts[k]) * its velocity there
             loss, log_rho = neighbor_grpo_loss(x, x_theta, x_old, A, D, clip_eps)       # tau = D
-            assert update or log_rho.abs().max() < 1e-3, "rho is not 1: is an SDE still on?"
-            (loss / K).backward()       # a mean over anchors and times, unless your trainer's
-        opt.step()                      # backward() divides by the number of calls itself
+            assert update or log_rho.abs().max() < 1e-3, "rho is not 1: SDE, dropout, guidance?"
+            (loss / K).backward()       # no / K if your trainer divides by the number of calls
+        opt.step()
         opt.zero_grad()
 
 
