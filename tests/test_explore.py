@@ -199,17 +199,19 @@ def test_the_page_works_with_a_keyboard(page):
                     ".every(one => one.getAttribute('aria-label'))")
 
 
-@pytest.mark.parametrize("width", [360, 760, 1440])
+@pytest.mark.parametrize("width", [360, 1000])  # a phone, and the narrowest with three columns
 def test_nothing_is_wider_than_the_window(page, width):
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
         width=width, height=740, deviceScaleFactor=1, mobile=width < 500))
     for n in range(6):
-        page.execute_script("document.querySelectorAll('#ask button')[arguments[0]].click()", n)
-        for stage in range(5):
-            page.execute_script("stage = arguments[0]; draw()", stage)
-            assert js(page, "document.documentElement.scrollWidth") <= width
-            assert js(page, "Math.max(...[...document.querySelectorAll('button, input, p, div')]"
-                            ".map(one => one.getBoundingClientRect().right))") <= width
+        assert width >= page.execute_script("""
+            document.querySelectorAll("#ask button")[arguments[0]].click();
+            return Math.max(...EQUATIONS.map((_, n) => {
+                stage = n;
+                draw();
+                return Math.max(document.documentElement.scrollWidth, ...[...document
+                    .querySelectorAll("main :not(svg *)")].map(one => one.getBoundingClientRect().right));
+            }))""", n)
 
 
 # ------------------------------------------------------------------------------------------------
