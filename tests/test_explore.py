@@ -209,8 +209,9 @@ def test_nothing_is_wider_than_the_window(page, width):
             return Math.max(...EQUATIONS.map((_, n) => {
                 stage = n;
                 draw();
-                return Math.max(document.documentElement.scrollWidth, ...[...document
-                    .querySelectorAll("main :not(svg *)")].map(one => one.getBoundingClientRect().right));
+                const parts = [...document.querySelectorAll("main :not(svg *)")];
+                return Math.max(document.documentElement.scrollWidth,
+                                ...parts.map(one => one.getBoundingClientRect().right));
             }))""", n)
 
 
