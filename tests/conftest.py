@@ -1,11 +1,11 @@
 """
 What several test files use: the option --slow, filters for warnings of other packages, short runs
-of the small world in tiny/.
+of the small world in tiny/, a browser.
 
     python -m pytest -q             # without the tests that are marked slow
     python -m pytest -q --slow      # all of them
 """
-import json
+import json, os, shutil
 from pathlib import Path
 import pytest
 import torch
@@ -84,3 +84,44 @@ def alone(tmp_path_factory, five):
     out = tmp_path_factory.mktemp("alone") / "run"
     assert train.main([*SHORT, *five, "--iterations", "4", "--out_dir", str(out)]) is None
     return out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium with a window of 1440 x 900, driven by selenium, for all tests of a file.
+    Without Chromium, its driver or selenium, a test is skipped, but under CI it fails."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    driver = shutil.which("chromedriver")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        webdriver = None
+    if not (program and driver and webdriver):
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up("needs Debian's chromium and chromium-driver, and selenium from PyPI")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    browser.set_window_size(1440, 900)
+    yield browser
+    browser.quit()
+
+
+def js(browser, expression):
+    """The value of a JavaScript expression in the page that the browser shows."""
+    return browser.execute_script("return " + expression)
+
+
+def press(browser, *keys):
+    """Press keys, by JavaScript's names, or type text, where the focus is."""
+    names = dict(ArrowLeft="\ue012", ArrowUp="\ue013", ArrowRight="\ue014", ArrowDown="\ue015",
+                 Backspace="\ue003", Tab="\ue004")             # as WebDriver calls them
+    for key in keys:
+        browser.switch_to.active_element.send_keys(names.get(key, key))
+
+
+def click(browser, selector):
+    browser.find_element("css selector", selector).click()

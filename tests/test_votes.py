@@ -3,15 +3,15 @@ The page on which people vote, and the result of their votes.
 
     python -m pytest -q tests/test_votes.py     # tests the page in a Chromium, if there is one
 """
-import base64, io, json, math, os, re, select, shutil, signal, subprocess, sys, time
+import base64, io, json, math, os, re, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
 from paper import votes
 from paper.votes import read_votes, win_rate, write_pairs
+from tests.conftest import HERE, click, js, press
 
-HERE = Path(__file__).resolve().parents[1]
 NASTY = ['a "quoted" apple', "</script><script>alert(1)</script><!--", "salt & pepper &amp; <b>",
          "ein Bär 🐻‍❄️, 雪", "two\nlines \\n /*DATA*/", "عربي", "  ", "plain"]
 
@@ -272,88 +272,6 @@ def test_votes_are_counted_on_a_terminal_without_utf_8(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # in a real browser
 
-class Browser:
-    """A headless Chromium that speaks the DevTools protocol over a pipe: JSON messages, each ended
-    by a NUL. browser(method, ...) -> result."""
-
-    def __init__(self, program, folder):
-        theirs_in, self.to = os.pipe()
-        self.back, theirs_out = os.pipe()
-        self.number, self.session, self.rest, self.messages = 0, None, b"", []
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
-        command = f'exec "$0" "$@" 3</dev/fd/{theirs_in} 4>/dev/fd/{theirs_out}'    # it uses 3, 4
-        self.process = subprocess.Popen(["sh", "-c", command, program, *flags, "about:blank"],
-                                        pass_fds=(theirs_in, theirs_out), start_new_session=True,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(theirs_in), os.close(theirs_out)
-
-    def wait(self, wanted, seconds=15):
-        end = time.monotonic() + seconds
-        while not any(map(wanted, self.messages)):
-            ready = select.select([self.back], [], [], max(0.0, end - time.monotonic()))[0]
-            chunk = os.read(self.back, 1 << 16) if ready else b""
-            assert chunk, "the browser said nothing"
-            *whole, self.rest = (self.rest + chunk).split(b"\0")
-            self.messages += map(json.loads, whole)
-        return next(filter(wanted, self.messages))
-
-    def __call__(self, method, **params):
-        self.number, self.messages = self.number + 1, []
-        session = {"sessionId": self.session} if self.session else {}
-        call = dict(id=self.number, method=method, params=params, **session)
-        os.write(self.to, json.dumps(call).encode() + b"\0")
-        reply = self.wait(lambda message: message.get("id") == self.number)
-        assert "error" not in reply, reply
-        return reply["result"]
-
-    def close(self):
-        os.killpg(self.process.pid, signal.SIGKILL)             # with its helpers
-        self.process.wait()
-        os.close(self.to), os.close(self.back)
-
-    def js(self, expression):
-        reply = self("Runtime.evaluate", expression=expression, returnByValue=True,
-                     awaitPromise=True)
-        assert "exceptionDetails" not in reply, reply
-        return reply["result"].get("value")
-
-    def open(self, url):
-        self("Page.navigate", url=url)
-        self.wait(lambda message: message.get("method") == "Page.loadEventFired")
-
-    def press(self, key, repeated=False):
-        code = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, " ": 32,
-                "Backspace": 8}[key]
-        what = dict(key=key, code="Space" if key == " " else key, windowsVirtualKeyCode=code)
-        self("Input.dispatchKeyEvent", type="rawKeyDown", autoRepeat=repeated, **what)
-        self("Input.dispatchKeyEvent", type="keyUp", **what)
-
-    def click(self, selector, times=1):
-        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])"
-                       f"(document.querySelector('{selector}').getBoundingClientRect())")
-        for n in range(1, times + 1):
-            for kind in ("mousePressed", "mouseReleased"):
-                self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=n)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    names = ("chromium", "chromium-browser", "google-chrome") if os.name == "posix" else ()
-    program = next(filter(None, map(shutil.which, names)), None)
-    if not program:
-        pytest.skip("no chromium here")
-    browser = Browser(program, tmp_path / "profile")
-    try:
-        target = browser("Target.createTarget", url="about:blank")["targetId"]
-        attached = browser("Target.attachToTarget", targetId=target, flatten=True)
-        browser.session = attached["sessionId"]
-        browser("Page.enable")
-        yield browser
-    finally:
-        browser.close()
-
-
 COUNT = "document.getElementById('count').textContent"
 COLOR = """(async () => {                                       // the left picture's, in its middle
     const img = document.getElementById('left');
@@ -370,52 +288,49 @@ SEEN = ("document.title + document.body.innerText + [...document.images].map(i =
 def test_a_browser_shows_every_pair_once_and_a_vote_counts_for_the_model_that_was_shown(
         red_and_blue, tmp_path, browser):
     url = write_pairs(*red_and_blue, tmp_path).resolve().as_uri()
-    browser.open(url)
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior",
+                            dict(behavior="allow", downloadPath=str(tmp_path)))
+    browser.get(url)
     seen, order = "", [pair["index"] for pair in data_of(tmp_path / "pairs.html")["pairs"]]
 
     def look(n):                                # pair n is shown; the left picture is a's or b's
         nonlocal seen
-        seen += browser.js(SEEN)
-        assert browser.js(COUNT) == f"{n} / 8"
-        assert browser.js("document.getElementById('prompt').textContent") == NASTY[order[n - 1]]
-        return browser.js(COLOR)
+        seen += js(browser, SEEN)
+        assert js(browser, COUNT) == f"{n} / 8"
+        assert js(browser, "document.getElementById('prompt').textContent") == NASTY[order[n - 1]]
+        return js(browser, COLOR)
 
     lefts, other = [], {"a": "b", "b": "a"}
     for n, key in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown"], 1):
         lefts.append(look(n))
-        browser.press(key)
-    browser.press("ArrowLeft", repeated=True)                   # a held key is one vote
-    assert browser.js(COUNT) == "4 / 8"
+        press(browser, key)
+    browser.execute_cdp_cmd("Input.dispatchKeyEvent",           # a held key is one vote
+                            dict(type="rawKeyDown", key="ArrowLeft", autoRepeat=True))
+    assert js(browser, COUNT) == "4 / 8"
     for _ in range(40):                         # The page is closed and opened again. Chromium 156
-        browser.open(url)                       # sometimes gives it an empty localStorage if this
-        if browser.js(COUNT) == "4 / 8":        # happens at once. This must not overwrite what the
+        browser.get(url)                       # sometimes gives it an empty localStorage if this
+        if js(browser, COUNT) == "4 / 8":        # happens at once. This must not overwrite what the
             break                               # next one finds.
         time.sleep(0.3)
-    assert browser.js("[...document.querySelectorAll('[aria-pressed=true]')].length") == 0
+    assert js(browser, "[...document.querySelectorAll('[aria-pressed=true]')].length") == 0
     for n, key in enumerate([" ", "ArrowRight", "ArrowLeft", "ArrowRight", "ArrowRight"], 4):
         lefts.append(look(n))
-        browser.press(key)
-    assert browser.js("getComputedStyle(document.getElementById('question')).display") == "none"
-    browser.press("Backspace")
-    browser.press("ArrowUp")
+        press(browser, key)
+    assert js(browser, "getComputedStyle(document.getElementById('question')).display") == "none"
+    press(browser, "Backspace")
+    press(browser, "ArrowUp")
     assert look(7) == lefts[6]
-    assert browser.js("document.querySelector('[aria-pressed=true]').dataset.do") == "right"
-    browser.press("ArrowLeft")                  # the seventh vote is changed, and that was the last
-    seen += browser.js(SEEN)
+    assert js(browser, "document.querySelector('[aria-pressed=true]').dataset.do") == "right"
+    press(browser, "ArrowLeft")                 # the seventh vote is changed, and that was the last
+    seen += js(browser, SEEN)
 
-    saved = tmp_path / "saved"
-    browser.session, session = None, browser.session
-    browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(saved))
-    browser.session = session
-    browser.js("document.getElementById('voter').focus()")
-    browser("Input.insertText", text="Ann </b> Ö")
-    browser.press("Backspace")                  # edits the name and does not go back
-    browser("Input.insertText", text="Ö")
-    browser.click("#end button")
+    click(browser, "#voter")
+    press(browser, "Ann </b> Ö", "Backspace", "Ö")              # edits the name, does not go back
+    click(browser, "#end button")
     end = time.monotonic() + 10
-    while not list(saved.glob("*.json")) and time.monotonic() < end:
+    while not list(tmp_path.glob("*.json")) and time.monotonic() < end:
         time.sleep(0.05)
-    file = next(saved.glob("*.json"))
+    file = next(tmp_path.glob("*.json"))
     assert re.fullmatch(r"votes-[0-9a-f]{12}-Ann-b-Ö.json", file.name)
     [votes] = read_votes([file])
     assert (votes["voter"], votes["a"], votes["b"]) == ("Ann </b> Ö", "crimson-17", "azure-99")
@@ -427,47 +342,46 @@ def test_a_browser_shows_every_pair_once_and_a_vote_counts_for_the_model_that_wa
         for left, side in zip(lefts, pressed)]
     assert set(lefts) == {"a", "b"}                             # both sides occurred
 
-    browser.click("[data-do=text]")             # the same votes, if a browser saves no file
-    seen += browser.js(SEEN)
+    click(browser, "[data-do=text]")            # the same votes, if a browser saves no file
+    seen += js(browser, SEEN)
     sent = tmp_path / "sent.txt"
-    sent.write_text(browser.js("document.getElementById('text').value"), encoding="utf-8")
+    sent.write_text(js(browser, "document.getElementById('text').value"), encoding="utf-8")
     [again] = read_votes([sent])
     short = [dict(index=vote["index"], winner=vote["winner"]) for vote in votes["votes"]]
     assert again == {**votes, "votes": short}
-    assert browser.js("getSelection().toString()") == sent.read_text(encoding="utf-8")
+    assert js(browser, "getSelection().toString()") == sent.read_text(encoding="utf-8")
     assert "Done" in seen and not re.search("crimson-17|azure-99", seen)
-    browser.open(write_pairs(*red_and_blue, tmp_path, seed=1).resolve().as_uri())
-    assert browser.js(COUNT) == "1 / 8"                         # another study begins at 1
+    browser.get(write_pairs(*red_and_blue, tmp_path, seed=1).resolve().as_uri())
+    assert js(browser, COUNT) == "1 / 8"                        # another study begins at 1
 
 
 def test_the_page_works_with_a_mouse_and_in_a_browser_that_stores_nothing(
         red_and_blue, tmp_path, browser):
-    browser("Page.addScriptToEvaluateOnNewDocument",
-            source="Object.defineProperty(window, 'localStorage', "
-                   "{get() {throw new DOMException('', 'SecurityError')}})")
-    browser.open(write_pairs(*red_and_blue, tmp_path).resolve().as_uri())
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", dict(
+        source="Object.defineProperty(window, 'localStorage', "
+               "{get() {throw new DOMException('', 'SecurityError')}})"))
+    browser.get(write_pairs(*red_and_blue, tmp_path).resolve().as_uri())
     given = "document.querySelector('[aria-pressed=true]').dataset.do"
-    assert "does not remember your votes" in browser.js("document.body.innerText")
-    browser.click("[data-do=right]", times=2)                   # a double click is one vote
-    assert browser.js(COUNT) == "2 / 8"
-    browser.press(" ")                          # a tie, not the button that was clicked last
-    assert browser.js(COUNT) == "3 / 8"
-    browser.click("[data-do=text]")
-    assert browser.js("document.getElementById('shown').hidden") is False
-    browser.press("ArrowLeft")                  # moves in the text and is not a vote
-    assert browser.js(COUNT) == "3 / 8"
-    browser.click("[data-do=back]")
-    assert browser.js("document.getElementById('shown').hidden") is True
-    assert browser.js(given) == "tie"
-    browser.click("[data-do=back]")
-    assert browser.js(given) == "right" and browser.js(COUNT) == "1 / 8"
-    browser.js("document.querySelector('[data-do=left]').focus()")      # so the space bar presses
-    what = dict(key=" ", code="Space", windowsVirtualKeyCode=32)        # this button
-    browser("Input.dispatchKeyEvent", type="keyDown", text=" ", **what)
-    browser("Input.dispatchKeyEvent", type="keyUp", **what)
-    browser.press("ArrowUp"), browser.press("ArrowUp")
-    assert browser.js(given) == "left"
-    browser.js("window.confirm = () => true")
-    browser.click("[data-do=restart]")
-    assert browser.js(COUNT) == "1 / 8"
-    assert browser.js("document.querySelectorAll('[aria-pressed=true]').length") == 0
+    assert "does not remember your votes" in js(browser, "document.body.innerText")
+    from selenium.webdriver import ActionChains
+    right = browser.find_element("css selector", "[data-do=right]")
+    ActionChains(browser).double_click(right).perform()         # one vote
+    assert js(browser, COUNT) == "2 / 8"
+    press(browser, " ")                         # a tie, not the button that was clicked last
+    assert js(browser, COUNT) == "3 / 8"
+    click(browser, "[data-do=text]")
+    assert js(browser, "document.getElementById('shown').hidden") is False
+    press(browser, "ArrowLeft")                 # moves in the text and is not a vote
+    assert js(browser, COUNT) == "3 / 8"
+    click(browser, "[data-do=back]")
+    assert js(browser, "document.getElementById('shown').hidden") is True
+    assert js(browser, given) == "tie"
+    click(browser, "[data-do=back]")
+    assert js(browser, given) == "right" and js(browser, COUNT) == "1 / 8"
+    browser.execute_script("document.querySelector('[data-do=left]').focus()")
+    press(browser, " ", "ArrowUp", "ArrowUp")                   # the space bar presses this button
+    assert js(browser, given) == "left"
+    browser.execute_script("window.confirm = () => true")
+    click(browser, "[data-do=restart]")
+    assert js(browser, COUNT) == "1 / 8"
+    assert js(browser, "document.querySelectorAll('[aria-pressed=true]').length") == 0
