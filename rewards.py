@@ -565,15 +565,16 @@ class Jpeg(Scorer):
 SERVER, PACKAGES = HERE / "examples/server_reward.py", HERE / "examples/package_rewards.py"
 HPSV3, TINY = HERE / "examples/hpsv3_reward.py", HERE / "tiny/scorers.py"
 SCORERS = dict(
-    hpsv2=HPSv2, hpsv3=f"{HPSV3}:HPSv3", pickscore=PickScore, imagereward=ImageReward,
-    clipscore=ClipScore, aesthetic=Aesthetic, unifiedreward=f"{SERVER}:UnifiedReward",
+    hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore,
+    aesthetic=Aesthetic, hpsv3=f"{HPSV3}:HPSv3", unifiedreward=f"{SERVER}:UnifiedReward",
     unifiedreward_final=f"{SERVER}:UnifiedRewardFinal", ocr=f"{PACKAGES}:Ocr",
     imagenet=f"{PACKAGES}:ImageNet", brisque=f"{PACKAGES}:Brisque",
     jpeg=Jpeg, preference=f"{TINY}:Preference", judge=f"{TINY}:Judge", named=f"{TINY}:Named",
     flawless=f"{TINY}:Flawless")
 # A scorer cannot have the name of another key in log.jsonl or results.json.
 TAKEN = (r"iter|reward|reward_std|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|nfe_\w+|"
-         r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr")
+         r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr|"
+         r"velocity_ratio|fallen|peak_gb")
 
 
 def split(spec):
