@@ -58,7 +58,7 @@ def follow(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0
     if not traj[-1].isfinite().all():
         raise ArithmeticError(f"the latents of {prompts[0]!r} are not finite; the model's weights "
                               "are broken, or its guidance is too large")
-    return traj[-1], vels.float().square().mean((2, 3)).sqrt().mean(0)
+    return traj[-1], vels.float().flatten(2).square().mean(2).sqrt().mean(0)
 
 def as_bytes(images):
     """Pictures in [0, 1] as they are stored: uint8 on the CPU."""

@@ -381,7 +381,7 @@ class Run:
         # A checkpoint of an older version has no lengths.
         ratio = (lengths.mean() / self.before.get("lengths", torch.tensor(torch.nan)).mean()).item()
         line |= dict(velocity_ratio=ratio, fallen=len(fell) if rose else 0)
-        said.append(f"velocity x {ratio:.3f}")
+        said.append(f"velocity {ratio:.3f} times the base's")
         if RANK:
             return
         self.write(line)

@@ -193,13 +193,14 @@ def test_training_evaluates_with_the_same_noise_for_every_batch():
 
 def test_the_length_of_a_velocity_is_its_root_mean_square_averaged_over_the_steps():
     class Model:
-        device, latent_shape = torch.device("cpu"), (2, 2)
+        device, latent_shape = torch.device("cpu"), (2, 1, 2)          # not only (N, C)
 
         def encode(self, prompts):
             return torch.tensor([len(prompt) for prompt in prompts])    # here one for each prompt
 
         def velocity(self, x, t, lengths):
-            return lengths[:, None, None] * t * torch.tensor([[3.0, 4.0], [0.0, 5.0]]).expand_as(x)
+            v = torch.tensor([[[3.0, 4.0]], [[0.0, 5.0]]]).expand_as(x)
+            return lengths[:, None, None, None] * t * v
 
     ts = torch.tensor([1.0, 0.6, 0.5, 0.0])
     _, lengths = follow(Model(), ["a", "abc"], [0, 1], ts, "ddim")
