@@ -39,21 +39,26 @@ SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++"}
 # ------------------------------------------------------------------------------------------------
 # Pictures and scores
 
+def sample(model, *how, **more):
+    """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1]. The arguments are `follow`'s."""
+    return model.decode(follow(model, *how, **more)[0])
+
 @torch.no_grad()
-def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0.0):
-    """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1]. The noise depends only on the
+def follow(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0.0):
+    """The latents of these pictures (p n, N, C), and how long the velocity was on the way, as the
+    root mean square of its numbers, averaged over the steps (p n,). The noise depends only on the
     seed and the index of the prompt, so all models see the same. With a `base`, the model takes the
     first share `hybrid` of the steps and the base the rest: MixGRPO's hybrid inference."""
     rngs = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
     noise = torch.cat([torch.randn(n, *model.latent_shape, generator=rng) for rng in rngs])
     handover = ts[round(hybrid * (len(ts) - 1))] if base else -1
     cond = model.encode(prompts)
-    traj, _ = rollout(lambda x, t: (model if t > handover else base).velocity(x, t, cond),
-                      noise.to(model.device), ts, solver)                   # (T+1, p n, N, C)
+    traj, vels = rollout(lambda x, t: (model if t > handover else base).velocity(x, t, cond),
+                         noise.to(model.device), ts, solver)                # (T+1, p n, N, C)
     if not traj[-1].isfinite().all():
         raise ArithmeticError(f"the latents of {prompts[0]!r} are not finite; the model's weights "
                               "are broken, or its guidance is too large")
-    return model.decode(traj[-1])
+    return traj[-1], vels.float().flatten(2).square().mean(2).sqrt().mean(0)
 
 def as_bytes(images):
     """Pictures in [0, 1] as they are stored: uint8 on the CPU."""
@@ -62,16 +67,19 @@ def as_bytes(images):
 def evaluate(model, scorers, prompts, ts, solver, chosen, seed=0, batch=64):
     """Sample and score one picture of each prompt during training, without writing files. `chosen`:
     the indices of the P prompts to use. -> images (P, 1, 3, H, W) uint8 on the CPU, {scorer name:
-    (P, 1)}"""
-    images, scores = [], {name: [] for name in scorers}
+    (P, 1)}, and the lengths of the velocity (P, 1)"""
+    images, scores, lengths = [], {name: [] for name in scorers}, []
     for start in range(0, len(chosen), batch):
         indices = chosen[start : start + batch]
         texts = [prompts[i] for i in indices]
-        x = sample(model, texts, indices, ts, solver, seed=seed)            # (p, 3, H, W)
+        latents, length = follow(model, texts, indices, ts, solver, seed=seed)
+        x = model.decode(latents)                                           # (p, 3, H, W)
         images.append(as_bytes(x))
+        lengths.append(length.cpu())
         for name, scorer in scorers.items():
             scores[name].append(scorer(x, texts).cpu())
-    return torch.cat(images)[:, None], {name: torch.cat(s)[:, None] for name, s in scores.items()}
+    scores = {name: torch.cat(s)[:, None] for name, s in scores.items()}
+    return torch.cat(images)[:, None], scores, torch.cat(lengths)[:, None]
 
 def mean_and_stderr(scores):
     """scores (P, n) -> their mean, and its standard error over the P prompts (0 if P is 1)."""
@@ -141,6 +149,12 @@ def draw_curve(lines, path):
         else:
             stderr = np.array([line[f"{key}_stderr"] for line in points], float)    # None: nan
             panel.errorbar(x, y, stderr, marker="o", markersize=3, capsize=2)
+            fell = [line for line in points if line.get("fallen") and
+                    (line[f"{key}_gain"] or 0) < -3 * (line[f"{key}_gain_stderr"] or 0)]
+            if fell:
+                panel.plot([line["iter"] for line in fell], [line[key] for line in fell], "rv",
+                           label="fell while the reward rose")
+                panel.legend()
         origin = "on held-out prompts" if key in evaluated else "in training"
         panel.set(title=f"{key.removeprefix('eval_')} {origin}", xlabel="iteration")
     figure.savefig(path, dpi=120)

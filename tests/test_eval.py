@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import eval as evaluation
 import rewards
 from diffusers import FluxPipeline
-from eval import (diversity, draw_curve, evaluate, label_of, mean_and_stderr, picture_grid, sample,
-                  wrap_text)
+from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_stderr, picture_grid,
+                  sample, wrap_text)
 from inputs import read_prompts
 from model import Flux
 from solvers import schedule
@@ -166,7 +166,7 @@ def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eva
         finished, aligned):
     prompts, model = read_prompts(aligned.parents[1] / "prompts.txt"), Flux(FLUX, 64)
     scorers = {"preference": rewards.load("preference")}
-    images, scores = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m", range(5))
+    images, scores, _ = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m", range(5))
     assert images.shape == (5, 1, 3, 64, 64) and scores["preference"].shape == (5, 1)
     folder = finished[0] / "tiny-flux/pictures"                 # by main, in other batches
     stored = [json.loads((folder / f"{i:05d}.json").read_text(encoding="utf-8"))["preference"][0]
@@ -181,14 +181,31 @@ def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eva
 def test_training_evaluates_with_the_same_noise_for_every_batch():
     flux, scorers = Flux(FLUX, 64), {"preference": rewards.load("preference")}
     prompts = ["a red apple", "an octopus"] * 2
-    images, scores = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
-    _, more = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
+    images, scores, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
+    _, more, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
     assert_close(scores["preference"], more["preference"], rtol=0, atol=1e-3)
-    part, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", [3, 1])
+    part, _, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", [3, 1])
     assert (part.int() - images[[3, 1]].int()).abs().max() <= 1
     assert not torch.equal(images[0], images[2])                # the same prompt, other noise
     first, second = sample(flux, prompts[:1], [0], schedule(3), "ddim", n=2)
     assert (first != second).any()                              # two pictures of a prompt
+
+
+def test_the_length_of_a_velocity_is_its_root_mean_square_averaged_over_the_steps():
+    class Model:
+        device, latent_shape = torch.device("cpu"), (2, 1, 2)          # not only (N, C)
+
+        def encode(self, prompts):
+            return torch.tensor([len(prompt) for prompt in prompts])    # here one for each prompt
+
+        def velocity(self, x, t, lengths):
+            v = torch.tensor([[[3.0, 4.0]], [[0.0, 5.0]]]).expand_as(x)
+            return lengths[:, None, None, None] * t * v
+
+    ts = torch.tensor([1.0, 0.6, 0.5, 0.0])
+    _, lengths = follow(Model(), ["a", "abc"], [0, 1], ts, "ddim")
+    one = (50 / 4) ** 0.5 * (1 + 0.6 + 0.5) / 3
+    assert lengths.tolist() == pytest.approx([one, 3 * one])
 
 
 def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of_pixels():
@@ -630,3 +647,20 @@ def test_the_curve_has_a_panel_for_the_reward_and_one_for_each_held_out_score(
     assert mean.tolist() == pytest.approx([math.nan, 6.5, 7.5], nan_ok=True)
     draw_curve([], tmp_path / "curve.png")                      # a run without an iteration
     assert len(drawn[1].axes) == 1
+
+
+def test_the_curve_marks_scores_that_fell_while_the_reward_rose(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
+    def line(it, fallen, preference, judge):
+        gains = dict(preference=preference, judge=judge)
+        return dict(iter=it, fallen=fallen) | {key: value for name, gain in gains.items() for
+                    key, value in {f"eval_{name}": gain, f"eval_{name}_stderr": 0.1,
+                                   f"eval_{name}_gain": gain,
+                                   f"eval_{name}_gain_stderr": 0.1 if gain else None}.items()}
+    draw_curve([line(0, 0, 0.0, 0.0), line(1, 0, 0.2, -0.5), line(2, 1, 0.5, -0.4),
+                line(3, 1, 0.6, -0.2), line(4, 1, 0.6, None)], tmp_path / "curve.png")
+    marks = [[mark.get_xydata().tolist() for mark in panel.lines if mark.get_marker() == "v"]
+             for panel in drawn[0].axes]
+    assert marks == [[], [], [[[2, -0.4]]]]         # reward; preference; judge

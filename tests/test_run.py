@@ -444,11 +444,63 @@ def test_an_evaluation_compares_with_the_base_prompt_by_prompt(alone):
     base, last = [line for line in lines_of(alone) if "eval_preference" in line]
     assert list(base) == ["iter", "eval_preference", "eval_preference_stderr",
                           "eval_preference_gain",
-                          "eval_preference_gain_stderr"]
+                          "eval_preference_gain_stderr", "velocity_ratio", "fallen"]
+    assert base["velocity_ratio"] == 1 and base["fallen"] == last["fallen"] == 0
     keys = "iter", "eval_preference_gain", "eval_preference_gain_stderr"
     assert [base[key] for key in keys] == [0, 0, 0]
     gain = last["eval_preference"] - base["eval_preference"]
     assert last["iter"] == 4 and last["eval_preference_gain"] == pytest.approx(gain, abs=1e-6)
+
+
+def watched(tmp_path, monkeypatch, gains, lengths=(1.0, 1.0)):
+    """Evaluate a base, and then a model whose scores differ from the base's by `gains`, in standard
+    errors over the prompts. Prompts differ much more than that. -> the last line of the log"""
+    n = 9
+    prompts = 100 * torch.randn(n, 1, generator=torch.Generator().manual_seed(0))
+    noise = torch.linspace(-1, 1, n)[:, None]
+    stderr = noise.std() / n ** 0.5
+    answers = [({name: prompts for name in gains}, lengths[0]),
+               ({name: prompts + noise + gain * stderr for name, gain in gains.items()},
+                lengths[1])]
+
+    def evaluated(*_, chosen, **__):
+        scores, length = answers.pop(0)
+        return torch.zeros(n, 1, 3, 8, 8, dtype=torch.uint8), scores, torch.full((n, 1), length)
+
+    monkeypatch.setattr(run, "evaluate", evaluated)
+    (tmp_path / "nine.txt").write_text("".join(f"prompt {i}\n" for i in range(n)), encoding="utf-8")
+    books = stub_run(tmp_path, Stub(), eval_scorers="judge,flawless", prompts=str(
+        tmp_path / "nine.txt"), eval_prompts=str(tmp_path / "nine.txt"))
+    for books.iteration in (0, 5):
+        books.evaluate()
+    return books.lines()[-1]
+
+
+@pytest.mark.parametrize("reward, judge, flawless, named", [
+    (3.1, -3.1, 0, ["judge"]), (9, -4, -5, ["judge", "flawless"]), (3.1, -2.9, 9, []),
+    (2.9, -9, -9, []), (-9, -9, -9, []), (9, 9, 2.9, []), (9, math.nan, -4, ["flawless"])])
+def test_a_watched_scorer_that_falls_while_the_reward_rises_is_named_if_both_exceed_three_errors(
+        reward, judge, flawless, named, tmp_path, monkeypatch, capsys):
+    line = watched(tmp_path, monkeypatch, dict(brightness=reward, judge=judge, flawless=flawless))
+    warnings = [text for text in capsys.readouterr().out.splitlines() if "exploited" in text]
+    assert line["fallen"] == len(named) and len(warnings) == bool(named)
+    if named:
+        start = f"eval 005: {', '.join(named)} fell below the base while brightness rose"
+        assert warnings[0].startswith(start) and "When it goes wrong" in warnings[0]
+
+
+def test_the_log_has_the_length_of_the_velocity_as_a_multiple_of_the_bases(tmp_path, monkeypatch):
+    line = watched(tmp_path, monkeypatch, dict(brightness=1.0), lengths=(2.0, 2.5))
+    assert line["velocity_ratio"] == pytest.approx(1.25)
+
+
+def test_a_base_from_before_the_velocity_was_measured_gives_no_multiple(tmp_path, monkeypatch):
+    answer = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), {}, torch.ones(1, 1)
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: answer)
+    books = stub_run(tmp_path, Stub())
+    books.prompts, books.before = ["a"], dict(scores={}, images=answer[0][:, 0])
+    books.evaluate()
+    assert books.lines()[-1]["velocity_ratio"] is None
 
 
 @pytest.mark.parametrize("eval_steps, solver", [(0, "ddim"), (5, "dpmpp_2m")])
