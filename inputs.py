@@ -267,7 +267,7 @@ def load_pipeline(kind, folder, dtype):
                 raise ValueError(f"its {name} makes the same of all prompts")
         return pipe
     except Exception as error:
-        said = re.sub(r"\x1b\[\d*m", "", " ".join([str(error), *said]))
+        said = " ".join(re.sub(r"\x1b\[\d*m", "", " ".join([str(error), *said])).split())
         raise ValueError(f"{folder} could not be loaded: {said}") from error
     finally:
         for library in ("diffusers", "transformers"):
@@ -338,8 +338,8 @@ def load_lora(pipe, path):
         state = one_form(pipe, file)
         pipe.transformer.load_lora_adapter(dict(state), prefix=None, adapter_name="default",
                                            low_cpu_mem_usage=True)      # keeps float32
-        if state.keys() != get_peft_model_state_dict(pipe.transformer).keys():
-            raise ValueError("one of its matrices has no partner, or fits no layer")
+        if odd := sorted(state.keys() ^ get_peft_model_state_dict(pipe.transformer).keys()):
+            raise ValueError(f"{odd[0]} fits no layer, or has no partner")
     except Exception as error:
         raise ValueError(f"{file} could not be loaded as adapters: {error}") from error
 
@@ -355,9 +355,13 @@ def one_form(pipe, file):
         state = {re.sub(r"\.default\w*\.weight$", ".weight", name): opened.get_tensor(name).float()
                  for name in opened.keys()}
     alphas = {name: state.pop(name) for name in list(state) if name.endswith(".alpha")}
-    strange = sorted(name for name in state if not MATRIX.fullmatch(name))
+    strange = sorted(name for name, w in state.items()
+                     if not MATRIX.fullmatch(name) or not w.isfinite().all())
     layers = {name for name, _ in pipe.transformer.named_modules()}
     bare = {re.sub(r"^(base_model\.model|transformer)\.", "", name): w for name, w in state.items()}
+    for old, new in (("down", "lora_A"), ("up", "lora_B")):
+        bare = {re.sub(rf"lora[._](linear_layer\.)?{old}\.weight$", f"{new}.weight", name): w
+                for name, w in bare.items()}
     is_bare = all(name.rpartition(".lora_")[0] in layers for name in bare)
     settings = json.loads(header.get("lora_adapter_metadata", "{}"))
     if is_bare and any(name.startswith("base_model.") for name in state):       # PEFT's own
@@ -370,7 +374,7 @@ def one_form(pipe, file):
     strange += ["alphas in two places"] if alphas and "lora_alpha" in settings else []
     if strange or not state:
         raise ValueError(f"it has {', '.join(strange[:3]) or 'no tensors'}, and must have nothing "
-                         "but LoRA matrices of the transformer, to be sampled and saved as a whole")
+                         "but finite LoRA matrices of the transformer, to be saved as a whole")
     is_up = re.compile(r".*(lora_B|[._]up)\.weight").fullmatch
     for name, alpha in alphas.items():
         up, = (up for up in state if is_up(up) and up.startswith(name.removesuffix("alpha")))
@@ -378,7 +382,7 @@ def one_form(pipe, file):
     if is_bare:
         converted = bare
     else:
-        converted = {name.removeprefix("transformer."): w.contiguous()
+        converted = {name.removeprefix("transformer."): w.clone()       # three layers may share it
                      for name, w in pipe.lora_state_dict(dict(state)).items()}
         size = lambda some: sum(w.double().abs().sum() for name, w in some.items() if is_up(name))
         if not abs(size(converted) / size(state) - 1) < 1e-6:

@@ -107,8 +107,8 @@ def hold(out):
     except Timeout:
         raise ValueError(f"another run is writing into {out}; wait until it ends, or name another "
                          "--out_dir") from None
-    except NotImplementedError:
-        print(f"{out} cannot be locked, so start no second run in it", file=sys.stderr)
+    except (OSError, NotImplementedError) as error:             # some network file systems
+        print(f"{out} cannot be locked ({error}); start no second run in it", file=sys.stderr)
     return lock
 
 def check_resumed(cfg, path):
@@ -197,6 +197,9 @@ class Run:
         gather_objects(None)                    # and the files are there before any goes on
         done = [line["iter"] for line in self.lines() if "reward" not in line]
         self.evaluated = done[-1] if done else None
+        if RANK == 0 and cfg.init_lora:         # somebody else's: a first save, before all work
+            with tempfile.TemporaryDirectory(dir=self.out) as trial:
+                model.save(trial)
 
     def write_files(self):
         """The files of a new run; or those of a resumed one, as they were at its checkpoint."""
