@@ -120,13 +120,13 @@ class Scorer:
     def check_prompt(self, prompt):
         """Raise ValueError for a prompt that this scorer cannot use. Most scorers take any."""
 
-    @undisturbed()
     @torch.no_grad()
     def __call__(self, images, prompts):
         pixels = as_8_bit(images, prompts)
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            with undisturbed(), torch.autocast(self.device.type, enabled=False):
                 scores = self.score(pixels.to(self.device), prompts)
+            scores = as_numbers(scores)
         except (Exception, SystemExit) as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: "
                               f"{describe(error, self.code_file)}") from error
@@ -155,6 +155,15 @@ def as_8_bit(images, prompts):
     return (images * 255).round().to(torch.uint8)
 
 
+def as_numbers(scores):
+    """What a scorer returned -> (G,) float32 on the CPU."""
+    try:
+        return torch.as_tensor(scores, dtype=torch.float32, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"it returned a {type(scores).__name__}, but must return a number for "
+                        "each image: a tensor (G,), a list or an array") from None
+
+
 class OwnReward(Scorer):
     """f(images (G, 3, H, W) in [0, 1], prompts [G]) -> G numbers, as in examples/own_reward.py."""
 
@@ -163,12 +172,7 @@ class OwnReward(Scorer):
         self.function = function
 
     def score(self, pixels, prompts):
-        scores = self.function(pixels.float() / 255, list(prompts))     # copies: it may change them
-        try:
-            return torch.as_tensor(scores, dtype=torch.float32).detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"it returned a {type(scores).__name__}, but must return a number for "
-                            "each image: a tensor (G,), a list or an array") from None
+        return self.function(pixels.float() / 255, list(prompts))       # copies: it may change them
 
 
 def describe(error, file=""):
