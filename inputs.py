@@ -326,7 +326,7 @@ MATRIX = re.compile(r"(?!text_|lora_te|te\d?[._]|clip|t5)(?=.*lora)"
 SETTINGS = ("r lora_alpha rank_pattern alpha_pattern use_rslora target_modules exclude_modules "
             "layers_to_transform layers_pattern lora_dropout inference_mode task_type auto_mapping "
             "base_model_name_or_path revision peft_version").split()
-STARTS = (True, False, "gaussian", "orthogonal", "eva")         # the others change the base
+STARTS = [("init_lora_weights", start) for start in ("gaussian", "orthogonal", "eva")]  # not pissa
 
 
 def load_lora(pipe, path):
@@ -354,7 +354,12 @@ def one_form(pipe, file):
         header = opened.metadata() or {}
         state = {re.sub(r"\.default\w*\.weight$", ".weight", name): opened.get_tensor(name).float()
                  for name in opened.keys()}
-    alphas = {name: state.pop(name) for name in list(state) if name.endswith(".alpha")}
+    is_up, alphas = re.compile(r".*(lora_B|[._]up)\.weight").fullmatch, []
+    for name in [name for name in state if name.endswith(".alpha")]:
+        for up in [up for up in state if is_up(up) and up.startswith(name.removesuffix("alpha"))]:
+            state[up] *= float(state[name]) / state[up].shape[1]
+            alphas.append(name)
+    state = {name: w for name, w in state.items() if name not in alphas}
     strange = sorted(name for name, w in state.items()
                      if not MATRIX.fullmatch(name) or not w.isfinite().all())
     layers = {name for name, _ in pipe.transformer.named_modules()}
@@ -370,22 +375,17 @@ def one_form(pipe, file):
     usual = LoraConfig().to_dict()
     strange += [name for name, value in settings.items()
                 if value and value != usual.get(name) and name not in SETTINGS
-                and not (name == "init_lora_weights" and value in STARTS)]
+                and (name, value) not in STARTS]
     strange += ["alphas in two places"] if alphas and "lora_alpha" in settings else []
     if strange or not state:
         raise ValueError(f"it has {', '.join(strange[:3]) or 'no tensors'}, and must have nothing "
                          "but finite LoRA matrices of the transformer, to be saved as a whole")
-    is_up = re.compile(r".*(lora_B|[._]up)\.weight").fullmatch
-    for name, alpha in alphas.items():
-        up, = (up for up in state if is_up(up) and up.startswith(name.removesuffix("alpha")))
-        state[up] *= float(alpha) / state[up].shape[1]
-    if is_bare:
-        converted = bare
-    else:
+    converted = bare
+    if not is_bare:
         converted = {name.removeprefix("transformer."): w.clone()       # three layers may share it
                      for name, w in pipe.lora_state_dict(dict(state)).items()}
         size = lambda some: sum(w.double().abs().sum() for name, w in some.items() if is_up(name))
-        if not abs(size(converted) / size(state) - 1) < 1e-6:
+        if abs(size(converted) - size(state)) > 1e-6 * size(state):
             raise ValueError("diffusers leaves some of its matrices out")
     for name in filter(is_up, converted):
         layer, r = name.removesuffix(".lora_B.weight"), converted[name].shape[1]

@@ -23,9 +23,8 @@ Scores are computed in float32, even inside the caller's autocast. Near 0.3, nei
 numbers differ by 0.002, while the HPSv2.1 scores of a group differ by about 0.01. On a GPU the two
 largest networks run in float16 (`half` in HPSv2 and ClipScore), but their scores are float32 too.
 """
-from machine import one_line                    # before transformers and open_clip
-import contextlib, functools, hashlib, importlib, io, os, random, re, signal, sys, threading
-import traceback, types
+from machine import attempt, one_line           # before transformers and open_clip
+import contextlib, functools, hashlib, importlib, io, os, random, re, sys, traceback, types
 from pathlib import Path
 import numpy as np
 import torch
@@ -53,52 +52,31 @@ def working_directory():
         return os.getcwd()
 
 
-def signal_handlers():
-    main = threading.current_thread() is threading.main_thread()        # no other may set them
-    return {sign: signal.getsignal(sign) for sign in signal.valid_signals() if main}
-
-
-def set_signal_handlers(handlers):
-    for sign, handler in handlers.items():
-        if signal.getsignal(sign) != handler:
-            signal.signal(sign, handler)
-
-
-# What a reward's code finds as it was when it ends: (get, put).
-PROCESS = [
-    (working_directory, os.chdir),
+PROCESS = [         # (get, put) of what a reward's code may change while it runs
+    (working_directory, lambda path: path and os.chdir(path)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device,                  # None: without a mode, which costs time
+    (torch.get_default_device,                  # None is the CPU, too, and costs no time
      lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
     (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
-    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
-    (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
-    (signal_handlers, set_signal_handlers),
-]
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)]
 RANDOM = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate),
           (np.random.get_state, np.random.set_state)]
 
 
 @contextlib.contextmanager
 def undisturbed(drawn=[]):
-    """Inside, a reward's code runs. Afterwards the process is as it was before, whatever the code
-    did. Random numbers of rewards go on from call to call, and apart from those of the run."""
-    before = [get() for get, _ in PROCESS]
-    ours = [get() for get, _ in RANDOM]
+    """Inside, a reward's code runs, at its import and in its calls. Afterwards the process is as it
+    was. The random numbers of rewards go on from call to call, apart from those of the run."""
+    before, ours = ([get() for get, _ in pairs] for pairs in (PROCESS, RANDOM))
     for (_, put), state in zip(RANDOM, drawn):
         put(state)
     try:
         yield
     finally:
         drawn[:] = [get() for get, _ in RANDOM]
-        for (_, put), state in zip(RANDOM, ours):
-            put(state)
-        for (get, put), value in zip(PROCESS, before):
-            if value is not None and get() != value:
+        for (get, put), value in zip(PROCESS + RANDOM, before + ours):
+            if (get, put) in RANDOM or get() != value:
                 put(value)
 
 
@@ -768,10 +746,7 @@ def load_all(specs, device, prompts):
 def forgiving(scorer):
     """The scorer, but with nan where it fails: one that is only watched must not end a run."""
     def score(images, prompts):
-        try:
-            return scorer(images, prompts)
-        except ScorerError as error:
-            print(f"{error}; it is only watched, so the run continues", file=sys.stderr)
-            return torch.full((len(images),), torch.nan)
+        scores = attempt("a score that is only watched", lambda: scorer(images, prompts))
+        return torch.full((len(images),), torch.nan) if scores is None else scores
 
     return score

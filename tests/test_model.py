@@ -345,6 +345,9 @@ def test_adapters_that_lack_a_matrix_or_are_not_finite_or_say_their_alpha_twice_
         adapters_of(changes, path)
         with pytest.raises(ValueError, match="transformer_blocks.0.attn.to_q.lora_A.weight"):
             Flux(FLUX, 64, lora=str(path))
+    adapters_of({"transformer.x.alpha": torch.tensor(4.0)}, path)
+    with pytest.raises(ValueError, match="it has transformer.x.alpha"):
+        Flux(FLUX, 64, lora=str(path))
     state = adapters_of({f"{LAYER}.alpha": torch.tensor(4.0)}, path)
     save_file(state, path, {"lora_adapter_metadata": '{"transformer.lora_alpha": 4}'})
     with pytest.raises(ValueError, match="alphas in two places"):

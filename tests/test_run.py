@@ -294,7 +294,7 @@ def test_resume_begins_a_run_if_there_is_no_checkpoint(tmp_path):
     begun = stub_run(tmp_path, Stub(), resume=True, overwrite=False)
     run.check_out_dir(begun.cfg)
     assert begun.iteration == 0 and begun.resumed is None and begun.lines() == []
-    names = {path.name for path in out.iterdir()} - {"tensorboard"}
+    names = {path.name for path in out.iterdir()} - {"tensorboard", ".lock"}
     assert names == {"config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt",
                      "checkpoint-2"}                            # has no state: not from a run
     assert not any((out / "samples").iterdir())
@@ -564,7 +564,8 @@ def test_a_failing_scorer_that_is_only_watched_never_ends_a_run_and_its_score_is
     assert missing == [False, False, True, False]
     assert all(line["eval_preference"] is not None for line in evals)
     said = capsys.readouterr()
-    assert "judge missing" in said.out and "it is only watched, so the run continues" in said.err
+    assert "judge missing" in said.out
+    assert "a score that is only watched is left out: scorer 'judge' failed" in said.err
 
 
 def test_the_last_table_has_base_aligned_real_and_the_gain_as_a_share_of_real_less_base(
