@@ -15,6 +15,7 @@ same command makes only what is missing. paper/votes.py lets people vote on the 
 """
 import argparse, contextlib, functools, hashlib, json, math, os, shutil, statistics, sys
 from pathlib import Path
+from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -94,12 +95,18 @@ def diversity(images):
 # ------------------------------------------------------------------------------------------------
 # Drawings
 
+def import_matplotlib():
+    """matplotlib without a backend. MPLBACKEND may name that of a notebook, which is not here."""
+    with patch.dict(os.environ, MPLBACKEND=""):
+        import matplotlib
+    return matplotlib
+
 def picture_grid(path, rows, captions):
     """Write a PNG with one labelled row of pictures per checkpoint, and the prompts below. rows:
     {label: (k, 3, H, W) uint8}, all of one size; captions: k texts. The font, DejaVu Sans, shows
     Chinese, Japanese and Korean letters as boxes."""
-    import matplotlib                                           # has the font
-    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
+    font = f"{import_matplotlib().get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    font = ImageFont.truetype(font, 10)
     H, W = next(iter(rows.values())).shape[2:]
     scale = (128 if max(H, W) <= 128 else 256) / max(H, W)
     height, width, left, gap = round(scale * H), round(scale * W), 96, 6
@@ -132,6 +139,7 @@ def wrap_text(text, width, font):
 
 def draw_curve(lines, path):
     """Draw the training reward of a log, and the held-out scores with their standard errors."""
+    import_matplotlib()
     from matplotlib.figure import Figure
     evaluated = next((line for line in lines if "reward" not in line), {})
     keys = ["reward", *(key for key in evaluated if f"{key}_stderr" in evaluated
@@ -318,7 +326,7 @@ class Row:
                         nfe_theta=f"{lines[-1]['nfe_theta']:.2f}",
                         seconds=f"{statistics.median(seconds):.2f}",
                         trained_on=[rewards.split(spec)[1]
-                                    for spec in config["rewards"].split(",")])
+                                    for spec in rewards.listed(config["rewards"])])
         except (ValueError, LookupError):
             return dict(solver="N/A", nfe_old="N/A", nfe_theta="N/A", seconds="N/A", trained_on=[])
 

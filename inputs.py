@@ -21,7 +21,7 @@ that diffusers knows or in PEFT's own; `add_lora` puts new ones.
 
 torch and diffusers take seconds to import, so only the functions that need them do it.
 """
-import contextlib, csv, io, json, re
+import contextlib, csv, io, json, logging, re
 from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------
@@ -162,6 +162,7 @@ def check_model(path):
     path = Path(path)
     if (path / "model_index.json").is_file():
         check_configs(path, lambda file: path / file)
+        check_parts(path)
     elif path.is_file():
         raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
                          "diffusers makes of it: FluxPipeline.from_single_file, save_pretrained")
@@ -174,14 +175,11 @@ def check_model(path):
 def check_configs(path, find):
     """The class of a pipeline, by name. Refuses other classes, and a transformer that cannot be
     trained here. find(name) -> path."""
-    def read(file):
-        return json.loads(find(file).read_text(encoding="utf-8"))
-
-    name = read("model_index.json").get("_class_name")
+    name = check_file(find("model_index.json")).get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{path} is a {name}, but must be a {' or '.join(PIPELINES)}, text to "
                          "image")
-    config = read("transformer/config.json")
+    config = check_file(find("transformer/config.json"))
     channels = config.get("in_channels", 64)
     if (config.get("out_channels") or channels) != channels:
         raise ValueError(f"the transformer of {path} takes {channels} channels and gives "
@@ -191,6 +189,89 @@ def check_configs(path, find):
         raise ValueError(f"the transformer of {path} is quantized; name the original weights, and "
                          "train adapters (--lora_rank 64) if memory is scarce")
     return name
+
+
+def check_file(file):
+    """ValueError, with the file's name, if it is missing, cut off, or a pointer of git-lfs. -> what
+    it says, if it is JSON."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(40)
+        if head.startswith(b"version https://git-lfs") or not head:
+            raise ValueError("it is empty, or a pointer of git-lfs, which `git lfs pull` replaces")
+        if file.suffix == ".json":
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+            safe_open(file, "np")
+    except Exception as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file} is missing or not whole: {said}") from None
+
+
+VOCABULARIES = (["vocab.json", "merges.txt"], ["tokenizer.json"], ["vocab.txt"], ["spiece.model"],
+                ["tokenizer.model"], ["sentencepiece.bpe.model"])       # one of them is enough
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.(\w+))?"
+                     r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?")
+
+
+def check_parts(path):
+    """Check the files of every component in model_index.json. -> the variant of the weights, such
+    as fp16, where a component has no others; or None."""
+    found = {}                                  # {folder: {variant: files of weights}}
+    for name, entry in check_file(path / "model_index.json").items():
+        folder, kind = path / name, entry[-1] if isinstance(entry, list) else None
+        if not kind:                            # a setting of the pipeline; a part that it lacks
+            continue
+        needed = [file for kind in ("json", "txt", "model") for file in folder.glob(f"*.{kind}")]
+        if "Scheduler" in kind:
+            needed.append(folder / "scheduler_config.json")
+        elif "Tokenizer" in kind:
+            lacking = [[folder / file for file in files if not (folder / file).is_file()]
+                       for files in VOCABULARIES if not kind.startswith("ByT5")]
+            needed += [folder / "tokenizer_config.json", *min(lacking, key=len, default=[])]
+        elif not re.search("Processor|Extractor", kind):
+            needed.append(folder / "config.json")
+            found[folder] = {}
+            for file in sorted(folder.glob("*")):
+                if match := WEIGHTS.fullmatch(file.name):
+                    found[folder].setdefault(match[1] or match[2], []).append(file)
+        for file in needed:
+            check_file(file)
+    special = [set(weights) for weights in found.values() if weights and None not in weights]
+    variant = min(set.intersection(*special), default=None) if special else None
+    for folder, weights in found.items():
+        files = weights.get(None) or weights.get(variant) or [folder / "model.safetensors"]
+        files = [file for file in files if "safetensors" in file.name] or files
+        if "-of-" in files[0].name and files[-1].suffix != ".json":     # shards need an index
+            files.append(folder / (re.sub(r"-\d+-of-\d+", "", files[0].name) + ".index.json"))
+        if files[-1].suffix == ".json":
+            files = [folder / name for name in {*check_file(files[-1])["weight_map"].values()}]
+        for file in files:
+            check_file(file)
+    return variant
+
+
+def load_pipeline(kind, folder, dtype):
+    """kind.from_pretrained, with a ValueError for whatever is missing or does not fit."""
+    variant, said, heard = check_parts(folder), [], logging.Handler(logging.WARNING)
+    heard.emit = lambda record: said.append(record.getMessage())
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).addHandler(heard)
+    try:
+        pipe = kind.from_pretrained(folder, dtype=dtype, variant=variant)
+        if any("newly initialized" in words for words in said):         # only a warning
+            raise ValueError("weights are missing")
+        for name, part in pipe.components.items():
+            if "tokenizer" in name and len({str(part(text).input_ids) for text in "ab"}) < 2:
+                raise ValueError(f"its {name} makes the same of all prompts")
+        return pipe
+    except Exception as error:
+        said = " ".join(re.sub(r"\x1b\[\d*m", "", " ".join([str(error), *said])).split())
+        raise ValueError(f"{folder} could not be loaded: {said}") from error
+    finally:
+        for library in ("diffusers", "transformers"):
+            logging.getLogger(library).removeHandler(heard)
 
 
 def find_pipeline(path):
@@ -238,26 +319,77 @@ def add_lora(transformer, rank):
                                        target_modules=linear))
 
 
+# What a file of adapters may hold, beside alphas; and what the settings in its header or beside it
+# may say: what `one_form` applies, and what does not change what the adapters do.
+MATRIX = re.compile(r"(?!text_|lora_te|te\d?[._]|clip|t5)(?=.*lora)"
+                    r".*[._](lora_[AB]|down|up)\.weight")
+SETTINGS = ("r lora_alpha rank_pattern alpha_pattern use_rslora target_modules exclude_modules "
+            "layers_to_transform layers_pattern lora_dropout inference_mode task_type auto_mapping "
+            "base_model_name_or_path revision peft_version").split()
+STARTS = [("init_lora_weights", start) for start in ("gaussian", "orthogonal", "eva")]  # not pissa
+
+
 def load_lora(pipe, path):
-    """Load adapters, in any layout that diffusers knows or in PEFT's own."""
-    import torch
-    from safetensors.torch import load_file
+    """Load adapters, in any layout that diffusers knows or in PEFT's own. ValueError for a file
+    with anything else: it would act here and be missing from what is saved, or be left out here."""
+    from peft import get_peft_model_state_dict
     file = lora_file(path)
     try:
-        state, prefix = load_file(file), "base_model.model."    # PEFT's
-        if all(name.startswith(prefix) and "transformer_blocks" in name for name in state):
-            settings = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
-            for name in ("use_rslora", "use_dora", "alpha_pattern"):
-                if settings.get(name):
-                    raise ValueError(f"its {name} changes the adapters' strength; save it without")
-            state = {name.replace(prefix, "transformer."): w for name, w in state.items()}
-            for name in [name for name in state if name.endswith(".lora_A.weight")]:
-                alpha = torch.tensor(float(settings["lora_alpha"]))
-                state[name.replace(".lora_A.weight", ".alpha")] = alpha
-            pipe.load_lora_weights(state, adapter_name="default")
-        else:
-            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="default")
+        state = one_form(pipe, file)
+        pipe.transformer.load_lora_adapter(dict(state), prefix=None, adapter_name="default",
+                                           low_cpu_mem_usage=True)      # keeps float32
+        if odd := sorted(state.keys() ^ get_peft_model_state_dict(pipe.transformer).keys()):
+            raise ValueError(f"{odd[0]} fits no layer, or has no partner")
     except Exception as error:
         raise ValueError(f"{file} could not be loaded as adapters: {error}") from error
-    if not any("lora_" in name for name, _ in pipe.transformer.named_parameters()):
-        raise ValueError(f"{file} holds no adapters of the transformer")
+
+
+def one_form(pipe, file):
+    """Adapters -> {"<layer>.lora_A.weight" or "<layer>.lora_B.weight": float32}, with alpha = rank:
+    the strength is in the matrices. So what is saved acts alike in every program."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+    from safetensors import safe_open
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata() or {}
+        state = {re.sub(r"\.default\w*\.weight$", ".weight", name): opened.get_tensor(name).float()
+                 for name in opened.keys()}
+    is_up, alphas = re.compile(r".*(lora_B|[._]up)\.weight").fullmatch, []
+    for name in [name for name in state if name.endswith(".alpha")]:
+        for up in [up for up in state if is_up(up) and up.startswith(name.removesuffix("alpha"))]:
+            state[up] *= float(state[name]) / state[up].shape[1]
+            alphas.append(name)
+    state = {name: w for name, w in state.items() if name not in alphas}
+    strange = sorted(name for name, w in state.items()
+                     if not MATRIX.fullmatch(name) or not w.isfinite().all())
+    layers = {name for name, _ in pipe.transformer.named_modules()}
+    bare = {re.sub(r"^(base_model\.model|transformer)\.", "", name): w for name, w in state.items()}
+    for old, new in (("down", "lora_A"), ("up", "lora_B")):
+        bare = {re.sub(rf"lora[._](linear_layer\.)?{old}\.weight$", f"{new}.weight", name): w
+                for name, w in bare.items()}
+    is_bare = all(name.rpartition(".lora_")[0] in layers for name in bare)
+    settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+    if is_bare and any(name.startswith("base_model.") for name in state):       # PEFT's own
+        settings = check_file(file.parent / "adapter_config.json")
+    settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
+    usual = LoraConfig().to_dict()
+    strange += [name for name, value in settings.items()
+                if value and value != usual.get(name) and name not in SETTINGS
+                and (name, value) not in STARTS]
+    strange += ["alphas in two places"] if alphas and "lora_alpha" in settings else []
+    if strange or not state:
+        raise ValueError(f"it has {', '.join(strange[:3]) or 'no tensors'}, and must have nothing "
+                         "but finite LoRA matrices of the transformer, to be saved as a whole")
+    converted = bare
+    if not is_bare:
+        converted = {name.removeprefix("transformer."): w.clone()       # three layers may share it
+                     for name, w in pipe.lora_state_dict(dict(state)).items()}
+        size = lambda some: sum(w.double().abs().sum() for name, w in some.items() if is_up(name))
+        if abs(size(converted) - size(state)) > 1e-6 * size(state):
+            raise ValueError("diffusers leaves some of its matrices out")
+    for name in filter(is_up, converted):
+        layer, r = name.removesuffix(".lora_B.weight"), converted[name].shape[1]
+        patterns = settings.get("alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(patterns, layer), settings.get("lora_alpha", r))
+        converted[name] = converted[name] * (alpha / (r**0.5 if settings.get("use_rslora") else r))
+    return converted

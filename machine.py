@@ -15,7 +15,7 @@ open_clip: it lets torchvision be imported over a CPU build of torch.
                 DDP and FSDP2. With one process almost all of this does nothing.
   the rest      seconds, TensorBoard and Weights & Biases, signals, errors, the end of a process
 """
-import atexit, contextlib, datetime, importlib.util, os, signal, stat, sys, time, warnings
+import atexit, contextlib, datetime, importlib.util, os, signal, sys, threading, time, warnings
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -53,10 +53,13 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK % (torch.cuda.device_count() 
 
 def init_processes():
     """Join the other processes, if torchrun or another launcher started several."""
-    # A log file shows each line at once, and a terminal without UTF-8 shows "?" for an arrow.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                          # closed from the start
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            # A log file shows each line at once; a terminal without UTF-8 shows "?" for an arrow.
             stream.reconfigure(line_buffering=True, errors="replace")
+            survive_readers(stream, name)
     if WORLD == 1 or dist.is_initialized():
         return
     env, where = os.environ, {}
@@ -71,6 +74,35 @@ def init_processes():
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = datetime.timedelta(hours=2)                      # the others wait while one saves
     dist.init_process_group(backend, timeout=patience, **where)
+
+
+def one_line(error):
+    """The message of an exception, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def attempt(what, work, otherwise=lambda: None):
+    """work(), which only watches or draws. Its failure is said, after otherwise(), and does not end
+    the run."""
+    try:
+        return work()
+    except Exception as error:
+        otherwise()
+        print(f"{what} is left out: {one_line(error)}", file=sys.stderr)
+
+
+def survive_readers(stream, called):
+    """Let a stream go silent when it cannot be written to any more: the terminal was closed, the
+    disk is full, or the program behind a pipe has ended, as in `python train.py | head`."""
+    def silence():
+        stream.write = stream.flush = lambda *_: None
+        with contextlib.suppress(OSError, ValueError):          # what is still in its buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    for name in {"write", "flush"} - vars(stream).keys():
+        real = getattr(stream, name)
+        setattr(stream, name, lambda *text, real=real: attempt(
+            called, lambda: stream.closed or real(*text), otherwise=silence))
 
 
 def gather_objects(mine):
@@ -109,13 +141,6 @@ def start_watchers(out, project, settings, iteration):
         import wandb
         return wandb.init(project=project, config=settings, dir=out).log
 
-    def attempt(name, work):
-        try:
-            return work()
-        except Exception as error:
-            found.pop(name, None)
-            print(f"{name} is left out: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-
     found, installed = {}, importlib.util.find_spec("tensorboard")
     for name, start, wanted in ("tensorboard", tensorboard, installed), ("wandb", wandb, project):
         watcher = attempt(name, start) if wanted else None
@@ -124,7 +149,7 @@ def start_watchers(out, project, settings, iteration):
 
     def send(numbers, step):
         for name, watcher in list(found.items()):
-            attempt(name, lambda: watcher(numbers, step=step))
+            attempt(name, lambda: watcher(numbers, step=step), lambda: found.pop(name))
 
     return send
 
@@ -209,14 +234,11 @@ def stopping(stop):
     Ctrl-C ends the process at once."""
     def handle(sign, _):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if sign not in (signal.SIGINT, signal.SIGTERM):         # SIGHUP: there is no terminal to
-            for stream in (1, 2):                               # print on any more
-                if not stat.S_ISREG(os.fstat(stream).st_mode):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         stop()
 
+    main = threading.current_thread() is threading.main_thread()        # no other gets signals
     signs = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-             if hasattr(signal, name)]                          # Windows has no SIGHUP
+             if main and hasattr(signal, name)]                 # Windows has no SIGHUP
     previous = {sign: signal.signal(sign, handle) for sign in signs
                 if signal.getsignal(sign) != signal.SIG_IGN}    # nohup ignores it
     try:

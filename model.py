@@ -30,7 +30,7 @@ import transformers
 from diffusers import Flux2KleinPipeline, FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.utils.checkpoint import checkpoint
-from inputs import add_lora, find_pipeline, load_lora, parse_resolution
+from inputs import add_lora, find_pipeline, load_lora, load_pipeline, parse_resolution
 
 diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
 transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
@@ -92,7 +92,7 @@ class Flux:
         if self.folder:
             small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             dtype = {"transformer": torch.float32 if train_all else small, "default": small}
-            self.pipe = self.pipeline.from_pretrained(self.folder, dtype=dtype)
+            self.pipe = load_pipeline(self.pipeline, self.folder, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer.requires_grad_(train_all)
         self.net = self.transformer                             # what is called; DDP wraps it

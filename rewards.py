@@ -24,9 +24,10 @@ Scores are computed in float32, even inside the caller's autocast. Near 0.3, nei
 numbers differ by 0.002, while the HPSv2.1 scores of a group differ by about 0.01. On a GPU the two
 largest networks run in float16 (`half` in HPSv2 and ClipScore), but their scores are float32 too.
 """
-import machine                                  # noqa: F401  (before transformers and open_clip)
-import functools, hashlib, importlib, io, os, re, sys, traceback, types
+from machine import attempt, one_line           # before transformers and open_clip
+import contextlib, functools, hashlib, importlib, io, os, random, re, sys, traceback, types
 from pathlib import Path
+import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
@@ -45,6 +46,39 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 class ScorerError(RuntimeError):
     """A scorer failed, or gave something other than one finite number per image."""
+
+
+def working_directory():
+    with contextlib.suppress(OSError):          # somebody may have deleted it
+        return os.getcwd()
+
+
+PROCESS = [         # (get, put) of what a reward's code may change while it runs
+    (working_directory, lambda path: path and os.chdir(path)),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device,                  # None is the CPU, too, and costs no time
+     lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)]
+RANDOM = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate),
+          (np.random.get_state, np.random.set_state)]
+
+
+@contextlib.contextmanager
+def undisturbed(drawn=[]):
+    """Inside, a reward's code runs, at its import and in its calls. Afterwards the process is as it
+    was. The random numbers of rewards go on from call to call, apart from those of the run."""
+    before, ours = ([get() for get, _ in pairs] for pairs in (PROCESS, RANDOM))
+    for (_, put), state in zip(RANDOM, drawn):
+        put(state)
+    try:
+        yield
+    finally:
+        drawn[:] = [get() for get, _ in RANDOM]
+        for (get, put), value in zip(PROCESS + RANDOM, before + ours):
+            if (get, put) in RANDOM or get() != value:
+                put(value)
 
 
 class Scorer:
@@ -69,8 +103,9 @@ class Scorer:
     def __call__(self, images, prompts):
         pixels = as_8_bit(images, prompts)
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            with undisturbed(), torch.autocast(self.device.type, enabled=False):
                 scores = self.score(pixels.to(self.device), prompts)
+            scores = as_numbers(scores)
         except (Exception, SystemExit) as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: "
                               f"{describe(error, self.code_file)}") from error
@@ -99,6 +134,15 @@ def as_8_bit(images, prompts):
     return (images * 255).round().to(torch.uint8)
 
 
+def as_numbers(scores):
+    """What a scorer returned -> (G,) float32 on the CPU."""
+    try:
+        return torch.as_tensor(scores, dtype=torch.float32, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"it returned a {type(scores).__name__}, but must return a number for "
+                        "each image: a tensor (G,), a list or an array") from None
+
+
 class OwnReward(Scorer):
     """f(images (G, 3, H, W) in [0, 1], prompts [G]) -> G numbers, as in examples/own_reward.py."""
 
@@ -107,17 +151,7 @@ class OwnReward(Scorer):
         self.function = function
 
     def score(self, pixels, prompts):
-        scores = self.function(pixels.float() / 255, list(prompts))     # copies: it may change them
-        try:
-            return torch.as_tensor(scores, dtype=torch.float32).detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"it returned a {type(scores).__name__}, but must return a number for "
-                            "each image: a tensor (G,), a list or an array") from None
-
-
-def one_line(error):
-    """The message of an exception, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        return self.function(pixels.float() / 255, list(prompts))       # copies: it may change them
 
 
 def describe(error, file=""):
@@ -566,23 +600,41 @@ SERVER, PACKAGES = HERE / "examples/server_reward.py", HERE / "examples/package_
 HPSV3, TINY = HERE / "examples/hpsv3_reward.py", HERE / "tiny/scorers.py"
 SCORERS = dict(
     hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore,
-    aesthetic=Aesthetic, hpsv3=f"{HPSV3}:HPSv3", unifiedreward=f"{SERVER}:UnifiedReward",
-    unifiedreward_final=f"{SERVER}:UnifiedRewardFinal", ocr=f"{PACKAGES}:Ocr",
-    imagenet=f"{PACKAGES}:ImageNet", brisque=f"{PACKAGES}:Brisque",
-    jpeg=Jpeg, preference=f"{TINY}:Preference", judge=f"{TINY}:Judge", named=f"{TINY}:Named",
-    flawless=f"{TINY}:Flawless")
+    aesthetic=Aesthetic, hpsv3=(HPSV3, "HPSv3"), unifiedreward=(SERVER, "UnifiedReward"),
+    unifiedreward_final=(SERVER, "UnifiedRewardFinal"), ocr=(PACKAGES, "Ocr"),
+    imagenet=(PACKAGES, "ImageNet"), brisque=(PACKAGES, "Brisque"), jpeg=Jpeg,
+    preference=(TINY, "Preference"), judge=(TINY, "Judge"), named=(TINY, "Named"),
+    flawless=(TINY, "Flawless"))                # (file, name in it)
 # A scorer cannot have the name of another key in log.jsonl or results.json.
 TAKEN = (r"iter|reward|reward_std|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|nfe_\w+|"
          r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr|"
          r"velocity_ratio|fallen|peak_gb")
 
 
+# A spec is [FILE.py: or module:]NAME[=argument]. Paths may have all of its separators: a file ends
+# at the first ".py:", a name has no slash, and an argument begins at the first "=" after the name.
+SPEC = re.compile(r"(?:(.*?\.py|[\w.]+):)?([^:=/\\]*)(?:=(.*))?", re.DOTALL)
+
+
 def split(spec):
     """The parts of a spec: file or module of its code, name, argument. A missing part is "":
     "hpsv2=a.pt" -> ("", "hpsv2", "a.pt"); "own.py:redness" -> ("own.py", "redness", "")."""
-    head, _, argument = spec.partition("=")
-    source, _, name = head.rpartition(":")
-    return source.strip(), name.strip(), argument.strip()
+    parts = SPEC.fullmatch(spec)
+    return tuple((part or "").strip() for part in (parts.groups() if parts else ("", spec, "")))
+
+
+def listed(specs):
+    """Comma-separated specs -> a list. A path may have commas: a part that is no spec by itself
+    belongs to the argument before it, or else to the file after it."""
+    found, begun = [], ""
+    for part in specs.split(","):
+        if SPEC.fullmatch(begun + part):
+            found, begun = [*found, begun + part], ""
+        elif not begun and found and split(found[-1])[2]:
+            found[-1] += f",{part}"
+        else:
+            begun += f"{part},"
+    return [spec.strip() for spec in [*found, begun[:-1]] if spec.strip()]
 
 
 @functools.cache
@@ -604,6 +656,7 @@ def import_source(source):
         raise ValueError(f"{source} cannot be imported: {message}") from error
 
 
+@undisturbed()
 def find(spec):
     """A spec -> (the Scorer class or function that it names, its argument). Imports code, but loads
     no weights. ValueError for a spec that cannot work."""
@@ -614,10 +667,9 @@ def find(spec):
     if not source and name not in SCORERS:
         raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}, and your "
                          "own as FILE.py:FUNCTION or module:FUNCTION")
-    scorer = SCORERS.get(name, spec)
-    if isinstance(scorer, str):                 # "FILE.py:NAME"
-        source, attribute, _ = split(scorer)
-        scorer = getattr(import_source(source)[0], attribute, None)
+    scorer = SCORERS.get(name, (source, name))
+    if isinstance(scorer, tuple):
+        scorer = getattr(import_source(str(scorer[0]))[0], scorer[1], None)
     is_class = isinstance(scorer, type)
     if not callable(scorer) or (is_class and not issubclass(scorer, Scorer)):
         problem = "does not exist" if scorer is None else f"is of type {type(scorer).__name__}"
@@ -636,14 +688,14 @@ def find(spec):
 def fingerprints(*specs):
     """{"SHA-256 of FILE.py": hash} for the scorers among comma-separated specs that are your own
     code. A run can be resumed only while these are the same."""
-    sources = [split(spec)[0] for spec in ",".join(specs).split(",")]
+    sources = [split(spec)[0] for text in specs for spec in listed(text)]
     return {f"SHA-256 of {source}": import_source(source)[1] for source in sources if source}
 
 
 def parse(specs):
     """Comma-separated specs -> {name: spec}. ValueError as in `find`; no weights are loaded."""
     parsed = {}
-    for spec in filter(None, map(str.strip, specs.split(","))):
+    for spec in listed(specs):
         name = split(spec)[1]
         if name in parsed:
             raise ValueError(f"scorer {name!r} is named twice in {specs!r}")
@@ -667,6 +719,7 @@ def parse_weights(text, names):
     return weights                                                      # (M,)
 
 
+@undisturbed()
 def load(spec, device="cpu"):
     """ "name", "name=argument" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
     found, argument = find(spec)
@@ -684,8 +737,9 @@ def load_all(specs, device, prompts):
     scorers = {}
     for name, spec in sorted(specs.items(), key=lambda item: item[0] in SCORERS):
         scorers[name] = scorer = load(spec, device)
-        for prompt in prompts:
-            scorer.check_prompt(prompt)
+        with undisturbed():
+            for prompt in prompts:
+                scorer.check_prompt(prompt)
         for count in (1, 2):
             scorer(torch.full((count, 3, 64, 64), 0.5), prompts[:1] * count)
     return {name: scorers[name] for name in specs}
@@ -694,10 +748,7 @@ def load_all(specs, device, prompts):
 def forgiving(scorer):
     """The scorer, but with nan where it fails: one that is only watched must not end a run."""
     def score(images, prompts):
-        try:
-            return scorer(images, prompts)
-        except ScorerError as error:
-            print(f"{error}; it is only watched, so the run continues", file=sys.stderr)
-            return torch.full((len(images),), torch.nan)
+        scores = attempt("a score that is only watched", lambda: scorer(images, prompts))
+        return torch.full((len(images),), torch.nan) if scores is None else scores
 
     return score

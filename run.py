@@ -4,19 +4,20 @@ before_after.png, curve.png and checkpoint-<n>/ into out_dir. It survives Ctrl-C
 disk: --resume continues from the newest checkpoint, and on a CPU repeats the run to the last bit.
 No formula of the method is in this file.
 """
-import contextlib, hashlib, importlib.util, json, math, os, shutil, tempfile, warnings
+import contextlib, hashlib, importlib.util, json, math, os, shutil, sys, tempfile, warnings
 from dataclasses import asdict
 from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 import rewards
 from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log
 from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
-from machine import (RANK, WORLD, cause_of, full_tensor, gather_objects, merge, restore,
-                     share_work, start_watchers, state_of, stopping, whole_weights)
+from machine import (RANK, WORLD, attempt, cause_of, full_tensor, gather_objects, merge, one_line,
+                     restore, share_work, start_watchers, state_of, stopping, whole_weights)
 from neighbor_grpo import clip_fraction
-from rewards import ScorerError, one_line, parse_weights
+from rewards import ScorerError, parse_weights
 from solvers import schedule
 
 HERE = Path(__file__).resolve().parent
@@ -90,9 +91,25 @@ def check_out_dir(cfg):
         with tempfile.TemporaryDirectory(dir=out) as trial:     # checkpoints are renamed folders
             os.mkdir(f"{trial}/a")
             os.replace(f"{trial}/a", f"{trial}/b")
+        if RANK == 0:                           # for all processes of this run
+            cfg.lock = hold(out)
     except OSError as error:
         raise ValueError(f"out_dir {out} must be a directory in which folders can be made and "
                          f"renamed, and that failed: {error.strerror}") from None
+
+def hold(out):
+    """Lock a folder while the lock lives, and no longer than this process. -> the lock"""
+    lock = FileLock(out / ".lock", thread_local=False)
+    # When torchrun restarts a run, the processes of the last attempt may still be dying.
+    patience = 60 if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else 0
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise ValueError(f"another run is writing into {out}; wait until it ends, or name another "
+                         "--out_dir") from None
+    except (OSError, NotImplementedError) as error:             # some network file systems
+        print(f"{out} cannot be locked ({error}); start no second run in it", file=sys.stderr)
+    return lock
 
 def check_resumed(cfg, path):
     """A run goes on with the settings that it began with, except MAY_CHANGE."""
@@ -180,6 +197,9 @@ class Run:
         gather_objects(None)                    # and the files are there before any goes on
         done = [line["iter"] for line in self.lines() if "reward" not in line]
         self.evaluated = done[-1] if done else None
+        if RANK == 0 and cfg.init_lora:         # somebody else's: a first save, before all work
+            with tempfile.TemporaryDirectory(dir=self.out) as trial:
+                model.save(trial)
 
     def write_files(self):
         """The files of a new run; or those of a resumed one, as they were at its checkpoint."""
@@ -247,10 +267,10 @@ class Run:
         if self.cfg.eval_every and self.evaluated != self.iteration:
             self.evaluate()
         if RANK == 0:
-            draw_curve(self.lines(), self.out / "curve.png")
+            attempt("curve.png", lambda: draw_curve(self.lines(), self.out / "curve.png"))
             if self.cfg.eval_every:
-                self.print_table()
-            files = ", ".join(sorted(path.name for path in self.out.iterdir()))
+                attempt("the last table", self.print_table)
+            files = ", ".join(sorted(path.name for path in self.out.glob("[!.]*")))
             print(f"wrote {self.out}/: {files}")
 
     def print_table(self):
@@ -395,9 +415,9 @@ class Run:
         if self.iteration:
             rows[f"aligned, {self.iteration} iterations"] = images[show, 0]
         picture = self.out / f"samples/{self.iteration:06d}.png"
-        picture_grid(picture, rows, [self.prompts[i] for i in show])
-        shutil.copyfile(picture, self.out / "before_after.png")
-        if not self.iteration:
+        attempt(picture, lambda: picture_grid(picture, rows, [self.prompts[i] for i in show]))
+        attempt("before_after.png", lambda: shutil.copyfile(picture, self.out / "before_after.png"))
+        if not self.iteration and picture.exists():
             tqdm.write(f"pictures of the base: {picture}")
 
     # ---------------------------------------------------------------------- checkpoints

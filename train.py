@@ -18,7 +18,7 @@ from tqdm import tqdm
 import rewards
 from inputs import read_prompts
 from machine import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
-                     gather_objects, init_processes, stopwatch, wrap_for_processes)
+                     gather_objects, init_processes, one_line, stopwatch, wrap_for_processes)
 from model import Flux
 from neighbor_grpo import combine_rewards, group_advantages, neighbor_grpo_loss, perturb_noise
 from rewards import parse_weights
@@ -243,6 +243,7 @@ class Config:
 
     method: ClassVar = "neighbor"                               # paper/baselines.py has others
     code: ClassVar = ("neighbor_grpo.py",)                      # kept with the run
+    lock: ClassVar = None                                       # on out_dir, see run.py
     command: ClassVar = "train.py"
 
     def __post_init__(self):
@@ -372,7 +373,7 @@ def start(cfg, algorithm):
         torch.manual_seed(cfg.seed)                             # of LoRA's first weights
         model = load(cfg)
     except ValueError as error:                                 # weights that do not fit, say
-        raise OSError(rewards.one_line(error)) from error
+        raise OSError(one_line(error)) from error
     wrap_for_processes(cfg, model)
     run = Run(cfg, model, scorers)
     cfg = replace(cfg, shift=cfg.shift or model.shift(cfg.num_rollout_steps))
@@ -387,7 +388,11 @@ def start(cfg, algorithm):
 def main(argv=None, parse_config=parse_config, algorithm=train):
     init_processes()
     cfg = parse_config(argv)
-    return explain_errors(lambda: start(cfg, algorithm), rewards.ScorerError)
+    try:
+        return explain_errors(lambda: start(cfg, algorithm), rewards.ScorerError)
+    finally:
+        if cfg.lock:
+            cfg.lock.release()
 
 if __name__ == "__main__":
     exit_process(main())

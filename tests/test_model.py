@@ -18,12 +18,13 @@ import peft
 import transformers
 from diffusers import Flux2KleinPipeline, FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
 import train
-from inputs import check_model, is_lora
+from inputs import check_model, check_parts, is_lora
 from model import Flux, Klein
 from paper import bench
 from run import Run, read_log
@@ -243,12 +244,202 @@ def test_adapters_that_peft_wrote_have_the_strength_that_peft_gives_them(flux, t
     moved = theirs.velocity(x, 0.5, cond)
     assert_near(ours.velocity(x, 0.5, cond), moved)
     assert (moved - flux.velocity(x, 0.5, cond)).abs().max() > 1e-2
-    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    for other in ({"use_rslora": True}, {"alpha_pattern": {"to_q": 64}}):       # not read: refused
-        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | other),
-                                                      encoding="utf-8")
-        with pytest.raises(ValueError, match=f"{next(iter(other))} changes the adapters' strength"):
-            Flux(FLUX, 64, lora=str(tmp_path))
+
+
+def peft_folder(path, **settings):
+    """A folder of PEFT's own with random adapters, rank 4 -> the velocity's change by PEFT."""
+    model = Flux(FLUX, 64)
+    x, cond = torch.randn(2, *model.latent_shape), model.encode(PROMPTS)
+    settings = dict(r=4, target_modules=["to_q", "to_k"]) | settings
+    adapted = peft.get_peft_model(model.transformer, peft.LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, w in adapted.named_parameters():
+            if "lora_" in name:
+                w.copy_(0.1 * torch.randn_like(w))
+        adapted.save_pretrained(path)
+        return x, cond, model.velocity(x, 0.5, cond)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [
+    dict(lora_alpha=8), dict(lora_alpha=12, use_rslora=True),
+    dict(lora_alpha=6, rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 7})])
+def test_what_is_saved_after_training_adapters_of_another_alpha_has_their_strength_in_its_tensors(
+        settings, tmp_path):
+    x, cond, theirs = peft_folder(tmp_path / "peft", **settings)
+    with torch.enable_grad():
+        assert train.main([*SHORT, "--iterations", "1", "--lr", "1e-12", "--init_lora",
+                           str(tmp_path / "peft"), "--out_dir", str(tmp_path / "run")]) is None
+    saved = load_file(tmp_path / "run/checkpoint-1/pytorch_lora_weights.safetensors")
+    save_file(saved, tmp_path / "bare.safetensors")             # without a header: alpha = rank
+    pipe = FluxPipeline.from_pretrained(FLUX)
+    pipe.load_lora_weights(tmp_path / "run/checkpoint-1")
+    for model in (Flux(FLUX, 64, lora=str(tmp_path / "bare.safetensors")), Flux(pipe, 64)):
+        assert_close(model.velocity(x, 0.5, cond), theirs, rtol=1e-4, atol=1e-4)
+
+
+def adapters_of(changes, path, rank=2, layer="transformer.transformer_blocks.0.attn.to_q"):
+    state = {f"{layer}.lora_A.weight": torch.randn(rank, 192),
+             f"{layer}.lora_B.weight": torch.randn(192, rank)}
+    state = {name: w for name, w in (state | changes).items() if w is not None}
+    save_file(state, path)
+    return state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["header", "tensors", "kohya"])
+def test_an_alpha_goes_into_the_tensors_wherever_it_is_said(how, tmp_path):
+    path, layer = tmp_path / "a.safetensors", "transformer_blocks.0.attn.to_q"
+    A, B = adapters_of({}, path).values()
+    state, header = {f"transformer.{layer}.lora_A.weight": A,
+                     f"transformer.{layer}.lora_B.weight": B}, None
+    if how == "header":
+        header = {"lora_adapter_metadata": json.dumps({"transformer.r": 2,
+                                                       "transformer.lora_alpha": 4})}
+    elif how == "tensors":
+        state[f"transformer.{layer}.alpha"] = torch.tensor(4.0)
+    else:                                       # three layers in one, whose A they share
+        kohya, B = "lora_unet_double_blocks_0_img_attn_qkv", torch.randn(3 * 192, 2)
+        state = {f"{kohya}.lora_down.weight": A, f"{kohya}.lora_up.weight": B,
+                 f"{kohya}.alpha": torch.tensor(4.0)}
+    save_file(state, path, header)
+    Flux(FLUX, 64, lora=str(path)).save(tmp_path)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert_close(saved[f"transformer.{layer}.lora_B.weight"] @
+                 saved[f"transformer.{layer}.lora_A.weight"], 2 * B[:192] @ A)
+    assert not any("alpha" in name for name in saved)
+
+
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+LAYER = "transformer.transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize("name, shape", [
+    (TEXT, (2, 2)), ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (2, 2)),
+    (f"{LAYER}.dora_scale", (192,)), (f"{LAYER}.lora_magnitude_vector", (192,)),
+    (f"{LAYER}.lora_B.bias", (192,)), ("transformer.proj_out.weight", (2, 2)),
+    ("transformer.transformer_blocks.9.attn.to_q.lora_A.weight", (2, 192))])
+def test_whatever_else_is_in_a_file_of_adapters_is_refused_by_name(name, shape, tmp_path):
+    adapters_of({name: torch.zeros(shape)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors .* {name.removeprefix('transformer.')}"
+                       if "blocks.9" in name else f"a.safetensors .* it has {name}"):
+        Flux(FLUX, 64, lora=str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(use_dora=True), "lora_magnitude"),
+    (dict(modules_to_save=["proj_out"]), "proj_out"), (dict(bias="lora_only"), "bias")])
+def test_adapters_of_peft_that_are_more_than_matrices_are_refused_by_name(
+        settings, said, tmp_path):
+    peft_folder(tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"could not be loaded as adapters: it has .*{said}"):
+        Flux(FLUX, 64, lora=str(tmp_path))
+
+
+def test_adapters_that_lack_a_matrix_or_are_not_finite_or_say_their_alpha_twice_are_refused(
+        tmp_path):
+    path = tmp_path / "a.safetensors"
+    for changes in ({f"{LAYER}.lora_A.weight": None},
+                    {f"{LAYER}.lora_A.weight": torch.full((2, 192), math.nan)}):
+        adapters_of(changes, path)
+        with pytest.raises(ValueError, match="transformer_blocks.0.attn.to_q.lora_A.weight"):
+            Flux(FLUX, 64, lora=str(path))
+    adapters_of({"transformer.x.alpha": torch.tensor(4.0)}, path)
+    with pytest.raises(ValueError, match="it has transformer.x.alpha"):
+        Flux(FLUX, 64, lora=str(path))
+    state = adapters_of({f"{LAYER}.alpha": torch.tensor(4.0)}, path)
+    save_file(state, path, {"lora_adapter_metadata": '{"transformer.lora_alpha": 4}'})
+    with pytest.raises(ValueError, match="alphas in two places"):
+        Flux(FLUX, 64, lora=str(path))
+
+
+# ==================================================================== folders of models
+
+def pointer(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove(file):
+    shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def in_shards(path):
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(path / "transformer")
+    shutil.rmtree(path / "transformer")
+    transformer.save_pretrained(path / "transformer", max_shard_size="2MB")
+
+
+@pytest.mark.parametrize("damage, file", [
+    (remove, "tokenizer/vocab.json"), (remove, "tokenizer/merges.txt"),
+    (remove, "tokenizer_2/tokenizer.json"), (remove, "tokenizer"),
+    (remove, "tokenizer/tokenizer_config.json"), (remove, "vae/config.json"),
+    (remove, "scheduler/scheduler_config.json"), (remove, "text_encoder_2/model.safetensors"),
+    (pointer, "text_encoder/model.safetensors"), (pointer, "tokenizer/vocab.json"),
+    (pointer, "tokenizer/merges.txt"), (pointer, "model_index.json"),
+    (cut_off, "text_encoder/model.safetensors"), (cut_off, "tokenizer_2/tokenizer.json"),
+    (remove, "transformer/diffusion_pytorch_model-00002-of-00012.safetensors"),
+    (remove, "transformer/diffusion_pytorch_model.safetensors.index.json")])
+def test_a_folder_that_lacks_a_file_or_has_half_of_it_is_refused_by_name_before_anything_is_loaded(
+        damage, file, tmp_path):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    if "transformer/" in file:
+        in_shards(tmp_path / "flux")
+    damage(tmp_path / "flux" / file)
+    with pytest.raises(ValueError, match=f"{file}.* is missing or not whole"):
+        check_model(tmp_path / "flux")
+
+
+@torch.no_grad()
+def test_shards_variants_null_parts_and_tokenizers_of_one_file_are_whole(flux, tmp_path):
+    path = tmp_path / "flux"
+    shutil.copytree(FLUX, path)
+    in_shards(path)
+    for file in (path / "text_encoder/model.safetensors",
+                 path / "vae/diffusion_pytorch_model.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(path / "tokenizer")
+    shutil.rmtree(path / "tokenizer")
+    tokenizer.save_pretrained(path / "tokenizer")
+    assert not (path / "tokenizer/vocab.json").exists()
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    index |= dict(image_encoder=[None, None], feature_extractor=[None, None], _name_or_path="x")
+    (path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert check_parts(path) == "fp16"
+    ours, x = Flux(path, 64), torch.randn(2, *flux.latent_shape)
+    for model in (ours, flux):
+        model.images = model.decode(model.velocity(x, 0.5, model.encode(PROMPTS)))
+    assert torch.equal(ours.images, flux.images)
+
+
+@pytest.mark.parametrize("part, file", [
+    ("text_encoder", "model"), ("vae", "diffusion_pytorch_model"),
+    ("transformer", "diffusion_pytorch_model")])
+@pytest.mark.parametrize("reshape", [False, True])
+def test_weights_that_lack_a_tensor_or_have_another_shape_are_refused_and_never_made_up(
+        part, file, reshape, tmp_path):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    path = tmp_path / "flux" / part / f"{file}.safetensors"
+    state = load_file(path)
+    name = next(name for name, w in state.items() if w.ndim > 1)
+    w = state.pop(name)
+    save_file(state | ({name: w[:1].clone()} if reshape else {}), path)
+    with pytest.raises(ValueError, match=f"could not be loaded: .*{name.split('.', 1)[1]}"):
+        Flux(tmp_path / "flux", 64)
+
+
+def test_a_tokenizer_that_makes_the_same_of_all_prompts_is_refused(tmp_path):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    vocabulary = tmp_path / "flux/tokenizer/vocab.json"
+    words = json.loads(vocabulary.read_text(encoding="utf-8"))
+    special = {word: i for word, i in words.items() if word.startswith("<|")}
+    vocabulary.write_text(json.dumps(special), encoding="utf-8")
+    (tmp_path / "flux/tokenizer/merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="its tokenizer makes the same of all prompts"):
+        Flux(tmp_path / "flux", 64)
 
 
 # ==================================================================== FLUX.2 klein

@@ -21,7 +21,8 @@ The architectures are small versions of the published ones. Other tests show tha
 files fit, by the names and shapes of all their tensors. Tests that need an optional package are
 skipped without it.
 """
-import ast, base64, functools, http.server, io, json, math, re, sys, threading
+import ast, base64, functools, http.server, io, json, math, os, random, re, shutil, subprocess, sys
+import threading
 from pathlib import Path
 import numpy as np
 import pytest
@@ -1486,6 +1487,81 @@ def test_a_wrong_result_ends_the_run_with_one_sentence_before_the_model_is_loade
     error = capsys.readouterr().err
     assert re.search("scorer 'wrong' .*" + sentence, error)
     assert error.count("\n") == 1 and not (tmp_path / "out/log.jsonl").exists()
+
+
+CHANGES = {
+    "os.chdir('/')": os.getcwd, "torch.set_grad_enabled(False)": torch.is_grad_enabled,
+    "torch.set_default_dtype(torch.float64)": torch.get_default_dtype,
+    "torch.set_default_device('meta')": torch.get_default_device,
+    "torch.set_num_threads(3)": torch.get_num_threads,
+    "torch.manual_seed(5)": torch.initial_seed, "torch.rand(3)": lambda: str(torch.get_rng_state()),
+    "random.seed(5)": random.getstate, "np.random.seed(5)": lambda: str(np.random.get_state()),
+    "torch.set_float32_matmul_precision('medium')": torch.get_float32_matmul_precision}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_reward_changes_nothing_of_the_process_at_its_import_nor_in_a_call_nor_when_it_fails(
+        change, own):
+    code = f"import os, random\nimport numpy as np\nimport torch\n{change}\n"
+    path = own(f"{code}def f(images, prompts):\n    {change}\n    return [0.5, 1 / len(prompts)]\n"
+               f"def g(images, prompts):\n    {change}\n    1 / 0\n")
+    before = CHANGES[change]()
+    f, g = rewards.load(f"{path}:f"), rewards.load(f"{path}:g")
+    assert CHANGES[change]() == before
+    assert f(torch.rand(2, 3, 4, 4), ["a", "b"]).tolist() == [0.5, 0.5]
+    assert CHANGES[change]() == before
+    with pytest.raises(rewards.ScorerError, match="'g' failed on"):
+        g(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert CHANGES[change]() == before
+
+
+def test_the_random_numbers_of_a_reward_go_on_from_call_to_call(own):
+    path = own("import torch\ndef f(images, prompts):\n    return torch.rand(len(prompts))\n")
+    f, x = rewards.load(f"{path}:f"), torch.rand(2, 3, 4, 4)
+    drawn = [f(x, ["a", "b"]) for _ in range(3)]
+    assert len(torch.cat(drawn).unique()) == 6
+
+
+def test_training_with_a_reward_that_changes_the_process_writes_where_it_should(
+        own, tmp_path, monkeypatch):
+    path = own("import os, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n"
+               "torch.set_default_dtype(torch.float64)\n"
+               "def f(images, prompts):\n    os.chdir('/')\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*SHORT, "--rewards", f"{path}:f", "--iterations", "1", "--out_dir",
+                       "out"]) is None
+    assert len(log_of(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("spec, parts", [
+    ("hpsv2=a=b/c:d.pt", ("", "hpsv2", "a=b/c:d.pt")),
+    ("x=1/own.py:f", ("x=1/own.py", "f", "")), ("a:b/own.py:f=2", ("a:b/own.py", "f", "2")),
+    ("/k=v/own.py:F=w=1/x.py:y", ("/k=v/own.py", "F", "w=1/x.py:y")),
+    (r"C:\x=1\own.py:f", (r"C:\x=1\own.py", "f", "")), ("a.b:f", ("a.b", "f", "")),
+    ("unifiedreward=http://a:1/v1", ("", "unifiedreward", "http://a:1/v1"))])
+def test_a_spec_is_divided_by_one_rule_whatever_is_in_its_paths(spec, parts):
+    assert rewards.split(spec) == parts
+
+
+def test_a_list_of_specs_is_divided_at_commas_that_are_not_in_a_path():
+    specs = ["jpeg", "/a,b/c,d/own.py:f", "hpsv2=/x,y/z.pt", "own.py:g=1", "judge=k,l/m"]
+    assert rewards.listed(" , ".join(specs[:3]) + "," + ",".join(specs[3:])) == specs
+
+
+def test_rewards_are_found_in_a_folder_with_separators_in_its_name(own, tmp_path, capsys):
+    clone = tmp_path / "k=v,a:b" / "clone"
+    (clone / "tiny").mkdir(parents=True)
+    for name in ("rewards.py", "machine.py", "tiny/scorers.py", "tiny/judge", "tiny/preference"):
+        link = clone / name
+        shutil.copytree(HERE / name, link) if (HERE / name).is_dir() else shutil.copy(
+            HERE / name, link)
+    path = own("def f(images, prompts):\n    return [0.0] * len(images)\n")
+    shutil.copy(path, clone)
+    code = (f"import rewards\nfor spec in ('judge', 'preference', {str(clone)!r} + '/own.py:f'):\n"
+            "    print(rewards.load(spec).name)\nprint(*rewards.parse("
+            f"{str(clone)!r} + '/own.py:f,judge'))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert done.stdout.split() == ["judge", "preference", "f", "f", "judge"], done.stderr[-500:]
 
 
 def test_a_run_with_your_own_reward_is_resumed_only_with_the_same_file(

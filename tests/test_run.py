@@ -3,7 +3,8 @@ run.py: what a run refuses, writes and survives, in one process.
 
     python -m pytest -q tests/test_run.py
 """
-import dataclasses, importlib.machinery, json, math, os, shutil, signal, stat, sys, time, types
+import dataclasses, errno, importlib.machinery, io, json, math, os, shutil, signal, stat
+import subprocess, sys, threading, time, types
 import numpy as np
 import pytest
 import torch
@@ -293,7 +294,7 @@ def test_resume_begins_a_run_if_there_is_no_checkpoint(tmp_path):
     begun = stub_run(tmp_path, Stub(), resume=True, overwrite=False)
     run.check_out_dir(begun.cfg)
     assert begun.iteration == 0 and begun.resumed is None and begun.lines() == []
-    names = {path.name for path in out.iterdir()} - {"tensorboard"}
+    names = {path.name for path in out.iterdir()} - {"tensorboard", ".lock"}
     assert names == {"config.json", "log.jsonl", "neighbor_grpo.py", "samples", "thesis.txt",
                      "checkpoint-2"}                            # has no state: not from a run
     assert not any((out / "samples").iterdir())
@@ -615,7 +616,8 @@ def test_a_failing_scorer_that_is_only_watched_never_ends_a_run_and_its_score_is
     assert missing == [False, False, True, False]
     assert all(line["eval_preference"] is not None for line in evals)
     said = capsys.readouterr()
-    assert "judge missing" in said.out and "it is only watched, so the run continues" in said.err
+    assert "judge missing" in said.out
+    assert "a score that is only watched is left out: scorer 'judge' failed" in said.err
 
 
 def test_the_last_table_has_base_aligned_real_and_the_gain_as_a_share_of_real_less_base(
@@ -785,7 +787,106 @@ def test_every_checkpoint_loads_even_if_the_process_is_killed_at_any_moment_of_a
     assert killed >= 6
 
 
+# ==================================================================== two runs, one folder
+
+LOCK = """
+import sys, time
+from pathlib import Path
+import run
+lock = run.hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends_even_if_it_is_killed(
+        tmp_path, capsys, monkeypatch):
+    command = [*SHORT, "--iterations", "1", "--out_dir", str(tmp_path)]
+    first = subprocess.Popen([sys.executable, "-c", LOCK, str(tmp_path)], cwd=HERE,
+                             stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    (tmp_path / "log.jsonl").touch()
+    for how in ("--resume", "--overwrite"):
+        with pytest.raises(SystemExit) as exit:
+            train.main([*command, how])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert exit.value.code == 2 and f"another run is writing into {tmp_path}" in said
+    monkeypatch.setattr(run, "RANK", 1)                         # of the first run's own processes
+    run.check_out_dir(train.parse_config([*command, "--resume"]))
+    monkeypatch.setattr(run, "RANK", 0)
+    first.kill()
+    first.wait()
+    assert train.main([*command, "--resume"]) is None
+    assert ".lock" not in capsys.readouterr().out.splitlines()[-1]
+    assert train.main([*command, "--resume"]) is None           # of this process: it was released
+
+
+def test_a_restart_by_torchrun_waits_until_the_last_attempts_processes_are_dead(
+        tmp_path, monkeypatch):
+    dying = run.hold(tmp_path)
+    with pytest.raises(ValueError, match="another run is writing"):
+        run.hold(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    threading.Timer(0.3, dying.release).start()
+    assert run.hold(tmp_path).is_locked
+
+
+def test_a_run_in_a_folder_that_cannot_be_locked_goes_on(tmp_path, monkeypatch, capsys):
+    def refuses(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run.FileLock, "acquire", refuses)
+    run.hold(tmp_path)
+    assert "cannot be locked (" in capsys.readouterr().err
+
+
 # ==================================================================== errors and signals
+
+def test_a_run_goes_on_when_nobody_reads_its_output_and_a_notebooks_backend_is_missing(tmp_path):
+    command = [sys.executable, "train.py", *SHORT, "--iterations", "1", "--out_dir", str(tmp_path)]
+    env = {**os.environ, "MPLBACKEND": "module://nothing.like_it"}
+    done = subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+    assert done.stdout.readline().startswith("model")           # as `head -1` does
+    done.stdout.close()
+    said = done.stderr.read()
+    assert done.wait() == 0, said
+    assert "Traceback" not in said and "Exception ignored" not in said
+    assert said.count("stdout is left out: [Errno 32] Broken pipe") == 1
+    assert len(lines_of(tmp_path)) == 1 and (tmp_path / "curve.png").exists()
+    assert (tmp_path / "checkpoint-1/model_index.json").exists()
+
+
+def test_a_run_in_a_thread_trains_and_pictures_that_fail_do_not_end_it(
+        five, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no font")
+
+    for name in ("picture_grid", "draw_curve"):
+        monkeypatch.setattr(run, name, fails)
+    ended, out = [], tmp_path / "run"
+    command = [*SHORT, *five, "--iterations", "1", "--out_dir", str(out)]
+    thread = threading.Thread(target=lambda: ended.append(train.main(command)))
+    thread.start()
+    thread.join()
+    assert ended == [None] and (out / "checkpoint-1/model_index.json").is_file()
+    said = capsys.readouterr().err
+    assert f"{out}/samples/000001.png is left out: no font" in said
+    assert "curve.png is left out: no font" in said
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(5, "I/O")])
+def test_a_stream_that_cannot_be_written_to_goes_silent(error):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise error
+
+    stream = Broken()
+    machine.survive_readers(stream, "stdout")
+    for _ in range(2):
+        print("a", file=stream, flush=True)
+
+
 
 def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(
         five, tmp_path, capsys, monkeypatch):
@@ -821,9 +922,7 @@ def test_an_error_of_the_compiler_names_the_setting_that_switches_it_off(capsys)
     assert "--no-compile" in said and "no C++ compiler" in said
 
 
-def test_a_signal_lets_the_current_iteration_end_but_a_second_ctrl_c_does_not(
-        monkeypatch, signals):
-    monkeypatch.setattr(machine.os, "dup2", lambda *_: None)  # SIGHUP would close our output
+def test_a_signal_lets_the_current_iteration_end_but_a_second_ctrl_c_does_not(signals):
     for name in signals:
         stopped, before = [], signal.getsignal(getattr(signal, name))
         with machine.stopping(lambda: stopped.append(1)):
