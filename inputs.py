@@ -154,9 +154,6 @@ def evenly_spaced(n, most):
 # ------------------------------------------------------------------------------------------------
 # Folders of models and of adapters
 
-PIPELINES = ("FluxPipeline", "Flux2KleinPipeline")              # model.py has a class for each
-
-
 def check_model(path):
     """Refuse, before anything is loaded, what is neither the folder of a pipeline nor a hub id."""
     path = Path(path)
@@ -177,13 +174,14 @@ def check_configs(path, find):
     def read(file):
         return json.loads(find(file).read_text(encoding="utf-8"))
 
-    name = read("model_index.json").get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"{path} is a {name}, but must be a {' or '.join(PIPELINES)}, text to "
-                         "image")
+    index = read("model_index.json")
+    name = index.get("_class_name")
+    if "transformer" not in index:
+        raise ValueError(f"{path} is a {name}, but must be a pipeline of diffusers that has a "
+                         "transformer, such as a FluxPipeline")
     config = read("transformer/config.json")
     channels = config.get("in_channels", 64)
-    if (config.get("out_channels") or channels) != channels:
+    if name == "FluxPipeline" and (config.get("out_channels") or channels) != channels:
         raise ValueError(f"the transformer of {path} takes {channels} channels and gives "
                          f"{config['out_channels']}; Fill, Depth and Canny models need more inputs "
                          "than a prompt, and cannot be aligned here")
@@ -233,7 +231,7 @@ def add_lora(transformer, rank):
     from peft import LoraConfig
     from torch.nn import Linear
     linear = [name for name, part in transformer.named_modules()
-              if ".attn." in name and isinstance(part, Linear)]
+              if ".att" in name and isinstance(part, Linear)]
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                        target_modules=linear))
 
