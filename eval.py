@@ -20,9 +20,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 import rewards
-from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
+from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
+                    read_prompts)
 from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
-from model import Flux
+from pipeline import load_model
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +39,10 @@ SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++"}
 
 # ------------------------------------------------------------------------------------------------
 # Pictures and scores
+
+def times(shift, model, steps):
+    """The T+1 times of a rollout: a schedule with this shift, or with 0 the model's own."""
+    return schedule(steps, shift) if shift else model.times(steps)
 
 @torch.no_grad()
 def sample(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0.0):
@@ -207,7 +212,8 @@ class Row:
             prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid,
             base=([label_of(args.model), weights_of(args.model)] if hybrid or is_lora(path)
                   else []))
-        for key in ("images_per_prompt solver steps shift resolution guidance seed").split():
+        for key in ("images_per_prompt solver steps shift resolution guidance call frames "
+                    "seed").split():
             self.settings[key] = getattr(args, key)
         if (self.folder / "pictures").exists() and not args.overwrite:
             self.check_settings(read_json(self.folder / "settings.json"))
@@ -271,7 +277,7 @@ class Row:
         to_sample = [i for i in indices if not self.has_pictures(i)]
         if to_sample:
             model, base = load()
-            ts = schedule(args.steps, args.shift or model.shift(args.steps))
+            ts = times(args.shift, model, args.steps)
             x = sample(model, [self.prompts[i] for i in to_sample], to_sample, ts, args.solver,
                        self.n, args.seed, base, args.hybrid)
             files = [file for i in to_sample for file in self.files(i)]
@@ -374,7 +380,7 @@ def is_small(path):
 def parse_args(argv=None):
     """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
     options = dict(                     # {name: (default, help)}; None: as in SMALL or LARGE
-        model=(str(HERE / "tiny/flux"), "the base: a FluxPipeline directory or a hub id"),
+        model=(str(HERE / "tiny/flux"), "the base: the folder of a flow pipeline, or a hub id"),
         prompts=(None, "a file of prompts, see inputs.py; or hpdv2_test, hpdv2_train"),
         num_prompts=(0, "use only this many prompts, evenly spaced; 0: all"),
         scorers=(None, f"{', '.join(rewards.SCORERS)} or FILE.py:FUNCTION, comma-separated"),
@@ -382,7 +388,9 @@ def parse_args(argv=None):
         solver=(None, "ddim or dpmpp_2m"), steps=(None, "number of steps of the solver"),
         shift=(None, "shift of the time steps; 0: the model's own"), seed=(0, "seed of the noise"),
         resolution=(None, "pixels: a side, or width x height like 832x640"),
-        guidance=(3.5, "guidance scale; above 1 it doubles klein's cost"),
+        guidance=("", "guidance scale; empty: FLUX.1's 3.5, or the pipeline's own"),
+        call=("", "more arguments of the pipeline's __call__, as JSON"),
+        frames=(4, "of a video, that a scorer of images sees"),
         hybrid=(0.0, "a checkpoint takes only this share of the steps, the first ones, and --model "
                      "takes the rest, as in MixGRPO's evaluation (0.8 in its paper); 0: off"),
         batch=(None, "pictures sampled at a time"), columns=(8, "prompts in the grid"),
@@ -421,8 +429,10 @@ def check(args):
     for name, value in (SMALL if is_small(args.model) else LARGE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    height, width = parse_resolution(args.resolution)
-    args.resolution = height if height == width else f"{width}x{height}"
+    parse_call(args.call)
+    if args.resolution:
+        height, width = parse_resolution(args.resolution)
+        args.resolution = height if height == width else f"{width}x{height}"
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
     schedule(args.steps, args.shift or 1)
@@ -436,7 +446,9 @@ def check(args):
         (hybrid == 0 or 0 < round(hybrid * args.steps) < args.steps,
          f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the "
          f"{args.steps} steps"),
-        (math.isfinite(args.guidance), f"guidance is {args.guidance}, but must be finite"),
+        (args.guidance == "" or is_number(args.guidance),
+         f"guidance is {args.guidance}, but must be a number, or empty"),
+        (args.frames >= 1, f"frames is {args.frames}, but must be at least 1"),
         (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
         (args.device == "cpu" or (cuda and args.device.startswith("cuda")),
          f"device is {args.device}, but must be cpu, or cuda where there is one"),
@@ -458,8 +470,9 @@ def check(args):
 
 def load_models(args, row):
     """The model of a row and, for hybrid sampling, the base."""
-    load = functools.partial(Flux, resolution=args.resolution, device=args.device,
-                             guidance=args.guidance, frozen=True)
+    load = functools.partial(load_model, resolution=args.resolution, guidance=args.guidance,
+                             steps=args.steps, call=parse_call(args.call), device=args.device,
+                             frozen=True)
     model = load(args.model, lora=row.path) if is_lora(row.path) else load(row.path)
     return model, load(args.model) if row.settings["hybrid"] else None
 
@@ -470,12 +483,13 @@ def main(argv=None):
     chosen = evenly_spaced(len(prompts), args.num_prompts or len(prompts))
     try:
         scorers = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen])
-        scorers = {key: scorers[name] for name, key in args.score_keys.items()}
+        scorers = {key: rewards.of_videos(scorers[name], args.frames)
+                   for name, key in args.score_keys.items()}
         if RANK == 0:
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
-                  f"resolution {args.resolution}, {args.solver} {args.steps} steps, shift "
-                  f"{args.shift or 'own'}, guidance {args.guidance:g}, seed {args.seed}, hybrid "
-                  f"{args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
+                  f"resolution {args.resolution or 'own'}, {args.solver} {args.steps} steps, shift "
+                  f"{args.shift or 'own'}, guidance {args.guidance or 'own'}, seed {args.seed}, "
+                  f"hybrid {args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:
                 row.begin(args.overwrite)
         gather_objects(None)                                    # wait until the folders exist

@@ -21,7 +21,7 @@ that diffusers knows or in PEFT's own; `add_lora` puts new ones.
 
 torch and diffusers take seconds to import, so only the functions that need them do it.
 """
-import contextlib, csv, io, json, re
+import contextlib, csv, io, json, math, re
 from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------
@@ -200,6 +200,34 @@ def find_pipeline(path):
     from huggingface_hub import hf_hub_download
     name = check_configs(path, lambda file: Path(hf_hub_download(str(path), file)))
     return name, Path(getattr(diffusers, name).download(str(path)))
+
+
+DECIDED = ("prompt", "height", "width", "num_inference_steps", "timesteps", "sigmas", "latents",
+           "generator", "output_type", "return_dict", "num_images_per_prompt",
+           "num_videos_per_prompt")             # arguments of __call__ that we give
+
+
+def parse_call(text):
+    """More arguments for a pipeline's __call__: a JSON object -> dict. ValueError for anything
+    else, and for what other settings or this project decide."""
+    try:
+        call = json.loads(text or "{}")
+    except ValueError:
+        call = None
+    if not isinstance(call, dict):
+        raise ValueError(f"call is {text}, but must be a JSON object such as " '{"num_frames": 33}')
+    for name in call:
+        if name in DECIDED:
+            raise ValueError(f"call has {name}, but that is decided here, or by another setting")
+    return call
+
+
+def is_number(text):
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def parse_resolution(text):

@@ -20,7 +20,7 @@ import machine                                                  # noqa: F401  (b
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from inputs import find_pipeline, parse_resolution
+from inputs import DECIDED, find_pipeline, parse_resolution
 from model import Flux, Weights
 
 
@@ -81,13 +81,11 @@ class Pipeline(Weights):
             chosen["max_sequence_length"] = min(known["max_sequence_length"].default, max(lengths))
         if resolution:
             chosen["height"], chosen["width"] = parse_resolution(resolution)
-        ours = {"prompt", "height", "width", "num_inference_steps", "timesteps", "sigmas",
-                "latents", "generator", "output_type", "return_dict", self.scale}
         for name in call:
-            if name not in known or name in ours or name.endswith("_per_prompt"):
-                raise ValueError(f"call has {name}, " + (
-                    "but that is decided here, or by another setting" if name in known else
-                    f"but {self.name} takes no such argument"))
+            if name not in known or name in (self.scale, *DECIDED):
+                raise ValueError(f"call has {name}, but " + (
+                    "that is decided here, or by another setting" if name in known else
+                    f"{self.name} takes no such argument"))
         return chosen | call
 
     # ---------------------------------------------------------------------- running __call__

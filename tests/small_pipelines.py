@@ -201,7 +201,8 @@ def cogview4():
         text_embed_dim=16, time_embed_dim=8, condition_dim=4, rope_axes_dim=(8, 8))
     scheduler = Euler(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75,
                       base_image_seq_len=256, time_shift_type="linear")
-    return diffusers.CogView4Pipeline(byte_tokenizer(end="<|im_end|>"), text, image_vae(), net, scheduler
+    tokenizer = byte_tokenizer(end="<|im_end|>")
+    return diffusers.CogView4Pipeline(tokenizer, text, image_vae(), net, scheduler
                                       ), dict(resolution=32)
 
 
