@@ -15,6 +15,7 @@ This works for what is a function of x and t, and for nothing else. So `check` l
 draw two pictures by itself, and compares. Letters: P prompts, M latents (a multiple of P).
 """
 import contextlib, functools, inspect
+from pathlib import Path
 from unittest.mock import patch
 import machine                                                  # noqa: F401  (before diffusers)
 import numpy as np
@@ -27,7 +28,8 @@ from model import Flux, Weights
 def load_model(path, resolution="", guidance="", steps=8, call=None, **settings):
     """FLUX.1 as model.Flux, at 720 pixels and guidance 3.5 if nothing else is given; every other
     pipeline as a Pipeline, which has the arguments. ValueError for what cannot be aligned."""
-    if find_pipeline(path)[0] != "FluxPipeline":
+    is_folder = isinstance(path, (str, Path))                   # or a hub id; else a pipeline
+    if (find_pipeline(path)[0] if is_folder else type(path).__name__) != "FluxPipeline":
         return Pipeline(path, resolution, guidance, steps, call, **settings)
     if call:
         raise ValueError(f"call has {next(iter(call))}, but FLUX.1 has settings for all it takes")

@@ -3,6 +3,7 @@ Small pipelines of diffusers with random weights, in their own classes, made fro
 `build(name)` gives one and the settings with which it is used in tests. Their prompts are read as
 bytes; CLIP's and T5's tokenizers are those of tiny/.
 """
+import json
 import machine                                                  # noqa: F401  (before diffusers)
 import diffusers
 import torch
@@ -71,20 +72,36 @@ def flux():
                                   t5, net), dict(resolution=32)
 
 
-def klein(distilled=False):
+# FLUX.2-klein-base-4B's published configuration, as copies of it on the hub have it: transformer
+# (YuCollection/FLUX.2-klein-base-4B-Diffusers), VAE (deAPI-ai/flux-2-klein-4b-bf16; diffusers'
+# defaults), text encoder (Qwen3-4B), scheduler (FLUX.2-dev's; klein's was not found). But one layer
+# of each kind; and of Qwen3 28 layers of 36, because the pipeline reads 9, 18 and 27, with
+# feed-forward layers of 512 instead of 9728. Prompts have 128 tokens instead of 512, to save time.
+KLEIN = dict(
+    net=dict(in_channels=128, num_attention_heads=24, attention_head_dim=128,
+             joint_attention_dim=3 * 2560, axes_dims_rope=(32, 32, 32, 32)),
+    qwen=dict(vocab_size=151936, hidden_size=2560, intermediate_size=512, num_attention_heads=32,
+              num_key_value_heads=8, head_dim=128, max_position_embeddings=40960),
+    vae=dict(), length=128)
+SMALL_KLEIN = dict(
+    net=dict(in_channels=16, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=48,
+             axes_dims_rope=(8, 8, 8, 8)),
+    qwen=decoder_config(),
+    vae=dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4,
+             norm_num_groups=4), length=64)
+
+
+def klein(sizes=SMALL_KLEIN, distilled=False):
     qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        **decoder_config(num_hidden_layers=28)))                # the pipeline reads 9, 18 and 27
-    net = diffusers.Flux2Transformer2DModel(
-        num_layers=1, num_single_layers=1, guidance_embeds=False, in_channels=16,
-        num_attention_heads=2, attention_head_dim=32, joint_attention_dim=48,
-        axes_dims_rope=(8, 8, 8, 8))
-    vae = diffusers.AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1,
-                                       latent_channels=4, norm_num_groups=4)
+        **sizes["qwen"] | dict(num_hidden_layers=28, tie_word_embeddings=True)))
+    net = diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=1,
+                                            guidance_embeds=False, **sizes["net"])
+    vae = diffusers.AutoencoderKLFlux2(**sizes["vae"])
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
-    return diffusers.Flux2KleinPipeline(
-        Euler(shift=3.0, use_dynamic_shifting=True), vae, qwen, byte_tokenizer(64), net, distilled
-    ), dict(resolution=64)
+    tokenizer = byte_tokenizer(sizes["length"])
+    return diffusers.Flux2KleinPipeline(Euler(shift=3.0, use_dynamic_shifting=True), vae, qwen,
+                                        tokenizer, net, distilled), dict(resolution=64)
 
 
 def sd3():
@@ -240,3 +257,11 @@ def build(name, **more):
             part.eval()                         # as from_pretrained does; T5 has dropout
     pipe.set_progress_bar_config(disable=True)
     return pipe, settings
+
+
+def save(name, path, **more):
+    """-> the folder of a pipeline, and the words that train.py and eval.py need for it."""
+    pipe, settings = build(name, **more)
+    pipe.save_pretrained(path)
+    call = json.dumps(settings.get("call", {}))
+    return ["--model", str(path), "--resolution", str(settings["resolution"]), "--call", call]

@@ -4,30 +4,34 @@ pipeline.py: small random pipelines (tests/small_pipelines.py) against their own
     python -m pytest -q tests/test_pipeline.py              # three of the pipelines
     python -m pytest -q tests/test_pipeline.py --slow       # all of them
 """
-import functools
-from types import SimpleNamespace
+import functools, json, shutil, subprocess
 from unittest.mock import patch
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 import machine                                                  # noqa: F401  (before diffusers)
 import diffusers
-import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler as Euler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+import eval as evaluation
+import train
 from model import Flux
+from paper import counts
 from pipeline import Pipeline, load_model
-from solvers import rollout, schedule
-from tests.conftest import TINY
-from tests.small_pipelines import PIPELINES, build, byte_tokenizer
+from solvers import rollout
+from tests.conftest import TINY, lines_of
+from tests.small_pipelines import PIPELINES, build, save
+from tests.test_train import torchrun
 
 QUICK = ("klein", "sd3", "wan")
 EACH = pytest.mark.parametrize("name", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES])
 PROMPTS = ["a dog", "an octopus in the sea, seen from far above"]
 STEPS = 4
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 LENGTHS = dict(flux=16, klein=64, sd3=16)       # of the small tokenizers; others have the default
 # their scheduler's end point is that of this solver; UniPC is none of ours
 SOLVERS = {"sana": "dpmpp_2m", "wan": None}
@@ -221,3 +225,171 @@ def test_guidance_without_effect_is_refused_and_so_is_one_that_does_not_exist():
         load("klein", guidance=4.0, made=dict(distilled=True))
     assert load("klein", made=dict(distilled=True)).nfe == 1
     assert load("klein").nfe == 2 and load("klein", guidance=1.0).nfe == 1
+
+
+# ==================================================================== against model.py
+
+def test_tiny_flux_through_its_pipeline_has_model_pys_velocities_pictures_and_gradients():
+    ours, theirs = Pipeline(TINY / "flux", 64), Flux(TINY / "flux", 64)
+    x, t, found = torch.randn(6, *theirs.latent_shape), torch.rand(6), []
+    for model in (ours, theirs):
+        cond = model.encode(PROMPTS)
+        v = model.velocity(x, 1.0, cond)
+        v.pow(2).mean().backward()
+        found.append([v.detach(), model.decode(x), model.times(8) * 0 + ours.times(8),
+                      model.velocity(x, t, cond).detach(), *(w.grad for w in model.trained())])
+    assert torch.equal(found[0][0], found[1][0])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=0, atol=2e-5 * max(1, float(b.abs().max())))
+    assert ours.cut(["a", "a " * 99]) == dict(tokenizer=1, tokenizer_2=1)
+    assert theirs.cut(["a", "a " * 99]) == dict(CLIP=1, T5=1)
+
+
+@pytest.mark.slow
+def test_ten_iterations_through_the_pipeline_give_model_pys_rewards(tmp_path, monkeypatch):
+    words = "--iterations 10 --eval_every 0 --threads 1 --prompts_per_iteration 2".split()
+    for name in ("model", "pipeline"):
+        if name == "pipeline":
+            monkeypatch.setattr(train, "load", lambda cfg: Pipeline(cfg.model, cfg.resolution))
+        train.main([*words, "--out_dir", str(tmp_path / name)])
+    ours, theirs = (lines_of(tmp_path / name) for name in ("pipeline", "model"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=0.005)
+
+
+def test_the_class_is_chosen_by_what_the_folder_has(tmp_path):
+    assert type(load_model(TINY / "flux", 64)) is Flux
+    words = save("klein", tmp_path)
+    assert type(load_model(tmp_path, 64)) is Pipeline
+    with pytest.raises(ValueError, match="call has num_frames, but FLUX.1 has settings"):
+        load_model(TINY / "flux", 64, call=dict(num_frames=3))
+    cfg = train.parse_config([*words[:2], "--out_dir", str(tmp_path / "run")])
+    assert (cfg.resolution, cfg.shift, cfg.guidance) == ("", 0, "")     # tiny's are for tiny/flux
+    cfg = train.parse_config(["--out_dir", str(tmp_path / "run")])
+    assert (cfg.resolution, cfg.shift, cfg.guidance) == ("64", 1, "")
+
+
+# ==================================================================== memory and speed
+
+@pytest.mark.parametrize("how", [dict(checkpoint_blocks=-1), dict(checkpoint_blocks=1),
+                                 dict(batch=1), dict(compiled=True), dict(text_device="offload"),
+                                 dict(text_device="cpu")], ids=str)
+@pytest.mark.parametrize("name", QUICK)
+def test_numbers_and_gradients_are_the_same_however_memory_and_time_are_saved(
+        name, how, monkeypatch):
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    plain, other, found = load(name), load(name, **how), []
+    x = torch.randn(2, *plain.latent_shape)
+    for model in (plain, other):
+        v = model.velocity(x, 0.5, model.encode(PROMPTS))
+        gradients = torch.autograd.grad(v.pow(2).mean(), model.trained(), allow_unused=True)
+        found.append([v.detach(), model.decode(x), *filter(torch.is_tensor, gradients)])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=0, atol=2e-5 * max(1, float(a.abs().max())))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_kleins_operations_counted_without_numbers_are_those_of_the_network_with_them(guidance):
+    model = load("klein", guidance=guidance, lora_rank=4)
+    x, cond = torch.randn(2, *model.latent_shape), model.encode(PROMPTS)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.velocity(x, 0.5, cond).mean().backward()
+    _, both = counts.operations(model.transformer.config, 16, 64, 4, 0)
+    assert 2 * model.nfe * both == counter.get_total_flops()
+
+
+def test_prompts_that_are_too_long_are_counted_with_the_frame_of_a_chat():
+    model = load("klein")
+    frame = len(model.pipe.tokenizer("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+                                     "<think>\n\n</think>\n\n").input_ids)
+    assert model.cut(["a" * n for n in (1, 64 - frame, 65 - frame, 90)]) == dict(tokenizer=2)
+
+
+@torch.no_grad()
+def test_an_evaluation_with_other_steps_has_the_pipelines_times_for_them():
+    model, scheduler = load("klein"), Euler(shift=3.0, use_dynamic_shifting=True)
+    even = torch.linspace(1, 1 / 7, 7).tolist()
+    scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(16, 7))
+    assert_close(model.times(7), scheduler.sigmas)
+    cogview = load("cogview4")
+    ts = cogview.times(7)
+    for t, time in zip(ts, [*torch.linspace(1000, 1, 7).long().tolist(), 0]):
+        assert cogview.nodes[t.item()] == time                  # not 1000 t
+
+
+# ==================================================================== runs
+
+RUN = ("--preset dpm8 --rewards jpeg --prompts tiny/prompts/train.txt --device cpu --eval_every 0 "
+       "--no-compile --checkpoint_blocks 0 --threads 1 --iterations 2 --group_size 2 "
+       "--num_anchors 2 --num_rollout_steps 3 --num_train_steps 2 --lr 1e-3").split()
+
+
+def velocity_of(path, words, **more):
+    call, side = json.loads(words[-1]), words[3]
+    model = load_model(path, side, steps=3, call=call, frozen=True, **more)
+    x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.velocity(x, 0.5, model.encode(PROMPTS))
+
+
+@pytest.mark.parametrize("how", [["--lora_rank", "4"], ["--ema", "0.5"]], ids=["adapters", "all"])
+@pytest.mark.parametrize("name", ["wan", pytest.param("klein", marks=pytest.mark.slow),
+                                  pytest.param("sd3", marks=pytest.mark.slow)])
+def test_a_run_trains_saves_resumes_exactly_and_is_loaded_by_diffusers_and_eval(
+        name, how, tmp_path):
+    words, out = save(name, tmp_path / "base"), tmp_path / "run"
+    command = [*RUN, *words, *how, "--save_every", "1"]
+    assert train.main([*command, "--iterations", "3", "--out_dir", str(out)]) is None
+    lines, base = lines_of(out, seconds=False), velocity_of(tmp_path / "base", words)
+    assert [line["nfe_old"] for line in lines] == 3 * [6]       # guidance: twice T
+    assert max(line["first_ratio"] for line in lines) < 1e-4
+    if "--lora_rank" in how:
+        moved = velocity_of(tmp_path / "base", words, lora=str(out / "checkpoint-3"))
+    else:
+        moved = velocity_of(out / "checkpoint-3", words)
+    assert (moved - base).abs().max() > 1e-4 * base.abs().max()
+
+    shutil.copytree(out, tmp_path / "killed")                   # after its second iteration
+    shutil.rmtree(tmp_path / "killed/checkpoint-3")
+    shutil.rmtree(tmp_path / "killed/checkpoint-1")
+    resumed = [*command, "--iterations", "3", "--resume", "--out_dir", str(tmp_path / "killed")]
+    assert train.main(resumed) is None
+    assert lines_of(tmp_path / "killed", seconds=False) == lines
+
+    assert not evaluation.main([
+        *words, "--checkpoint", str(out / "checkpoint-3"), "--steps", "3", "--num_prompts", "2",
+        "--images_per_prompt", "2", "--scorers", "jpeg", "--device", "cpu",
+        "--prompts", "tiny/prompts/train.txt", "--out_dir", str(tmp_path / "eval")])
+    rows = json.loads((tmp_path / "eval/results.json").read_text(encoding="utf-8"))["results"]
+    assert len(rows) == 2 and rows[1]["jpeg_gain"] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--fsdp"], [], ["--lora_rank", "4"]],
+                         ids=["fsdp2", "ddp", "adapters"])
+@pytest.mark.parametrize("name", ["sd3", "wan", "klein"])
+def test_two_processes_train_as_one_does(name, how, tmp_path):
+    words = [*RUN, *save(name, tmp_path / "base"), "--prompts_per_iteration", "2", "--lr", "1e-4"]
+    alone = [word for word in how if word != "--fsdp"]
+    assert train.main([*words, *alone, "--out_dir", str(tmp_path / "one")]) is None
+    done = subprocess.run(**torchrun("train.py", *words, *how, "--out_dir", str(tmp_path / "two")),
+                          timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    for a, b in zip(lines_of(tmp_path / "two"), lines_of(tmp_path / "one"), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=2e-3)      # jpeg: whole bytes
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    if how:
+        return
+    a, b = (load_file(tmp_path / which / "checkpoint-2/transformer" / WEIGHTS)
+            for which in ("one", "two"))
+    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+
+
+def test_a_few_step_model_trains_with_four_steps_of_which_three_are_trained(tmp_path):
+    words = save("klein", tmp_path / "base", distilled=True)
+    train.main([*RUN, *words, "--num_rollout_steps", "4", "--num_train_steps", "3", "--lora_rank",
+                "4", "--out_dir", str(tmp_path / "run")])
+    for line in lines_of(tmp_path / "run"):
+        assert (line["nfe_old"], line["nfe_theta"], line["skipped"]) == (4, 3, 0)
+        assert line["first_ratio"] < 1e-4 and line["grad_norm"] > 0

@@ -8,7 +8,6 @@ train.py: Algorithm 1 on a stub, several processes, averages of weights, adapter
 """
 import argparse, math, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
-from types import SimpleNamespace
 import psutil                                                   # comes with accelerate
 import pytest
 import torch
@@ -23,7 +22,6 @@ from run import checkpoints
 from solvers import rollout, schedule
 from test_core import G, Stub, brightness, stub_run, train_stub
 from tests.conftest import HERE, SHORT, TINY, lines_of
-from tests.test_model import OWN, one_layer_klein
 from tests.test_run import Saved, check_loads
 
 FLUX = TINY / "flux"
@@ -406,20 +404,6 @@ def test_two_processes_make_the_same_run_as_one(case, alone, request):
     for a, b in zip(ours, theirs, strict=True):                 # five pictures, in other batches
         assert list(a.values()) == pytest.approx(list(b.values()), abs=1e-3)
     assert moved(folder / case, alone / "checkpoint-4") < 1e-4 < 1.5e-4 < moved(folder / case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [["--fsdp"], ["--lora_rank", "4"]])
-def test_two_processes_train_klein_as_one_does(how, tmp_path):
-    path = one_layer_klein(tmp_path / "klein")
-    words = [*OWN, "--model", str(path), "--prompts_per_iteration", "2", "--lr", "1e-5"]
-    alone = [word for word in how if word != "--fsdp"]
-    assert train.main([*words, *alone, "--out_dir", str(tmp_path / "one")]) is None
-    done = subprocess.run(**torchrun("train.py", *words, *how, "--out_dir", str(tmp_path / "two")),
-                          timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]
-    check_equal(tmp_path / "two", tmp_path / "one", 2e-3)       # a JPEG's size is whole bytes
-    assert (tmp_path / "two/checkpoint-2").is_dir()
 
 
 def test_a_run_of_two_processes_can_be_resumed_by_one_and_ends_with_the_same_weights(
