@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
 from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
@@ -64,6 +65,21 @@ def as_bytes(images):
     """Pictures in [0, 1] as they are stored: uint8 on the CPU."""
     return (images * 255).round().to(torch.uint8).cpu()
 
+def write_picture(path, picture):
+    """Write a PNG of (3, H, W) uint8; or of a video (frames, 3, H, W), frames side by side."""
+    info = PngInfo()
+    if picture.ndim == 4:
+        info.add_text("frames", str(len(picture)))
+        picture = torch.cat(list(picture), -1)                              # (3, H, frames W)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, "png", pnginfo=info)
+
+def read_picture(path):
+    """What `write_picture` was given."""
+    with Image.open(path) as file:
+        frames = int(file.info.get("frames", 0))
+        picture = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    return picture.unflatten(2, (frames, -1)).permute(2, 0, 1, 3) if frames else picture
+
 def evaluate(model, scorers, prompts, ts, solver, chosen, seed=0, batch=64):
     """Sample and score one picture of each prompt during training, without writing files. `chosen`:
     the indices of the P prompts to use. -> images (P, 1, 3, H, W) uint8 on the CPU, {scorer name:
@@ -93,12 +109,28 @@ def diversity(images):
 
 def picture_grid(path, rows, captions):
     """Write a PNG with one labelled row of pictures per checkpoint, and the prompts below. rows:
-    {label: (k, 3, H, W) uint8}, all of one size; captions: k texts. The font, DejaVu Sans, shows
+    {label: (k, 3, H, W) uint8}, all of one size; captions: k texts. Of videos (k, frames, 3, H, W)
+    the PNG shows four frames side by side, and a WebP beside it moves. The font, DejaVu Sans, shows
     Chinese, Japanese and Korean letters as boxes."""
+    first = next(iter(rows.values()))
+    if first.ndim == 5:
+        moving = [draw_grid({label: video[:, i] for label, video in rows.items()}, captions)
+                  for i in range(first.shape[1])]
+        moving[0].save(Path(path).with_suffix(".webp"), save_all=True, append_images=moving[1:],
+                       duration=125, loop=0, quality=90)
+        shown = evenly_spaced(first.shape[1], 4)
+        rows = {label: torch.cat(list(video[:, shown].unbind(1)), -1)
+                for label, video in rows.items()}
+    draw_grid(rows, captions, first.shape[-1]).save(path)
+
+def draw_grid(rows, captions, frame=0):
+    """The picture of `picture_grid`. `frame`: the width of one frame, where several are side by
+    side."""
     import matplotlib                                           # has the font
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
     H, W = next(iter(rows.values())).shape[2:]
-    scale = (128 if max(H, W) <= 128 else 256) / max(H, W)
+    longest = max(H, frame or W)
+    scale = (128 if longest <= 128 else 256) / longest
     height, width, left, gap = round(scale * H), round(scale * W), 96, 6
     lines = [wrap_text(caption, width, font)[:5] for caption in captions]
     bottom = len(rows) * (height + gap)
@@ -115,7 +147,7 @@ def picture_grid(path, rows, captions):
             canvas.paste(picture, (left + column * (width + gap), y))
     for column, line in enumerate(lines):
         draw.multiline_text((left + column * (width + gap), bottom), "\n".join(line), "black", font)
-    canvas.save(path)
+    return canvas
 
 def wrap_text(text, width, font):
     """Lines of at most `width` pixels. They break at spaces; a word that is too long is split."""
@@ -253,11 +285,10 @@ class Row:
         return all(file.is_file() for file in self.files(i))
 
     def pictures(self, i):
-        """The n pictures of prompt i, (n, 3, H, W) uint8."""
+        """The n pictures of prompt i, (n, 3, H, W) uint8, or videos (n, frames, 3, H, W)."""
         try:
-            images = [np.array(Image.open(file).convert("RGB")) for file in self.files(i)]
-            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        except (OSError, ValueError) as error:
+            return torch.stack([read_picture(file) for file in self.files(i)])
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.files(i)[0]} or another picture of its prompt is incomplete "
                              f"({error}); delete it and run again") from error
 
@@ -281,8 +312,8 @@ class Row:
             x = sample(model, [self.prompts[i] for i in to_sample], to_sample, ts, args.solver,
                        self.n, args.seed, base, args.hybrid)
             files = [file for i in to_sample for file in self.files(i)]
-            for image, file in zip(as_bytes(x).permute(0, 2, 3, 1).numpy(), files):
-                write_atomically(file, lambda path: Image.fromarray(image).save(path, "png"))
+            for picture, file in zip(as_bytes(x), files):
+                write_atomically(file, lambda path: write_picture(path, picture))
         pictures = [self.pictures(i) for i in indices]          # the files are what is scored
         if any(p.shape != pictures[0].shape for p in pictures):
             raise ValueError(f"{self.folder}/pictures holds pictures of several sizes; use "

@@ -22,7 +22,8 @@ from rewards import ScorerError, one_line, parse_weights
 HERE = Path(__file__).resolve().parent
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process
 RUN_FILES = ("log.jsonl", "config.json", "neighbor_grpo.py", "baselines.py", "before_after.png",
-             "curve.png", "samples", "tensorboard", "wandb")    # in out_dir, beside the checkpoints
+             "before_after.webp", "curve.png", "samples", "tensorboard", "wandb")
+                                # in out_dir, beside the checkpoints
 MAX_SKIPS = 10                  # this many updates in a row without a finite gradient end the run
 MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
               "batch", "fsdp", "text_encoder_device", "wandb", "device", "threads")
@@ -383,7 +384,8 @@ class Run:
             rows[f"aligned, {self.iteration} iterations"] = images[show, 0]
         picture = self.out / f"samples/{self.iteration:06d}.png"
         picture_grid(picture, rows, [self.prompts[i] for i in show])
-        shutil.copyfile(picture, self.out / "before_after.png")
+        for file in picture.parent.glob(f"{picture.stem}.*"):   # of videos a moving one, too
+            shutil.copyfile(file, self.out / f"before_after{file.suffix}")
         if not self.iteration:
             tqdm.write(f"pictures of the base: {picture}")
 

@@ -6,8 +6,10 @@ pipeline.py: small random pipelines (tests/small_pipelines.py) against their own
 """
 import functools, json, shutil, subprocess
 from unittest.mock import patch
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 import machine                                                  # noqa: F401  (before diffusers)
@@ -17,6 +19,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
+import rewards
 import train
 from model import Flux
 from paper import counts
@@ -393,3 +396,51 @@ def test_a_few_step_model_trains_with_four_steps_of_which_three_are_trained(tmp_
     for line in lines_of(tmp_path / "run"):
         assert (line["nfe_old"], line["nfe_theta"], line["skipped"]) == (4, 3, 0)
         assert line["first_ratio"] < 1e-4 and line["grad_norm"] > 0
+
+
+# ==================================================================== videos
+
+def test_a_scorer_of_images_gets_even_frames_of_a_video_and_its_reward_is_their_mean():
+    seen = []
+
+    def brightness(images, prompts):
+        seen.append((images, prompts))
+        return images.mean((1, 2, 3))
+
+    videos = torch.rand(3, 9, 3, 4, 5)
+    scores = rewards.of_videos(brightness, 4)(videos, ["a", "b", "c"])
+    (images, prompts), = seen
+    assert torch.equal(images.unflatten(0, (3, 4)), videos[:, [1, 3, 5, 7]])
+    assert prompts == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    assert_close(scores, videos[:, [1, 3, 5, 7]].mean((1, 2, 3, 4)))
+    assert_close(rewards.of_videos(brightness, 99)(videos, ["a", "b", "c"]),
+                 videos.mean((1, 2, 3, 4)))                     # there are only nine
+    images = torch.rand(2, 3, 4, 5)
+    assert_close(rewards.of_videos(brightness, 4)(images, ["a", "b"]), images.mean((1, 2, 3)))
+
+
+def test_ones_own_reward_may_ask_for_the_whole_video(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("def steadiness(videos, prompts):\n"
+                    "    return -videos.diff(dim=1).abs().mean((1, 2, 3, 4))\n"
+                    "steadiness.video = True\n", encoding="utf-8")
+    scorer = rewards.load_all({"steadiness": f"{file}:steadiness"}, "cpu", ["a"])["steadiness"]
+    videos = torch.randint(0, 256, (2, 5, 3, 8, 8)) / 255
+    scores = rewards.of_videos(scorer, 4)(videos, ["a", "b"])
+    assert_close(scores, -videos.diff(dim=1).abs().mean((1, 2, 3, 4)))
+    with pytest.raises(ValueError, match=r"must be float \(G, frames, 3, H, W\)"):
+        scorer(videos[:, 0], ["a", "b"])
+
+
+def test_videos_are_stored_without_loss_and_shown_as_four_frames_and_moving(tmp_path):
+    videos = torch.randint(0, 256, (2, 9, 3, 16, 24), dtype=torch.uint8)
+    for video in (videos[0], videos[0, 0]):
+        evaluation.write_picture(tmp_path / "a.png", video)
+        assert torch.equal(evaluation.read_picture(tmp_path / "a.png"), video)
+    evaluation.picture_grid(tmp_path / "grid.png", {"base": videos, "aligned": videos}, ["a", "b"])
+    with Image.open(tmp_path / "grid.png") as still, Image.open(tmp_path / "grid.webp") as moving:
+        assert still.width > 2 * 4 * 128 and moving.n_frames == 9
+        cell = still.crop((96, 0, 96 + 128, 85)).resize((24, 16), Image.Resampling.BOX)
+    shown = torch.from_numpy(numpy.array(cell)).permute(2, 0, 1).float()
+    distances = [(shown - frame).abs().mean() for frame in videos[0].float()]
+    assert min(range(9), key=distances.__getitem__) == 1        # of frames 1, 3, 5 and 7
