@@ -72,36 +72,20 @@ def flux():
                                   t5, net), dict(resolution=32)
 
 
-# FLUX.2-klein-base-4B's published configuration, as copies of it on the hub have it: transformer
-# (YuCollection/FLUX.2-klein-base-4B-Diffusers), VAE (deAPI-ai/flux-2-klein-4b-bf16; diffusers'
-# defaults), text encoder (Qwen3-4B), scheduler (FLUX.2-dev's; klein's was not found). But one layer
-# of each kind; and of Qwen3 28 layers of 36, because the pipeline reads 9, 18 and 27, with
-# feed-forward layers of 512 instead of 9728. Prompts have 128 tokens instead of 512, to save time.
-KLEIN = dict(
-    net=dict(in_channels=128, num_attention_heads=24, attention_head_dim=128,
-             joint_attention_dim=3 * 2560, axes_dims_rope=(32, 32, 32, 32)),
-    qwen=dict(vocab_size=151936, hidden_size=2560, intermediate_size=512, num_attention_heads=32,
-              num_key_value_heads=8, head_dim=128, max_position_embeddings=40960),
-    vae=dict(), length=128)
-SMALL_KLEIN = dict(
-    net=dict(in_channels=16, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=48,
-             axes_dims_rope=(8, 8, 8, 8)),
-    qwen=decoder_config(),
-    vae=dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4,
-             norm_num_groups=4), length=64)
-
-
-def klein(sizes=SMALL_KLEIN, distilled=False):
+def klein(distilled=False):
     qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        **sizes["qwen"] | dict(num_hidden_layers=28, tie_word_embeddings=True)))
-    net = diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=1,
-                                            guidance_embeds=False, **sizes["net"])
-    vae = diffusers.AutoencoderKLFlux2(**sizes["vae"])
+        **decoder_config(num_hidden_layers=28)))                # the pipeline reads 9, 18 and 27
+    net = diffusers.Flux2Transformer2DModel(
+        num_layers=1, num_single_layers=1, guidance_embeds=False, in_channels=16,
+        num_attention_heads=2, attention_head_dim=32, joint_attention_dim=48,
+        axes_dims_rope=(8, 8, 8, 8))
+    vae = diffusers.AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+                                       latent_channels=4, norm_num_groups=4)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
-    tokenizer = byte_tokenizer(sizes["length"])
-    return diffusers.Flux2KleinPipeline(Euler(shift=3.0, use_dynamic_shifting=True), vae, qwen,
-                                        tokenizer, net, distilled), dict(resolution=64)
+    return diffusers.Flux2KleinPipeline(
+        Euler(shift=3.0, use_dynamic_shifting=True), vae, qwen, byte_tokenizer(64), net, distilled
+    ), dict(resolution=64)
 
 
 def sd3():

@@ -277,7 +277,8 @@ def test_the_class_is_chosen_by_what_the_folder_has(tmp_path):
 @pytest.mark.parametrize("how", [dict(checkpoint_blocks=-1), dict(checkpoint_blocks=1),
                                  dict(batch=1), dict(compiled=True), dict(text_device="offload"),
                                  dict(text_device="cpu")], ids=str)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["klein", *(pytest.param(name, marks=pytest.mark.slow)
+                                             for name in QUICK[1:])])
 def test_numbers_and_gradients_are_the_same_however_memory_and_time_are_saved(
         name, how, monkeypatch):
     eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
