@@ -19,11 +19,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
-from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
+from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
+                    read_prompts)
 from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
-from model import Flux
+from pipeline import load_model
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +41,10 @@ SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++"}
 
 # ------------------------------------------------------------------------------------------------
 # Pictures and scores
+
+def times(shift, model, steps):
+    """The T+1 times of a rollout: a schedule with this shift, or with 0 the model's own."""
+    return schedule(steps, shift) if shift else model.times(steps)
 
 def sample(model, *how, **more):
     """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1]. The arguments are `follow`'s."""
@@ -64,6 +70,21 @@ def follow(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0
 def as_bytes(images):
     """Pictures in [0, 1] as they are stored: uint8 on the CPU."""
     return (images * 255).round().to(torch.uint8).cpu()
+
+def write_picture(path, picture):
+    """Write a PNG of (3, H, W) uint8; or of a video (frames, 3, H, W), frames side by side."""
+    info = PngInfo()
+    if picture.ndim == 4:
+        info.add_text("frames", str(len(picture)))
+        picture = torch.cat(list(picture), -1)                              # (3, H, frames W)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, "png", pnginfo=info)
+
+def read_picture(path):
+    """What `write_picture` was given."""
+    with Image.open(path) as file:
+        frames = int(file.info.get("frames", 0))
+        picture = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    return picture.unflatten(2, (frames, -1)).permute(2, 0, 1, 3) if frames else picture
 
 def evaluate(model, scorers, prompts, ts, solver, chosen, seed=0, batch=64):
     """Sample and score one picture of each prompt during training, without writing files. `chosen`:
@@ -103,12 +124,28 @@ def import_matplotlib():
 
 def picture_grid(path, rows, captions):
     """Write a PNG with one labelled row of pictures per checkpoint, and the prompts below. rows:
-    {label: (k, 3, H, W) uint8}, all of one size; captions: k texts. The font, DejaVu Sans, shows
+    {label: (k, 3, H, W) uint8}, all of one size; captions: k texts. Of videos (k, frames, 3, H, W)
+    the PNG shows four frames side by side, and a WebP beside it moves. The font, DejaVu Sans, shows
     Chinese, Japanese and Korean letters as boxes."""
+    first = next(iter(rows.values()))
+    if first.ndim == 5:
+        moving = [draw_grid({label: video[:, i] for label, video in rows.items()}, captions)
+                  for i in range(first.shape[1])]
+        moving[0].save(Path(path).with_suffix(".webp"), save_all=True, append_images=moving[1:],
+                       duration=125, loop=0, quality=90)
+        shown = evenly_spaced(first.shape[1], 4)
+        rows = {label: torch.cat(list(video[:, shown].unbind(1)), -1)
+                for label, video in rows.items()}
+    draw_grid(rows, captions, first.shape[-1]).save(path)
+
+def draw_grid(rows, captions, frame=0):
+    """The picture of `picture_grid`. `frame`: the width of one frame, where several are side by
+    side."""
     font = f"{import_matplotlib().get_data_path()}/fonts/ttf/DejaVuSans.ttf"
     font = ImageFont.truetype(font, 10)
     H, W = next(iter(rows.values())).shape[2:]
-    scale = (128 if max(H, W) <= 128 else 256) / max(H, W)
+    longest = max(H, frame or W)
+    scale = (128 if longest <= 128 else 256) / longest
     height, width, left, gap = round(scale * H), round(scale * W), 96, 6
     lines = [wrap_text(caption, width, font)[:5] for caption in captions]
     bottom = len(rows) * (height + gap)
@@ -125,7 +162,7 @@ def picture_grid(path, rows, captions):
             canvas.paste(picture, (left + column * (width + gap), y))
     for column, line in enumerate(lines):
         draw.multiline_text((left + column * (width + gap), bottom), "\n".join(line), "black", font)
-    canvas.save(path)
+    return canvas
 
 def wrap_text(text, width, font):
     """Lines of at most `width` pixels. They break at spaces; a word that is too long is split."""
@@ -229,7 +266,8 @@ class Row:
             prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid,
             base=([label_of(args.model), weights_of(args.model)] if hybrid or is_lora(path)
                   else []))
-        for key in ("images_per_prompt solver steps shift resolution guidance seed").split():
+        for key in ("images_per_prompt solver steps shift resolution guidance call frames "
+                    "seed").split():
             self.settings[key] = getattr(args, key)
         if (self.folder / "pictures").exists() and not args.overwrite:
             self.check_settings(read_json(self.folder / "settings.json"))
@@ -269,11 +307,10 @@ class Row:
         return all(file.is_file() for file in self.files(i))
 
     def pictures(self, i):
-        """The n pictures of prompt i, (n, 3, H, W) uint8."""
+        """The n pictures of prompt i, (n, 3, H, W) uint8, or videos (n, frames, 3, H, W)."""
         try:
-            images = [np.array(Image.open(file).convert("RGB")) for file in self.files(i)]
-            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        except (OSError, ValueError) as error:
+            return torch.stack([read_picture(file) for file in self.files(i)])
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.files(i)[0]} or another picture of its prompt is incomplete "
                              f"({error}); delete it and run again") from error
 
@@ -293,12 +330,12 @@ class Row:
         to_sample = [i for i in indices if not self.has_pictures(i)]
         if to_sample:
             model, base = load()
-            ts = schedule(args.steps, args.shift or model.shift(args.steps))
+            ts = times(args.shift, model, args.steps)
             x = sample(model, [self.prompts[i] for i in to_sample], to_sample, ts, args.solver,
                        self.n, args.seed, base, args.hybrid)
             files = [file for i in to_sample for file in self.files(i)]
-            for image, file in zip(as_bytes(x).permute(0, 2, 3, 1).numpy(), files):
-                write_atomically(file, lambda path: Image.fromarray(image).save(path, "png"))
+            for picture, file in zip(as_bytes(x), files):
+                write_atomically(file, lambda path: write_picture(path, picture))
         pictures = [self.pictures(i) for i in indices]          # the files are what is scored
         if any(p.shape != pictures[0].shape for p in pictures):
             raise ValueError(f"{self.folder}/pictures holds pictures of several sizes; use "
@@ -396,7 +433,7 @@ def is_small(path):
 def parse_args(argv=None):
     """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
     options = dict(                     # {name: (default, help)}; None: as in SMALL or LARGE
-        model=(str(HERE / "tiny/flux"), "the base: a FluxPipeline directory or a hub id"),
+        model=(str(HERE / "tiny/flux"), "the base: the folder of a flow pipeline, or a hub id"),
         prompts=(None, "a file of prompts, see inputs.py; or hpdv2_test, hpdv2_train"),
         num_prompts=(0, "use only this many prompts, evenly spaced; 0: all"),
         scorers=(None, f"{', '.join(rewards.SCORERS)} or FILE.py:FUNCTION, comma-separated"),
@@ -404,7 +441,9 @@ def parse_args(argv=None):
         solver=(None, "ddim or dpmpp_2m"), steps=(None, "number of steps of the solver"),
         shift=(None, "shift of the time steps; 0: the model's own"), seed=(0, "seed of the noise"),
         resolution=(None, "pixels: a side, or width x height like 832x640"),
-        guidance=(3.5, "guidance scale; above 1 it doubles klein's cost"),
+        guidance=("", "guidance scale; empty: FLUX.1's 3.5, or the pipeline's own"),
+        call=("", "more arguments of the pipeline's __call__, as JSON"),
+        frames=(4, "of a video, that a scorer of images sees"),
         hybrid=(0.0, "a checkpoint takes only this share of the steps, the first ones, and --model "
                      "takes the rest, as in MixGRPO's evaluation (0.8 in its paper); 0: off"),
         batch=(None, "pictures sampled at a time"), columns=(8, "prompts in the grid"),
@@ -443,8 +482,10 @@ def check(args):
     for name, value in (SMALL if is_small(args.model) else LARGE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    height, width = parse_resolution(args.resolution)
-    args.resolution = height if height == width else f"{width}x{height}"
+    parse_call(args.call)
+    if args.resolution:
+        height, width = parse_resolution(args.resolution)
+        args.resolution = height if height == width else f"{width}x{height}"
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
     schedule(args.steps, args.shift or 1)
@@ -458,7 +499,9 @@ def check(args):
         (hybrid == 0 or 0 < round(hybrid * args.steps) < args.steps,
          f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the "
          f"{args.steps} steps"),
-        (math.isfinite(args.guidance), f"guidance is {args.guidance}, but must be finite"),
+        (args.guidance == "" or is_number(args.guidance),
+         f"guidance is {args.guidance}, but must be a number, or empty"),
+        (args.frames >= 1, f"frames is {args.frames}, but must be at least 1"),
         (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
         (args.device == "cpu" or (cuda and args.device.startswith("cuda")),
          f"device is {args.device}, but must be cpu, or cuda where there is one"),
@@ -480,8 +523,9 @@ def check(args):
 
 def load_models(args, row):
     """The model of a row and, for hybrid sampling, the base."""
-    load = functools.partial(Flux, resolution=args.resolution, device=args.device,
-                             guidance=args.guidance, frozen=True)
+    load = functools.partial(load_model, resolution=args.resolution, guidance=args.guidance,
+                             steps=args.steps, call=parse_call(args.call), device=args.device,
+                             frozen=True)
     model = load(args.model, lora=row.path) if is_lora(row.path) else load(row.path)
     return model, load(args.model) if row.settings["hybrid"] else None
 
@@ -492,12 +536,13 @@ def main(argv=None):
     chosen = evenly_spaced(len(prompts), args.num_prompts or len(prompts))
     try:
         scorers = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen])
-        scorers = {key: scorers[name] for name, key in args.score_keys.items()}
+        scorers = {key: rewards.of_videos(scorers[name], args.frames)
+                   for name, key in args.score_keys.items()}
         if RANK == 0:
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
-                  f"resolution {args.resolution}, {args.solver} {args.steps} steps, shift "
-                  f"{args.shift or 'own'}, guidance {args.guidance:g}, seed {args.seed}, hybrid "
-                  f"{args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
+                  f"resolution {args.resolution or 'own'}, {args.solver} {args.steps} steps, shift "
+                  f"{args.shift or 'own'}, guidance {args.guidance or 'own'}, seed {args.seed}, "
+                  f"hybrid {args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:
                 row.begin(args.overwrite)
         gather_objects(None)                                    # wait until the folders exist

@@ -21,7 +21,7 @@ that diffusers knows or in PEFT's own; `add_lora` puts new ones.
 
 torch and diffusers take seconds to import, so only the functions that need them do it.
 """
-import contextlib, csv, io, json, logging, re
+import contextlib, csv, io, json, logging, math, re
 from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------
@@ -154,9 +154,6 @@ def evenly_spaced(n, most):
 # ------------------------------------------------------------------------------------------------
 # Folders of models and of adapters
 
-PIPELINES = ("FluxPipeline", "Flux2KleinPipeline")              # model.py has a class for each
-
-
 def check_model(path):
     """Refuse, before anything is loaded, what is neither the folder of a pipeline nor a hub id."""
     path = Path(path)
@@ -175,13 +172,14 @@ def check_model(path):
 def check_configs(path, find):
     """The class of a pipeline, by name. Refuses other classes, and a transformer that cannot be
     trained here. find(name) -> path."""
-    name = check_file(find("model_index.json")).get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"{path} is a {name}, but must be a {' or '.join(PIPELINES)}, text to "
-                         "image")
+    index = check_file(find("model_index.json"))
+    name = index.get("_class_name")
+    if "transformer" not in index:
+        raise ValueError(f"{path} is a {name}, but must be a pipeline of diffusers that has a "
+                         "transformer, such as a FluxPipeline")
     config = check_file(find("transformer/config.json"))
     channels = config.get("in_channels", 64)
-    if (config.get("out_channels") or channels) != channels:
+    if name == "FluxPipeline" and (config.get("out_channels") or channels) != channels:
         raise ValueError(f"the transformer of {path} takes {channels} channels and gives "
                          f"{config['out_channels']}; Fill, Depth and Canny models need more inputs "
                          "than a prompt, and cannot be aligned here")
@@ -285,6 +283,34 @@ def find_pipeline(path):
     return name, Path(getattr(diffusers, name).download(str(path)))
 
 
+DECIDED = ("prompt", "height", "width", "num_inference_steps", "timesteps", "sigmas", "latents",
+           "generator", "output_type", "return_dict", "num_images_per_prompt",
+           "num_videos_per_prompt")             # arguments of __call__ that we give
+
+
+def parse_call(text):
+    """More arguments for a pipeline's __call__: a JSON object -> dict. ValueError for anything
+    else, and for what other settings or this project decide."""
+    try:
+        call = json.loads(text or "{}")
+    except ValueError:
+        call = None
+    if not isinstance(call, dict):
+        raise ValueError(f"call is {text}, but must be a JSON object such as " '{"num_frames": 33}')
+    for name in call:
+        if name in DECIDED:
+            raise ValueError(f"call has {name}, but that is decided here, or by another setting")
+    return call
+
+
+def is_number(text):
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def parse_resolution(text):
     """ "720" or "832x640" (width x height) -> (height, width) in pixels."""
     if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip())):
@@ -314,7 +340,7 @@ def add_lora(transformer, rank):
     from peft import LoraConfig
     from torch.nn import Linear
     linear = [name for name, part in transformer.named_modules()
-              if ".attn." in name and isinstance(part, Linear)]
+              if ".att" in name and isinstance(part, Linear)]
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                        target_modules=linear))
 

@@ -12,7 +12,7 @@ open_clip: it lets torchvision be imported over a CPU build of torch.
                 process died of an illegal memory access (paper/LOG.md, 2026-11-27). Without it
                 torch takes flash attention, as before 2.11.
   processes     as torchrun or another launcher starts them: rank and world size, joining, sharing,
-                DDP and FSDP2. With one process almost all of this does nothing.
+                averages of gradients, FSDP2. With one process almost all of this does nothing.
   the rest      seconds, TensorBoard and Weights & Biases, signals, errors, the end of a process
 """
 import atexit, contextlib, datetime, importlib.util, os, signal, sys, threading, time, warnings
@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 
 def declare_operators():
@@ -183,17 +182,27 @@ def full_tensor(w):
 
 
 def wrap_for_processes(cfg, model):
-    """Divide the model among the processes (FSDP2), or keep a copy in each (DDP)."""
+    """With --fsdp, divide the model among the processes (FSDP2). Else each keeps a copy."""
     if cfg.fsdp:
         mesh = init_device_mesh(model.device.type, (WORLD,))
         compute = torch.bfloat16 if model.device.type == "cuda" else None
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)        # autocast casts them
         for part in (*model.blocks(), model.transformer):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not cfg.gather)
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    elif WORLD > 1:
-        model.net = DistributedDataParallel(model.transformer)
+        getattr(model, "check", lambda: None)()                 # pipeline.Pipeline waits for it
+
+
+def average_gradients(cfg, model):
+    """The mean of the gradients over all processes, once before an update. DDP could not: it wants
+    to be called in place of the network, and a pipeline calls the network itself, twice where there
+    is guidance. FSDP2 has averaged them, in each backward pass: a whole gradient may not fit."""
+    if WORLD > 1 and not cfg.fsdp:
+        gradients = [w.grad for w in model.trained() if w.grad is not None]     # the same in all
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
+        torch._foreach_div_(gradients, WORLD)
 
 
 def whole_weights(model):
@@ -257,8 +266,8 @@ def explain_errors(work, *expected):
         said = "stopped at once"
     except torch.OutOfMemoryError as error:
         said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
-                "offload, --checkpoint_blocks -1, --batch 6 or less, --no-gather, --fsdp on more "
-                f"GPUs, --lora_rank 64, a smaller --resolution. {error}")
+                "offload, --checkpoint_blocks -1, --batch 6 or less, --fsdp on more GPUs, "
+                f" --lora_rank 64, a smaller --resolution. {error}")
     except torch._dynamo.exc.TorchDynamoException as error:
         said = f"the transformer could not be compiled; --no-compile runs without. {error}"
     except (*expected, ArithmeticError, OSError) as error:

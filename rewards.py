@@ -34,6 +34,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from inputs import evenly_spaced
 
 HERE = Path(__file__).resolve().parent
 HUB = "https://huggingface.co/"
@@ -84,6 +85,7 @@ def undisturbed(drawn=[]):
 class Scorer:
     """Base of all scorers. A subclass loads its weights in `__init__`, and adds
     `score(pixels uint8 (G, 3, H, W), prompts [G]) -> (G,)`. `argument` is the text after "="."""
+    video = False           # whether it gets whole videos, (G, frames, 3, H, W)
     name = ""               # the key in the log and the column in a table; set by load()
     code_file = ""          # of a scorer in your own file: lets an error name the line that failed
 
@@ -101,7 +103,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        pixels = as_8_bit(images, prompts)
+        pixels = as_8_bit(images, prompts, 5 if self.video else 4)
         try:
             with undisturbed(), torch.autocast(self.device.type, enabled=False):
                 scores = self.score(pixels.to(self.device), prompts)
@@ -118,12 +120,13 @@ class Scorer:
         return scores.to(images.device, torch.float32)                  # (G,)
 
 
-def as_8_bit(images, prompts):
-    """Check a scorer's input, and round it to 8 bits: (G, 3, H, W) in [0, 1] -> uint8."""
-    right_shape = images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0
+def as_8_bit(images, prompts, ndim=4):
+    """Check a scorer's input, and round it to 8 bits: (G, 3, H, W) in [0, 1] -> uint8. ndim=5: the
+    same of videos, (G, frames, 3, H, W)."""
+    right_shape = images.ndim == ndim and images.shape[-3] == 3 and images.numel() > 0
     if not (right_shape and images.is_floating_point()):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, but must be float "
-                         "(G, 3, H, W)")
+                         f"(G, {'frames, ' * (ndim == 5)}3, H, W)")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(prompts) != len(images) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images, but must be "
@@ -144,11 +147,12 @@ def as_numbers(scores):
 
 
 class OwnReward(Scorer):
-    """f(images (G, 3, H, W) in [0, 1], prompts [G]) -> G numbers, as in examples/own_reward.py."""
+    """f(images (G, 3, H, W) in [0, 1], prompts [G]) -> G numbers, as in examples/own_reward.py. If
+    it has the attribute `video = True`, it gets videos (G, frames, 3, H, W)."""
 
     def __init__(self, function, device="cpu"):
         super().__init__(device=device)
-        self.function = function
+        self.function, self.video = function, getattr(function, "video", False)
 
     def score(self, pixels, prompts):
         return self.function(pixels.float() / 255, list(prompts))       # copies: it may change them
@@ -741,8 +745,26 @@ def load_all(specs, device, prompts):
             for prompt in prompts:
                 scorer.check_prompt(prompt)
         for count in (1, 2):
-            scorer(torch.full((count, 3, 64, 64), 0.5), prompts[:1] * count)
+            frames = (4,) if scorer.video else ()
+            scorer(torch.full((count, *frames, 3, 64, 64), 0.5), prompts[:1] * count)
     return {name: scorers[name] for name in specs}
+
+
+def of_videos(scorer, count):
+    """The scorer, but for videos, too, (M, frames, 3, H, W): the mean score of at most `count`
+    frames, evenly spaced. One with `video = True` gets the whole videos."""
+    if getattr(scorer, "video", False):
+        return scorer
+
+    def score(pictures, prompts):
+        if pictures.ndim == 4:
+            return scorer(pictures, prompts)
+        frames = pictures[:, evenly_spaced(pictures.shape[1], count)]       # (M, n, 3, H, W)
+        M, n = frames.shape[:2]
+        each = [prompt for prompt in prompts for _ in range(n)]
+        return scorer(frames.flatten(0, 1), each).unflatten(0, (M, n)).mean(1)
+
+    return score
 
 
 def forgiving(scorer):

@@ -12,21 +12,22 @@ import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 import rewards
-from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log
-from inputs import check_model, evenly_spaced, is_lora, parse_resolution, read_prompts
+from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log, times
+from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
+                    read_prompts)
 from machine import (RANK, WORLD, attempt, cause_of, full_tensor, gather_objects, merge, one_line,
                      restore, share_work, start_watchers, state_of, stopping, whole_weights)
 from neighbor_grpo import clip_fraction
 from rewards import ScorerError, parse_weights
-from solvers import schedule
 
 HERE = Path(__file__).resolve().parent
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process
 RUN_FILES = ("log.jsonl", "config.json", "neighbor_grpo.py", "baselines.py", "before_after.png",
-             "curve.png", "samples", "tensorboard", "wandb")    # in out_dir, beside the checkpoints
+             "before_after.webp", "curve.png", "samples", "tensorboard", "wandb")
+                                # in out_dir, beside the checkpoints
 MAX_SKIPS = 10                  # this many updates in a row without a finite gradient end the run
 MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
-              "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads")
+              "batch", "fsdp", "text_encoder_device", "wandb", "device", "threads")
 NOT_COMPARED = ("out_dir", "resume", "overwrite", "prompts", "eval_prompts")    # see `contents`
 
 # ------------------------------------------------------------------------------------------------
@@ -41,7 +42,9 @@ def check(cfg):
     rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}")
     for source in (cfg.prompts, cfg.eval_prompts or cfg.prompts):
         read_prompts(source)
-    parse_resolution(cfg.resolution)
+    if cfg.resolution:
+        parse_resolution(cfg.resolution)
+    parse_call(cfg.call)
     check_model(cfg.model)
     check_out_dir(cfg)
 
@@ -58,7 +61,8 @@ def general_rules(c):
         (not (c.init_lora and c.lora_rank), "init_lora has its own rank; leave lora_rank out"),
         (not c.init_lora or is_lora(c.init_lora), f"init_lora {c.init_lora} holds no adapters; it "
          "must be a .safetensors file, or a folder with one that diffusers or PEFT wrote"),
-        (c.fsdp or not c.gather, "gather has an effect only with fsdp"),
+        (c.guidance == "" or is_number(c.guidance),
+         f"guidance is {c.guidance}, but must be a number, or empty"),
         (c.device == "cpu" or c.device.startswith("cuda") and torch.cuda.is_available(),
          f"device is {c.device}, but must be cpu, or cuda where there is one"),
         (not c.wandb or importlib.util.find_spec("wandb"),
@@ -372,7 +376,7 @@ class Run:
         n, c = len(self.prompts), self.cfg
         solver = "dpmpp_2m" if c.eval_steps else c.solver
         steps = c.eval_steps or c.num_rollout_steps
-        ts = schedule(steps, c.shift or self.model.shift(steps))
+        ts = times(c.shift, self.model, steps)
         at_once = c.prompts_per_iteration // WORLD * c.group_size       # as many as in a rollout
         def sample_and_score(mine):
             images, scores, lengths = evaluate(self.model, self.scorers, self.prompts, ts, solver,
@@ -415,8 +419,12 @@ class Run:
         if self.iteration:
             rows[f"aligned, {self.iteration} iterations"] = images[show, 0]
         picture = self.out / f"samples/{self.iteration:06d}.png"
-        attempt(picture, lambda: picture_grid(picture, rows, [self.prompts[i] for i in show]))
-        attempt("before_after.png", lambda: shutil.copyfile(picture, self.out / "before_after.png"))
+
+        def draw():                             # of videos there is a moving picture, too
+            picture_grid(picture, rows, [self.prompts[i] for i in show])
+            for file in picture.parent.glob(f"{picture.stem}.*"):
+                shutil.copyfile(file, self.out / f"before_after{file.suffix}")
+        attempt(picture, draw)
         if not self.iteration and picture.exists():
             tqdm.write(f"pictures of the base: {picture}")
 
@@ -461,9 +469,7 @@ class Run:
         gather_objects(None)                    # a barrier: nobody goes on before it is whole
 
     def weights(self):
-        """The trained weights; with FSDP this process's shards, after --gather too."""
-        for part in (*self.model.blocks(), self.model.transformer) if self.cfg.gather else ():
-            part.reshard()
+        """The trained weights; with FSDP this process's shards."""
         return self.model.trained()
 
     @contextlib.contextmanager

@@ -10,27 +10,29 @@ The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are
 file draws the random numbers and calls the others in order. run.py logs, evaluates and saves.
 """
 import argparse, math, os, sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 import numpy as np
 import torch
 from tqdm import tqdm
 import rewards
-from inputs import read_prompts
-from machine import (LOCAL_RANK, RANK, WORLD, exit_process, explain_errors, full_tensor,
-                     gather_objects, init_processes, one_line, stopwatch, wrap_for_processes)
-from model import Flux
+from eval import is_small, times
+from inputs import parse_call, read_prompts
+from machine import (LOCAL_RANK, RANK, WORLD, average_gradients, exit_process, explain_errors,
+                     full_tensor, gather_objects, init_processes, one_line, stopwatch,
+                     wrap_for_processes)
 from neighbor_grpo import combine_rewards, group_advantages, neighbor_grpo_loss, perturb_noise
+from pipeline import load_model
 from rewards import parse_weights
 from run import HERE, Run, check
-from solvers import ddim_step, rollout, schedule
+from solvers import ddim_step, rollout
 
 def train(cfg, model, scorers, run):
     """Algorithm 1. `scorers`: the rewards to train on. `run`: optimizer, log and checkpoints."""
     P, G, U = cfg.prompts_per_iteration // WORLD, cfg.group_size, cfg.updates_per_iteration
     prompts, shape = read_prompts(cfg.prompts), model.latent_shape      # shape: (N, C), D = N C
     weights = parse_weights(cfg.reward_weights, scorers).to(model.device)               # (M,)
-    ts = schedule(cfg.num_rollout_steps, cfg.shift)                     # (T+1,)
+    ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
     tau = math.prod(shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P, device=model.device)[:, None]                 # (P, 1)  indexes groups
 
@@ -59,7 +61,6 @@ def train(cfg, model, scorers, run):
         log_rhos, trained = [], 0
         for chosen in anchors.to(model.device).chunk(U, dim=1):         # (P, b)        b = B / U
             for k in steps:                                             # K of the first T-1
-                average_gradients(cfg, model, last=k == steps[-1])
                 x_t = traj[k][row, chosen]                              # (P, b, D)
                 v = model.velocity(x_t.view(-1, *shape), ts[k], cond).reshape(x_t.shape)
                 x_theta = ddim_step(x_t, v, ts[k], ts[k + 1])           # the only gradient
@@ -82,6 +83,7 @@ def update(cfg, model, run, decay=None):
     """One optimizer step with the gradients collected since the last one. It is left out if they
     are not finite on some process. It is also left out if all are 0: then all groups were flat, and
     momentum alone would move the weights. `decay` replaces cfg.ema."""
+    average_gradients(cfg, model)                   # all that the processes exchange
     norm = torch.nn.utils.clip_grad_norm_(model.trained(), cfg.max_grad_norm)
     norm = full_tensor(norm)                        # of the averaged gradient: equal everywhere
     if norm.isfinite() and norm > 0:
@@ -141,19 +143,6 @@ def stack_rewards(scores, prompt):
     return rewards.nan_to_num(0, 0, 0), torch.where(bad, torch.nan, 1.0)[:, None]
 
 # ------------------------------------------------------------------------------------------------
-# Several processes have whole groups each, so the gradient is all that they exchange
-
-def average_gradients(cfg, model, last):
-    """Decide whether the next backward pass averages the gradients over all processes. Once in an
-    update, in its last pass, is enough for DDP. With FSDP each process would keep a whole float32
-    gradient until then (48 GB for FLUX.1-dev), so it waits only with --gather."""
-    if cfg.fsdp:
-        model.transformer.set_requires_gradient_sync(last or not cfg.gather)
-        model.transformer.set_reshard_after_backward(last or not cfg.gather)
-    elif WORLD > 1:
-        model.net.require_backward_grad_sync = last
-
-# ------------------------------------------------------------------------------------------------
 # Settings: defaults < preset < command line
 
 def option(default, text, allowed=""):
@@ -175,7 +164,8 @@ def check_option(name, value, allowed):
 @dataclass
 class Config:
     # task
-    model: str = option("black-forest-labs/FLUX.1-dev", "FLUX.1 or FLUX.2 klein, folder or hub id")
+    model: str = option("black-forest-labs/FLUX.1-dev", "any flow pipeline of diffusers with text "
+                        "(examples/models.md), a folder or a hub id")
     prompts: str = option("", "training prompts: a text file, one prompt a line; or hpdv2_train")
     eval_prompts: str = option("", "held-out prompts; empty: 8 of the training prompts")
     rewards: str = option("hpsv2,pickscore,imagereward", "what to align with (Sec. 4), "
@@ -183,9 +173,15 @@ class Config:
                           + ", ".join(rewards.SCORERS) + "; name=path takes weights from a path")
     reward_weights: str = option("", "a number for each, comma-separated; empty: equal (Sec. 4.1)")
     eval_scorers: str = option("", "more scorers, comma-separated, logged but not trained on")
-    resolution: str = option("720", "pixels, multiples of 16: a side, or 832x640, width x height")
-    guidance: float = option(3.5, "guidance scale; above 1 it doubles klein's cost", "(-inf, inf)")
-    shift: float = option(0.0, "of the schedule; 0: FLUX.1's 3, klein's dynamic one", "[0, 100]")
+    resolution: str = option("", "pixels, multiples of 16: a side, or 832x640, width x height; "
+                             "empty: FLUX.1's 720, or the pipeline's own")
+    guidance: str = option("", "guidance scale; it doubles the cost of most models, but not of "
+                           "FLUX.1; empty: FLUX.1's 3.5, or the pipeline's own")
+    shift: float = option(0.0, "of the schedule; 0: FLUX.1's 3, or the pipeline's own times",
+                          "[0, 100]")
+    call: str = option("", "more arguments of the pipeline's __call__, as JSON, such as "
+                       """'{"num_frames": 33}'""")
+    frames: int = option(4, "of a video, that a scorer of images sees", "[1, inf)")
     # method
     iterations: int = option(300, "of Algorithm 1 (Sec. 4)", "[1, inf)")
     prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; "
@@ -215,8 +211,6 @@ class Config:
                         "is evaluated and saved; 0: none", "[0, 1)")
     # memory and speed
     fsdp: bool = option(False, "divide weights, gradients and moments among the processes")
-    gather: bool = option(False, "with fsdp: every GPU keeps all weights between updates, and "
-                          "all gradients until an update is done; faster, if they fit")
     checkpoint_blocks: int = option(-1, "number of blocks to recompute in the backward pass, to "
                                     "save memory; -1: all (FLUX.1-dev has 57)", "[-1, inf)")
     compile: bool = option(torch.cuda.is_available(), "compile the transformer's blocks: minutes "
@@ -320,8 +314,10 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
                             **(yes_no if f.type is bool else dict(type=f.type)))
     given = vars(parser.parse_args(argv))
     preset, method = given.pop("preset"), given.get("method", "")
-    settings = {"out_dir": f"out/{method or preset}", **PRESETS[preset], **methods.get(method, {}),
-                **given}
+    settings = {"out_dir": f"out/{method or preset}", **PRESETS[preset]}
+    if preset == "tiny" and not is_small(given.get("model", HERE / "tiny/flux")):
+        del settings["resolution"], settings["shift"]           # another model has its own
+    settings |= methods.get(method, {}) | given
     cfg = config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
     try:
         for f in fields(cfg):
@@ -337,11 +333,11 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
 
 def announce(c, model, run, cut):
     """Say what will happen, and what it costs."""
-    count, (tokens, channels) = sum(w.numel() for w in model.trained()), model.latent_shape
-    groups, kind = c.prompts_per_iteration // WORLD, "FSDP2" if c.fsdp else "DDP"
+    count, groups = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
+    latent, kind = " x ".join(map(str, model.latent_shape)), "FSDP2" if c.fsdp else "DDP"
     print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters"
           + " of adapters" * bool(c.lora_rank or c.init_lora) +
-          f", {c.resolution} pixels, latent {tokens} x {channels}, on {c.device}\n"
+          f", {c.resolution or 'own'} pixels, latent {latent}, on {c.device}\n"
           f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
           f"{'held out' if c.eval_prompts else 'of them to watch'}"
           + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n) + "\n"
@@ -355,9 +351,11 @@ def announce(c, model, run, cut):
     sys.stdout.flush()
 
 def load(cfg):
-    return Flux(cfg.model, cfg.resolution, cfg.device, cfg.guidance, cfg.checkpoint_blocks,
-                cfg.compile, lora_rank=cfg.lora_rank, lora=cfg.init_lora,
-                text_device=cfg.text_encoder_device, sharded=cfg.fsdp, batch=cfg.batch)
+    return load_model(
+        cfg.model, cfg.resolution, cfg.guidance, cfg.num_rollout_steps, parse_call(cfg.call),
+        device=cfg.device, checkpoint_blocks=cfg.checkpoint_blocks, compiled=cfg.compile,
+        lora_rank=cfg.lora_rank, lora=cfg.init_lora, text_device=cfg.text_encoder_device,
+        sharded=cfg.fsdp, batch=cfg.batch)
 
 def start(cfg, algorithm):
     if cfg.threads:
@@ -369,14 +367,14 @@ def start(cfg, algorithm):
     names, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_scorers)
     try:
         scorers = rewards.load_all(names | watched, cfg.device, prompts)
+        scorers = {name: rewards.of_videos(scorer, cfg.frames) for name, scorer in scorers.items()}
         scorers |= {name: rewards.forgiving(scorers[name]) for name in watched}
         torch.manual_seed(cfg.seed)                             # of LoRA's first weights
         model = load(cfg)
+        wrap_for_processes(cfg, model)
     except ValueError as error:                                 # weights that do not fit, say
         raise OSError(one_line(error)) from error
-    wrap_for_processes(cfg, model)
     run = Run(cfg, model, scorers)
-    cfg = replace(cfg, shift=cfg.shift or model.shift(cfg.num_rollout_steps))
     if RANK == 0:
         announce(cfg, model, run, model.cut(prompts))
     with run.interruptible():

@@ -20,12 +20,13 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 import torch
 import train
+from eval import times
 from inputs import read_prompts
 from machine import RANK, WORLD, exit_process, gather_objects, stopwatch
 from neighbor_grpo import clipped_objective, combine_rewards, is_flat
 from rewards import parse_weights
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
-from train import average_gradients, generator, option, pick, score, stack_rewards, update
+from train import generator, option, pick, score, stack_rewards, update
 
 # ------------------------------------------------------------------------------------------------
 # The SDE. Its extra drift offsets the noise that it adds, so x_t keeps the ODE's distribution.
@@ -278,18 +279,19 @@ def spo_objective(log_rho, A, eps):
 # The loops, to be read beside train.py's
 
 def train_sde(cfg, model, scorers, run):
-    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash. They differ in `times`. Flow-GRPO also
+    """DanceGRPO, Flow-GRPO, MixGRPO and MixGRPO-Flash. They differ in `sde_times`. Flow-GRPO also
     begins every candidate at its own noise, and divides advantages by the standard deviation of
     all rewards (`global_std`)."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     U = cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     row = torch.arange(P)[:, None]                                      # (P, 1)  goes with chosen
+    own = times(cfg.shift, model, cfg.num_rollout_steps)                # (T+1,)
 
     for it in run.iterations():
         # Draw prompts, noise to begin with, the SDE's noise, and K of its steps per candidate
         seconds, lap = stopwatch(model.device)
-        ts, start, end, levels = times(cfg, it)                         # (T+1,), ..., (T,)
+        ts, start, end, levels = sde_times(cfg, own, it)                # (T+1,), ..., (T,)
         prompt, x1, noise, steps = draw_sde(cfg, it, prompts, model.latent_shape, start, end)
         K = steps.shape[-1]                                             # fewer in a short window
 
@@ -313,7 +315,6 @@ def train_sde(cfg, model, scorers, run):
         log_rhos, trained = [], 0
         for chosen in torch.arange(G).chunk(U):                         # (g,)          g = G / U
             for j in range(K):
-                average_gradients(cfg, model, last=j == K - 1)
                 k = steps[:, chosen, j]                                 # (P, g)        each its own
                 t, t_next, level = at_steps(k.flatten(), ts, levels, model.device)
                 x_t = traj[k, row, chosen].flatten(0, 1)                # (P g, N, C)
@@ -338,7 +339,7 @@ def train_branch(cfg, model, scorers, run):
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     T, U = cfg.num_rollout_steps, cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
-    ts = schedule(T, cfg.shift)                                         # (T+1,)
+    ts = times(cfg.shift, model, T)                                     # (T+1,)
     levels, splits = LEVELS[cfg.noise](ts, cfg.eta), split_steps(cfg)   # (T,)
 
     for it in run.iterations():
@@ -382,7 +383,6 @@ def train_branch(cfg, model, scorers, run):
             first, end = -(-n * i // U), -(-n * (i + 1) // U)           # rounded up
             mine = [edges[e] for e in order[first:end]]
             for j in range(0, len(mine), G):                            # G edges at a time
-                average_gradients(cfg, model, last=j + G >= len(mine))
                 some = mine[j : j + G]                                  # e of (step, parent, child)
                 k = torch.tensor([k for k, _, _ in some]).repeat(P)     # (P e,)
                 t, t_next, level = at_steps(k, ts, levels, model.device)
@@ -409,7 +409,7 @@ def train_nft(cfg, model, scorers, run):
     a second average with decay 0.9, about ten iterations behind. Here a run has only one."""
     K = cfg.num_train_steps
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
-    ts = schedule(cfg.num_rollout_steps, cfg.shift)                     # (T+1,)
+    ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
 
     for it in run.iterations():
         # Draw prompts, G independent noises for each, and K times with fresh noise per image
@@ -436,7 +436,6 @@ def train_nft(cfg, model, scorers, run):
 
         # One update
         for j in range(K):
-            average_gradients(cfg, model, last=j == K - 1)
             v = model.velocity(x_t[j], t[j].flatten(), cond)            # the only gradient
             losses = nft_loss(x_t[j], t[j], x0, v, v_old[j], A.flatten(), cfg.beta)     # (P G,)
             loss = losses.mean() / K
@@ -452,7 +451,7 @@ def train_fdfo(cfg, model, scorers, run):
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     T, U = cfg.num_rollout_steps, cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
-    ts = schedule(T, cfg.shift)                                         # (T+1,)
+    ts = times(cfg.shift, model, T)                                     # (T+1,)
 
     for it in run.iterations():
         # Draw prompts, one noise for each pair, and fresh noise for each step
@@ -481,7 +480,6 @@ def train_fdfo(cfg, model, scorers, run):
         for chosen in torch.arange(G).chunk(U):                         # (g,)          g = G / U
             each_A, each_d = A[:, chosen].flatten(), d[:, chosen].flatten(0, 1)     # (P g, ...)
             for k in range(T):
-                average_gradients(cfg, model, last=k == T - 1)
                 x_t = states[k][:, chosen].flatten(0, 1)                # (P g, N, C)
                 v_old = vels[k][:, chosen].flatten(0, 1)
                 v = model.velocity(x_t, state_ts[k], cond)              # the only gradient
@@ -539,19 +537,19 @@ def draw_fdfo(cfg, it, prompts, latent_shape):
     noise = [torch.randn(T, G, *latent_shape, generator=rng) for rng in rngs]
     return chosen, torch.cat(x1).repeat_interleave(2, 0), torch.cat(noise, 1)
 
-def times(cfg, it):
-    """An iteration's schedule, its SDE steps [start, end), and the noise level of every step, 0 for
-    a step of the ODE. In DanceGRPO (which decodes the predicted x_0) and in MixGRPO, the last step
-    is one of the ODE. In Flow-GRPO it has noise (`noisy_end`), and so has the image. But it is
-    not trained: their timestep_fraction of 0.99 trains 5 of 6 steps."""
+def sde_times(cfg, ts, it):
+    """From a model's own times: an iteration's, its SDE steps [start, end), and the noise level of
+    every step, 0 for a step of the ODE. In DanceGRPO (which decodes the predicted x_0) and in
+    MixGRPO, the last step is one of the ODE. In Flow-GRPO it has noise (`noisy_end`), and so has
+    the image. But it is not trained: their timestep_fraction of 0.99 trains 5 of 6 steps."""
     T = cfg.num_rollout_steps
     start, end = 0, T if cfg.noisy_end else T - 1
     if cfg.window:
         start, end = window_at(it, T, cfg.window, cfg.window_every)
     if cfg.compress < 1:
-        ts = flash_schedule(T, cfg.shift, end, cfg.compress)
-    else:
-        ts = schedule(T, cfg.shift)
+        t, u = ts[T // 2], 1 - T // 2 / T
+        shift = cfg.shift or float(t / (1 - t) / (u / (1 - u)))     # the one with the same middle
+        ts = flash_schedule(T, shift, end, cfg.compress)
     levels = LEVELS[cfg.noise](ts, cfg.eta)
     levels[:start] = levels[end:] = 0
     return ts, start, end, levels
@@ -599,7 +597,7 @@ def nfe(cfg, it=0):
         return T + K, K
     if cfg.method == "fdfo":
         return T, T
-    ts, start, end, _ = times(cfg, it)
+    ts, start, end, _ = sde_times(cfg, schedule(T, cfg.shift or 1), it)
     return len(ts) - 1, min(K, end - start)
 
 # ------------------------------------------------------------------------------------------------

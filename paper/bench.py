@@ -185,8 +185,6 @@ def set_up(methods, flags, build, changes, folder):
                 change(model)
             models[key] = model, operations_of(model, cfg)
         model, costs = models[key]
-        shift = cfg.shift or model.shift(cfg.num_rollout_steps)
-        cfg = dataclasses.replace(cfg, shift=shift)
         prompts = read_prompts(cfg.prompts)[: cfg.prompts_per_iteration]
         scorers = rewards.load_all(rewards.parse(cfg.rewards), cfg.device, prompts)
         run = Run(cfg, model, scorers)

@@ -177,8 +177,6 @@ def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
     for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
         add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
             max(evaluate + 2 * block * 2, decode), full + 2 * block * (2 + 4))
-        add("`--fsdp --gather`", gpus, 4 * n / gpus, 12 * n / gpus,
-            rollout + 2 * n, full + (2 + 4) * n)
     return HEAD, rows
 
 def memory_of_klein(b=2, rank=64):

@@ -190,7 +190,8 @@ def test_with_an_empty_window_the_sde_is_the_ode(solver):
 
 def test_mixgrpo_leaves_the_ode_only_inside_its_window():
     x, cfg = torch.randn(3, 4), Config(method="mix", shift=3.0, **METHODS["mix"])
-    ts, start, end, levels = baselines.times(cfg, it=60)        # it has moved twice, at 25 and 50
+    # at iteration 60 the window has moved twice, at 25 and 50
+    ts, start, end, levels = baselines.sde_times(cfg, schedule(25, 3.0), it=60)
     assert (start, end) == (2, 6) and levels.nonzero().flatten().tolist() == [2, 3, 4, 5]
     traj, vels = sde_rollout(exact, x, ts, levels, torch.randn(4, 3, 4))
     for k in range(25):
@@ -841,7 +842,7 @@ def test_a_run_is_not_resumed_with_another_method(before, now, tmp_path, capsys)
     ("--method dance --group_size 1", "group_size is 1, but must lie in [2, inf)")])
 def test_a_setting_that_cannot_work_is_refused_in_one_sentence_before_anything_is_loaded(
         settings, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Flux", None)
+    monkeypatch.setattr(train, "load_model", None)
     with pytest.raises(SystemExit) as stop:
         main(f"{settings} --out_dir {tmp_path / 'new'}".split())
     assert stop.value.code == 2 and sentence in capsys.readouterr().err

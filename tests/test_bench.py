@@ -514,7 +514,7 @@ def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, 
     ("nothing", "invalid choice: 'nothing'")])
 def test_options_without_effect_and_options_that_would_fail_later_are_refused_at_once(
         words, said, monkeypatch, capsys):
-    monkeypatch.setattr(train, "Flux", None)
+    monkeypatch.setattr(train, "load_model", None)
     with pytest.raises(SystemExit):
         bench.main(words.split())
     assert said in capsys.readouterr().err

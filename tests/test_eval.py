@@ -502,7 +502,7 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
     ("--solver euler", "solver is euler, but must be ddim or dpmpp_2m"),
     ("--steps 0", "at least one step"),
     ("--shift 1000", "shift is 1000"),
-    ("--guidance inf", "guidance is inf"),
+    ("--guidance inf", "guidance is inf, but must be a number, or empty"),
     ("--seed -1", "seed is -1"),
     ("--num_prompts -1", "num_prompts 0"),
     ("--batch 0", "batch must be at least 1"),
@@ -513,7 +513,7 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
 ])
 def test_eval_refuses_bad_settings_in_one_sentence_before_anything_is_loaded(
         settings, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "Flux", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a: pytest.fail("a scorer was loaded"))
     monkeypatch.chdir(HERE)
     with pytest.raises(SystemExit) as exit:

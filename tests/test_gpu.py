@@ -17,14 +17,15 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 import machine                                                  # (before diffusers)
-from diffusers import (AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel,
+from diffusers import (AutoencoderKLFlux2, Flux2Transformer2DModel,
                        FluxPipeline)
 import rewards
 import run
 import train
 from tests.conftest import SHORT, TINY, lines_of, weights_of
-from tests.test_model import one_layer_klein
+from tests.small_pipelines import build
 from model import Flux
+from pipeline import Pipeline
 from paper import bench, counts, float8
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -247,20 +248,22 @@ def test_a_run_with_offloaded_text_encoders_is_the_same_run(exact, tmp_path):
 
 # ==================================================================== several processes
 
-@pytest.mark.parametrize("fsdp, more", [(False, []), (True, []), (True, ["--gather"])],
-                         ids=["ddp", "fsdp2", "fsdp2 gathered"])
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "fsdp2"])
 def test_one_process_in_a_group_makes_the_run_of_one_without(
-        fsdp, more, alone, bf16, tmp_path, monkeypatch):
+        fsdp, alone, bf16, tmp_path, monkeypatch):
     lines = train_small(tmp_path / "plain")
     monkeypatch.setattr(train, "check", lambda cfg: None)       # it refuses FSDP for one process
     if not fsdp:
-        def wrap(cfg, model):                                   # as it would with two
+        def average(cfg, model):                                # as it would with two
+            gradients = [w.grad.clone() for w in model.trained()]
             with monkeypatch.context() as patch:
                 patch.setattr(machine, "WORLD", 2)
-                machine.wrap_for_processes(cfg, model)
-            assert isinstance(model.net, torch.nn.parallel.DistributedDataParallel)
-        monkeypatch.setattr(train, "wrap_for_processes", wrap)
-    settings = ["--fsdp"] * fsdp + more
+                machine.average_gradients(cfg, model)
+            for w, gradient in zip(model.trained(), gradients, strict=True):
+                assert_close(w.grad, gradient / 2)              # the sum of one, divided by two
+                w.grad.copy_(gradient)
+        monkeypatch.setattr(train, "average_gradients", average)
+    settings = ["--fsdp"] * fsdp
     grouped = train_small(tmp_path / "grouped", *settings)
     print("\nrewards, gradient norms:", [(a["reward"], b["reward"], a["grad_norm"], b["grad_norm"])
                                          for a, b in zip(grouped, lines, strict=True)])
@@ -352,15 +355,16 @@ def peaks(model, x, cond, rank, trained):
                 v.mean().backward()
         return v
 
-    dtype, parts = torch.bfloat16 if CUDA else torch.float32, model.parts(len(x))
+    dtype, rows = torch.bfloat16 if CUDA else torch.float32, model.batch or len(x)
     with torch.device("meta"):
         net = type(model.transformer).from_config(model.transformer.config)
     net = net.to(dtype).requires_grad_(False)
     counts.add_lora(net, rank)
     counts.recompute(net, -1)
-    size = net.config, model.nfe * (model.batch or len(x)), model.latent_shape[0], 512, dtype
+    size = net.config, rows, model.latent_shape[0], 512, dtype
+    calls = model.nfe * len(x) // rows          # klein's guidance is a second call
     # each part's inputs live as long as in `velocity`: until the part is done
-    every_part = lambda: torch.cat([net(**counts.inputs_of(*size))[0] for _ in parts])
+    every_part = lambda: torch.cat([net(**counts.inputs_of(*size))[0] for _ in range(calls)])
     computed = counts.working_set(net, every_part, trained)
     assert call().isfinite().all()              # gradients and workspaces exist from now on
     began = bench.now(model.device)
@@ -388,7 +392,7 @@ def test_memory_is_what_was_computed_within_a_fifth(what):
 
 
 @pytest.mark.parametrize("what", ["rollout", "update"])
-def test_kleins_memory_is_what_was_computed_within_three_tenths(what, tmp_path):
+def test_kleins_memory_is_what_was_computed_within_three_tenths(what):
     """FLUX.2-klein-base-4B's size with guidance, random weights, adapters of rank 64, four prompts,
     two latents at a time."""
     sizes, resolution, rank = (({}, 720, 64) if CUDA else
@@ -399,13 +403,18 @@ def test_kleins_memory_is_what_was_computed_within_three_tenths(what, tmp_path):
     with torch.device(DEVICE):
         net = Flux2Transformer2DModel(**sizes).to(dtype)
         vae = AutoencoderKLFlux2().to(dtype)
-    pipe = Flux2KleinPipeline.from_pretrained(one_layer_klein(tmp_path / "klein"), vae=vae,
-                                              transformer=net)
-    model = Flux(pipe, resolution, DEVICE, guidance=4.0, lora_rank=rank, checkpoint_blocks=-1,
-                 batch=2)
-    text = torch.randn(2, 4, 512, sizes["joint_attention_dim"]).to(model.device, dtype)
+    pipe, _ = build("klein")
+    pipe.register_modules(vae=vae, transformer=net)
+
+    def encode_prompt(prompt, **_):             # as Qwen3 of its size would
+        text = torch.randn(len(prompt), 512, sizes["joint_attention_dim"], device=DEVICE)
+        return text.to(dtype), pipe._prepare_text_ids(text)
+
+    pipe.encode_prompt = encode_prompt
+    model = Pipeline(pipe, resolution, device=DEVICE, guidance=4.0, lora_rank=rank,
+                     checkpoint_blocks=-1, batch=2)
     x = noise(model, 8 if what == "update" else 48).to(model.device)
-    measured, computed = peaks(model, x, dict(txt=text[0], empty=text[1]), rank, what == "update")
+    measured, computed = peaks(model, x, model.encode(PROMPTS * 2), rank, what == "update")
     assert measured == pytest.approx(computed, rel=0.3)
 
 

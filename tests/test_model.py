@@ -4,11 +4,9 @@ model.py: FLUX as it is shipped in tiny/, against diffusers' own pipeline.
     python -m pytest -q tests/test_model.py
     python -m tests.test_model --flux_dev       # FLUX.1-dev's published shapes, one layer of each
                                                 # kind: some minutes, 16 GB of memory, 12 GB of disk
-    python -m tests.test_model --klein          # the same of FLUX.2 klein
 """
 import argparse, functools, json, math, shutil, tempfile
 from pathlib import Path
-from types import SimpleNamespace
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,17 +14,11 @@ import machine                                                  # noqa: F401  (b
 import diffusers
 import peft
 import transformers
-from diffusers import Flux2KleinPipeline, FluxPipeline
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-import eval as evaluation
 import train
 from inputs import check_model, check_parts, is_lora
-from model import Flux, Klein
-from paper import bench
+from model import Flux
 from run import Run, read_log
 from solvers import rollout, schedule
 from tests.conftest import SHORT, TINY, assert_near, joined
@@ -151,13 +143,9 @@ def test_compiled_blocks_give_the_same_numbers_and_blocks_of_a_kind_share_their_
 def test_a_network_that_is_called_with_few_latents_at_a_time_gives_the_same_numbers_and_gradients():
     together, parts = Flux(FLUX, 64), Flux(FLUX, 64, batch=3)
     x, cond, found = torch.randn(8, *together.latent_shape), together.encode(PROMPTS), []
-    sizes, net = [], parts.net
-
-    def measured(**inputs):
-        sizes.append(len(inputs["hidden_states"]))
-        return net(**inputs)
-
-    parts.net = measured
+    sizes = []
+    measured = lambda _, args, inputs: sizes.append(len(inputs["hidden_states"]))
+    parts.transformer.register_forward_pre_hook(measured, with_kwargs=True)
     for model in (together, parts):
         v = model.velocity(x, 0.5, cond)
         v.pow(2).sum().backward()
@@ -442,248 +430,6 @@ def test_a_tokenizer_that_makes_the_same_of_all_prompts_is_refused(tmp_path):
         Flux(tmp_path / "flux", 64)
 
 
-# ==================================================================== FLUX.2 klein
-
-# FLUX.2-klein-base-4B's published configuration, as copies of it on the hub have it: transformer
-# (YuCollection/FLUX.2-klein-base-4B-Diffusers), VAE (deAPI-ai/flux-2-klein-4b-bf16; diffusers'
-# defaults), text encoder (Qwen3-4B), scheduler (FLUX.2-dev's; klein's was not found). But one layer
-# of each kind; and of Qwen3 28 layers of 36, because the pipeline reads 9, 18 and 27, with
-# feed-forward layers of 512 instead of 9728. Prompts have 128 tokens instead of 512, to save time.
-PUBLISHED = dict(
-    transformer=dict(in_channels=128, num_attention_heads=24, attention_head_dim=128,
-                     joint_attention_dim=3 * 2560, axes_dims_rope=(32, 32, 32, 32)),
-    qwen=dict(vocab_size=151936, hidden_size=2560, intermediate_size=512, num_attention_heads=32,
-              num_key_value_heads=8, head_dim=128, max_position_embeddings=40960),
-    vae=dict(), length=128)
-SMALL = dict(
-    transformer=dict(in_channels=16, num_attention_heads=2, attention_head_dim=32,
-                     joint_attention_dim=3 * 16, axes_dims_rope=(8, 8, 8, 8)),
-    qwen=dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=8, max_position_embeddings=64),
-    vae=dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4,
-             norm_num_groups=4), length=64)
-CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}")
-
-
-def one_layer_klein(path, sizes=SMALL, distilled=False):
-    """A directory of Flux2KleinPipeline with random weights. Its tokenizer has a token for every
-    byte, and the frame that Qwen3's puts around a prompt."""
-    torch.manual_seed(0)
-    letters = sorted(ByteLevel.alphabet())
-    tokenizer = transformers.Qwen2TokenizerFast(
-        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], chat_template=CHAT,
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=sizes["length"])
-    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        num_hidden_layers=28, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=True,
-        **sizes["qwen"]))
-    transformer = diffusers.Flux2Transformer2DModel(
-        num_layers=1, num_single_layers=1, mlp_ratio=3.0, rope_theta=2000, eps=1e-6, patch_size=1,
-        timestep_guidance_channels=256, guidance_embeds=False, **sizes["transformer"])
-    vae = diffusers.AutoencoderKLFlux2(**sizes["vae"])
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = Flux2KleinPipeline(scheduler, vae, qwen, tokenizer, transformer, distilled)
-    pipe.to(torch.bfloat16).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory):
-    return one_layer_klein(tmp_path_factory.mktemp("folder") / "klein")
-
-
-@torch.no_grad()
-def compare_with_klein_pipeline(model, guidance, prompts, rel=1e-5):
-    """Four steps by model.py and by Flux2KleinPipeline, with its own sigmas -> ours at t = 0; and
-    what else its pipeline needs for the same picture. Prints the largest difference of latents."""
-    x1 = torch.randn(len(prompts), *model.latent_shape)
-    ts, cond = schedule(4, model.shift(4)), model.encode(prompts)
-    traj, _ = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts)
-    inputs = dict(prompt=prompts, latents=x1.mT.unflatten(2, (model.height, model.width)),
-                  height=16 * model.height, width=16 * model.width, num_inference_steps=4,
-                  guidance_scale=guidance, max_sequence_length=model.text_length())
-    theirs = model.pipe(**inputs, output_type="latent").images
-    assert_close(model.pipe.scheduler.sigmas, ts)
-    ours = model.unpack(model.unscale(traj[-1]))
-    assert_near(ours, theirs, rel)
-    assert (traj[-1] - x1).abs().max() > 0.1
-    print(f"guidance {guidance:g}, 4 steps: largest difference {(ours - theirs).abs().max():.1e} "
-          f"of latents up to {theirs.abs().max():.1f}", flush=True)
-    return traj[-1], inputs
-
-
-@pytest.mark.parametrize("guidance, distilled, nfe", [(4.0, False, 2), (1.0, False, 1),
-                                                      (4.0, True, 1)])
-def test_four_steps_of_klein_are_those_of_diffusers_own_pipeline_with_and_without_guidance(
-        guidance, distilled, nfe, tmp_path):
-    model = Flux(one_layer_klein(tmp_path, distilled=distilled), "96x64", guidance=guidance)
-    assert type(model) is Klein and model.nfe == nfe
-    x0, inputs = compare_with_klein_pipeline(model, guidance, PROMPTS)
-    pictures = model.pipe(**inputs, output_type="pt").images
-    assert_near(model.decode(x0), pictures, 1e-4)
-
-
-@pytest.mark.parametrize("side, steps", [(720, 8), (1024, 50), (1280, 25)])
-def test_kleins_own_shift_gives_the_times_of_diffusers_scheduler(klein, side, steps):
-    model, tokens = Flux(klein, side), side**2 // 256
-    scheduler, even = model.pipe.scheduler, torch.linspace(1, 1 / steps, steps).tolist()
-    scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(tokens, steps))
-    assert_close(schedule(steps, model.shift(steps)), scheduler.sigmas)
-    assert Flux(FLUX, 64).shift(steps) == 3
-
-
-@pytest.mark.parametrize("words, shift", [((), None), (("--shift", "2.5"), 2.5)])
-def test_training_follows_the_models_own_schedule_unless_it_is_given_a_shift(
-        klein, words, shift, tmp_path):
-    def algorithm(cfg, model, scorers, run):
-        followed.append((cfg.shift, shift or model.shift(7)))
-
-    followed = []
-    train.main([*OWN, "--model", str(klein), "--num_rollout_steps", "7", *words,
-                "--out_dir", str(tmp_path)], algorithm=algorithm)
-    assert followed[0][0] == followed[0][1] != 3
-
-
-def test_a_guided_velocity_is_two_evaluations_and_its_gradient_runs_through_both(klein):
-    model, t = Flux(klein, 64, guidance=4.0), torch.tensor([0.9, 0.9, 0.3, 0.3])
-    x, cond, rows = torch.randn(4, *model.latent_shape), model.encode(PROMPTS), []
-    count = lambda net, inputs, more: rows.append(len(more["hidden_states"]))
-    with model.net.register_forward_pre_hook(count, with_kwargs=True):
-        v = model.velocity(x, t, cond)
-    assert rows == [8] and model.nfe == 2
-    ours = torch.autograd.grad(v.pow(2).sum(), model.trained())
-
-    def one(prompts):
-        txt, ids = model.pipe.encode_prompt(prompts, max_sequence_length=64)
-        return model.transformer(
-            hidden_states=x, timestep=t, encoder_hidden_states=txt, txt_ids=ids, return_dict=False,
-            img_ids=model.pipe._prepare_latent_ids(torch.empty(4, 1, 4, 4)))[0]
-
-    each = [prompt for prompt in PROMPTS for _ in range(2)]
-    with_prompt, without = one(each), one([""] * 4)
-    expected = 4 * with_prompt - 3 * without
-    assert_near(v, expected)
-    theirs = torch.autograd.grad(expected.pow(2).sum(), model.trained(), retain_graph=True)
-    half = 4 * with_prompt - 3 * without.detach()
-    half = torch.autograd.grad(half.pow(2).sum(), model.trained())
-    assert_near(joined(ours), joined(theirs), 1e-4)
-    assert max((a - b).abs().max() / b.abs().max() for a, b in zip(half, theirs)) > 0.1
-
-
-@pytest.mark.parametrize("how", [dict(checkpoint_blocks=-1), dict(batch=1), dict(compiled=True),
-                                 dict(text_device="offload")])
-def test_klein_has_the_same_numbers_and_gradients_however_memory_and_time_are_saved(
-        klein, how, monkeypatch):
-    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    plain, other = Flux(klein, 64, guidance=4.0), Flux(klein, 64, guidance=4.0, **how)
-    x, found = torch.randn(2, *plain.latent_shape), []
-    for model in (plain, other):
-        v = model.velocity(x, 0.5, model.encode(PROMPTS))
-        found.append([v.detach(), joined(torch.autograd.grad(v.pow(2).mean(), model.trained()))])
-    for a, b in zip(*found, strict=True):
-        assert_near(a, b, 1e-4)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_kleins_operations_counted_without_numbers_are_those_of_the_network_with_them(
-        klein, guidance):
-    model = Flux(klein, 64, guidance=guidance, lora_rank=4)
-    x, cond = torch.randn(2, *model.latent_shape), model.encode(PROMPTS)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.velocity(x, 0.5, cond).mean().backward()
-    _, both = bench.operations_of(model, SimpleNamespace(lora_rank=4, checkpoint_blocks=0))
-    assert 2 * both == counter.get_total_flops()
-
-
-def test_prompts_that_are_too_long_for_klein_are_counted_with_the_frame_of_a_chat(klein):
-    model = Flux(klein, 64)
-    frame = len(model.pipe.tokenizer("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
-                                     "<think>\n\n</think>\n\n").input_ids)
-    prompts = ["a" * n for n in (1, 64 - frame, 65 - frame, 90)]
-    assert model.cut(prompts) == dict(Qwen3=2)
-    model.pipe.tokenizer.model_max_length = 131072              # klein's
-    assert model.encode(["a dog"])["txt"].shape == (1, 512, 48)
-
-
-OWN = ["--preset", "dpm8", "--rewards", "jpeg", "--prompts", str(TINY / "prompts/train.txt"), *(
-    "--device cpu --resolution 64 --eval_every 0 --iterations 2 --group_size 2 --num_anchors 2 "
-    "--num_rollout_steps 2 --num_train_steps 1 --lr 1e-3 --guidance 4").split()]
-
-
-def train_klein(path, out, how):
-    """Two iterations by train.py, saved, and loaded by diffusers -> by how much the velocity has
-    changed, and its size."""
-    assert train.main([*OWN, "--model", str(path), *how, "--out_dir", str(out)]) is None
-
-    @torch.no_grad()
-    def velocity_of(which, **more):             # one model at a time: memory
-        model = Flux(which, 64, frozen=True, guidance=4.0, **more)
-        x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
-        return model.velocity(x, 0.5, model.encode(PROMPTS[:1]))
-
-    v_base = velocity_of(path)
-    if how:
-        v = velocity_of(path, lora=str(out / "checkpoint-2"))
-        theirs = Flux2KleinPipeline.from_pretrained(path, dtype=torch.float32)
-        theirs.load_lora_weights(out / "checkpoint-2")
-        config, = theirs.transformer.peft_config.values()
-        assert config.r == config.lora_alpha
-        assert any(".attn.to_qkv_mlp_proj.lora_A" in name for name in
-                   theirs.transformer.state_dict())
-    else:
-        v = velocity_of(out / "checkpoint-2")
-        theirs = Flux2KleinPipeline.from_pretrained(out / "checkpoint-2", dtype=torch.float32)
-    assert torch.equal(v, velocity_of(theirs))
-    lines = read_log(out)
-    assert [line["nfe_old"] for line in lines] == [4, 4]        # twice T
-    assert [line["nfe_theta"] for line in lines] == [2, 2]      # twice B K / G
-    assert max(line["first_ratio"] for line in lines) < 1e-4
-    return (v - v_base).abs().max(), v_base.abs().max()
-
-
-@pytest.mark.parametrize("how", [["--lora_rank", "4"], pytest.param([], marks=pytest.mark.slow)])
-def test_two_iterations_of_klein_train_save_resume_and_load_into_diffusers(klein, how, tmp_path):
-    change, size = train_klein(klein, tmp_path / "run", how)
-    assert change > 1e-4 * size
-    train.main([*OWN, "--model", str(klein), *how, "--iterations", "3", "--resume",
-                "--out_dir", str(tmp_path / "run")])
-    assert [line["iter"] for line in read_log(tmp_path / "run")] == [1, 2, 3]
-    assert not evaluation.main([
-        "--model", str(klein), "--checkpoint", str(tmp_path / "run/checkpoint-3"), *(
-            "--resolution 64 --steps 3 --num_prompts 2 --images_per_prompt 2 --scorers jpeg "
-            "--guidance 4 --device cpu").split(), "--prompts", str(TINY / "prompts/train.txt"),
-        "--out_dir", str(tmp_path / "eval")])
-    rows = json.loads((tmp_path / "eval/results.json").read_text(encoding="utf-8"))["results"]
-    assert len(rows) == 2 and rows[1]["jpeg_gain"] != 0
-
-
-def test_another_pipeline_is_refused_by_name(klein, tmp_path):
-    shutil.copytree(klein, tmp_path, dirs_exist_ok=True)
-    index = tmp_path / "model_index.json"
-    index.write_text(index.read_text().replace("Flux2KleinPipeline", "Flux2Pipeline"))
-    for load in (check_model, lambda path: Flux(path, 64)):
-        with pytest.raises(ValueError, match="is a Flux2Pipeline, but must be a FluxPipeline or "
-                                             "Flux2KleinPipeline"):
-            load(tmp_path)
-
-
-def try_klein(folder):
-    """The published sizes: four steps against the pipeline, then two iterations of adapters and of
-    all weights."""
-    path = one_layer_klein(folder / "klein", PUBLISHED)
-    for guidance in (4.0, 1.0):
-        model = Flux(path, 64, guidance=guidance, frozen=True)
-        compare_with_klein_pipeline(model, guidance, PROMPTS[:1], 1e-4)
-    del model
-    for name, how in (("lora", ["--lora_rank", "64"]), ("full", [])):
-        change, size = train_klein(path, folder / name, how)
-        print(f"{name}: 2 iterations, saved, loaded into a Flux2KleinPipeline; the velocity has "
-              f"changed by up to {change:.2e}, of {size:.2f}", flush=True)
-
-
 # ==================================================================== FLUX.1-dev's own shapes
 
 def one_layer_flux_dev(path):
@@ -773,8 +519,7 @@ def try_flux_dev(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--flux_dev", action="store_const", const=try_flux_dev, dest="check")
-    which.add_argument("--klein", action="store_const", const=try_klein, dest="check")
+    parser.add_argument("--flux_dev", action="store_true", required=True)
+    parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        parser.parse_args().check(Path(folder))
+        try_flux_dev(Path(folder))

@@ -1450,7 +1450,7 @@ OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
 ])
 def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
         code, spec, sentence, own, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(train, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a: pytest.fail("a scorer was loaded"))
     file = own(code)
     with pytest.raises(SystemExit) as exit:
@@ -1478,7 +1478,7 @@ def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
 ])
 def test_a_wrong_result_ends_the_run_with_one_sentence_before_the_model_is_loaded(
         body, sentence, own, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(train, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     monkeypatch.setattr(rewards.find("preference")[0], "__init__",
                         lambda *a: pytest.fail("preference came first"))
     path = own(f"def wrong(images, prompts):\n    {body}\n")
@@ -1693,7 +1693,7 @@ def test_a_scorer_that_fails_ends_the_run_at_the_start_or_in_the_middle_and_neve
     assert calls == [1, 2, 4, 4]                        # two trial calls, then two groups
     assert "scorer 'jpeg' failed on the prompt" in capsys.readouterr().err
     assert len(log_of(a)) == 1 and (a / "checkpoint-1/model_index.json").is_file()
-    monkeypatch.setattr(train, "Flux", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(train, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     assert train.main([*SHORT, "--rewards", "jpeg", "--out_dir", str(b)]) == 1          # at once
     assert "the moon is full" in capsys.readouterr().err and not (b / "log.jsonl").exists()
 

@@ -45,7 +45,7 @@ REFUSED = [
     ("--solver heun", "solver is heun, but must be ddim or dpmpp_2m"),
     ("--lr inf", "lr is inf, but must lie in (0, 1]"),
     ("--ema 1", "ema is 1, but must lie in [0, 1)"),
-    ("--guidance nan", "guidance is nan, but must lie in (-inf, inf)"),
+    ("--guidance nan", "guidance is nan, but must be a number, or empty"),
     ("--seed -1", "seed is -1, but must lie in [0, 1e18]"),
     ("--sig 0.3", "unrecognized arguments"),
     ("--resolution 100", "resolution is 100, but its sides must be multiples of 16"),
@@ -56,7 +56,10 @@ REFUSED = [
      "text_encoder_device is moon, but must be empty or cpu or offload"),
     ("--device tpu", "device is tpu, but must be cpu, or cuda where there is one"),
     ("--fsdp", "fsdp divides a model among processes, and there is one"),
-    ("--gather", "gather has an effect only with fsdp"),
+    ("--call [33]", 'call is [33], but must be a JSON object such as {"num_frames": 33}'),
+    ("--call num_frames=33", "call is num_frames=33, but must be a JSON object"),
+    ('--call {{"height":64}}', "call has height, but that is decided here, or by another setting"),
+    ("--frames 0", "frames is 0, but must lie in [1, inf)"),
     ("--wandb project", "wandb is not installed"),
     ("--prompts nowhere.txt", "nowhere.txt is"),
     ("--prompts {empty}", "has no prompts"),
@@ -94,7 +97,7 @@ def test_a_bad_setting_gets_one_sentence_and_exit_code_2_before_anything_is_load
     (tmp_path / "latin").write_bytes("é\n".encode("latin-1"))
     names = {name: tmp_path / name for name in ("latin", "empty", "file", "used")}
     names.update(folder=tmp_path, adapters=tmp_path / "adapters.safetensors")
-    monkeypatch.setattr(train, "Flux", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(train, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a, **k: pytest.fail("a scorer was loaded"))
     with pytest.raises(SystemExit) as exit:
         train.main(f"--out_dir {tmp_path / 'new'} {settings}".format(**names).split())
@@ -392,7 +395,7 @@ def test_a_resumed_run_may_change_only_settings_that_keep_its_numbers_or_set_its
         else:
             assert field.name in (
                 "iterations", "eval_every", "save_every", "keep", "checkpoint_blocks", "compile",
-                "batch", "fsdp", "gather", "text_encoder_device", "wandb", "device", "threads",
+                "batch", "fsdp", "text_encoder_device", "wandb", "device", "threads",
                 "out_dir", "resume", "overwrite")
 
 
@@ -907,7 +910,7 @@ def test_running_out_of_memory_names_the_settings_that_need_less(tmp_path, monke
     assert train.main([*SHORT, "--iterations", "1", "--out_dir", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
     assert "Tried to allocate 20 GiB" in said
-    for setting in ("text_encoder_device", "checkpoint_blocks", "batch", "gather", "fsdp",
+    for setting in ("text_encoder_device", "checkpoint_blocks", "batch", "fsdp",
                     "lora_rank", "resolution"):
         assert setting in said
         assert setting in {field.name for field in dataclasses.fields(train.Config)}

@@ -8,7 +8,6 @@ train.py: Algorithm 1 on a stub, several processes, averages of weights, adapter
 """
 import argparse, math, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
-from types import SimpleNamespace
 import psutil                                                   # comes with accelerate
 import pytest
 import torch
@@ -23,7 +22,6 @@ from run import checkpoints
 from solvers import rollout, schedule
 from test_core import G, Stub, brightness, stub_run, train_stub
 from tests.conftest import HERE, SHORT, TINY, lines_of
-from tests.test_model import OWN, one_layer_klein
 from tests.test_run import Saved, check_loads
 
 FLUX = TINY / "flux"
@@ -277,7 +275,7 @@ def test_the_default_settings_are_the_published_ones():
     c = train.Config()
     assert (c.group_size, c.sigma, c.p, c.clip_eps) == (12, 0.3, 0.8, 1e-4)
     assert (c.iterations, c.lr, c.weight_decay, c.max_grad_norm) == (300, 1e-5, 1e-4, 1.0)
-    assert (c.resolution, c.guidance, c.shift) == ("720", 3.5, 0)     # 0: FLUX.1's 3
+    assert (c.resolution, c.guidance, c.shift) == ("", "", 0)         # the model's own
     assert (c.tau, c.old_anchor, c.updates_per_iteration) == ("dim", "replay", 2)       # ours
     table_3 = {name: [row.get(key, getattr(c, key)) for key in (
         "solver", "num_rollout_steps", "num_anchors", "num_train_steps")]
@@ -319,33 +317,9 @@ def test_a_launcher_need_only_set_the_rank_and_the_world_size(monkeypatch):
     assert "gloo" in backend[0] and list(settings) == ["timeout"]       # the rest: env
 
 
-def test_processes_exchange_gradients_at_the_last_step_of_an_update(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "average_gradients", lambda cfg, model, last: asked.append(last))
-    train_stub(tmp_path, Stub(), updates_per_iteration=2, num_train_steps=3)
-    assert asked == 2 * [False, False, True]
-
-
-@pytest.mark.parametrize("fsdp, gather, every_step",
-                         [(False, False, False), (True, False, True), (True, True, False)])
-def test_fsdp_exchanges_gradients_at_every_step_unless_gather_is_set(
-        fsdp, gather, every_step, monkeypatch):
-    monkeypatch.setattr(train, "WORLD", 2)
-    for last in (False, True):
-        told, expected = [], every_step or last
-        model = SimpleNamespace(net=SimpleNamespace(), transformer=SimpleNamespace(
-            set_requires_gradient_sync=told.append, set_reshard_after_backward=told.append))
-        train.average_gradients(SimpleNamespace(fsdp=fsdp, gather=gather), model, last)
-        if fsdp:
-            assert told == [expected, expected]
-        else:                                                   # DDP
-            assert model.net.require_backward_grad_sync == expected and not told
-
-
 CASES = {"ddp": [], "fsdp2": ["--fsdp"], "sigterm": ["--iterations", "1000"],
-         "fsdp2-gathered": ["--fsdp", "--gather"], "ddp-few-at-a-time": ["--batch", "3"],
-         "fsdp2-one-at-a-time": ["--fsdp", "--batch", "1"],
-         "gathered-average": "--fsdp --gather --ema 0.9999999 --eval_every 2".split()}
+         "ddp-few-at-a-time": ["--batch", "3"],
+         "fsdp2-one-at-a-time": ["--fsdp", "--batch", "1"]}
 slow_cases = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if "-" in name[4:]]
 
 
@@ -418,7 +392,7 @@ def check_equal(ours, theirs, close):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2) and a["first_ratio"] < 1e-5
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", *slow_cases[:-1]])
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", *slow_cases])
 def test_two_processes_make_the_same_run_as_one(case, alone, request):
     folder, printed = request.getfixturevalue("pair" if case in ("ddp", "fsdp2") else "slow_pair")
     kind = "FSDP2" if "fsdp" in case else "DDP"
@@ -431,20 +405,6 @@ def test_two_processes_make_the_same_run_as_one(case, alone, request):
     for a, b in zip(ours, theirs, strict=True):                 # five pictures, in other batches
         assert list(a.values()) == pytest.approx(list(b.values()), abs=1e-3)
     assert moved(folder / case, alone / "checkpoint-4") < 1e-4 < 1.5e-4 < moved(folder / case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [["--fsdp"], ["--lora_rank", "4"]])
-def test_two_processes_train_klein_as_one_does(how, tmp_path):
-    path = one_layer_klein(tmp_path / "klein")
-    words = [*OWN, "--model", str(path), "--prompts_per_iteration", "2", "--lr", "1e-5"]
-    alone = [word for word in how if word != "--fsdp"]
-    assert train.main([*words, *alone, "--out_dir", str(tmp_path / "one")]) is None
-    done = subprocess.run(**torchrun("train.py", *words, *how, "--out_dir", str(tmp_path / "two")),
-                          timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]
-    check_equal(tmp_path / "two", tmp_path / "one", 2e-3)       # a JPEG's size is whole bytes
-    assert (tmp_path / "two/checkpoint-2").is_dir()
 
 
 def test_a_run_of_two_processes_can_be_resumed_by_one_and_ends_with_the_same_weights(
@@ -461,14 +421,6 @@ def test_sigterm_to_one_process_ends_all_after_the_same_iteration_with_a_checkpo
     out = pair[0] / "sigterm"
     assert max(line["iter"] for line in lines_of(out)) == 3
     assert checkpoints(out)[-1] == out / "checkpoint-3"
-
-
-@pytest.mark.slow
-def test_gathered_weights_are_released_after_an_evaluation_of_their_average(
-        slow_pair, alone):
-    out = slow_pair[0] / "gathered-average"
-    check_equal(out, alone, 1e-4)
-    assert moved(out) < 1e-6                                    # the average has hardly moved
 
 
 # ======================================================================== averages of weights
