@@ -42,6 +42,8 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 TRAIN, BASELINES = "train.py", "-m paper.baselines"             # what follows `python`
 METHODS = {                                                     # name: (label, script, settings)
     "dance": ("DanceGRPO", BASELINES, "--method dance"),
+    "dance16": ("DanceGRPO, 16 steps", BASELINES,
+                "--method dance --num_rollout_steps 16 --num_train_steps 9"),   # as in its own code
     "flow": ("Flow-GRPO", BASELINES, "--method flow"),
     "mix": ("MixGRPO", BASELINES, "--method mix"),
     "flash": ("MixGRPO-Flash*", BASELINES, "--method flash"),
