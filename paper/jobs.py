@@ -99,9 +99,6 @@ def how_it_ended(folder, flags, status, said):
 def command_line(script, flags, folder):
     return " ".join(["python", script, *flags, "--out_dir", folder.name])
 
-def commands(jobs):
-    return [command_line(*job, folder) for folder, job in jobs.items()]
-
 def keep(path, values):
     text = json.dumps(values, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -11,31 +11,26 @@ compares it with, and four more.
                        seconds, which are measured in turns within one process
     steps              Neighbor GRPO with 8 to 2 steps, at equal iterations and at equal seconds
     tune               the search for each method's settings
-    table1, table2     the methods: reward, judge, diversity
+    table1, table2     the methods at equal seconds; table1 also draws Figure 5
     table4, 5, 6       sigma, B and p around (0.5, 4, 2), the paper's starting point (Sec. 4.2)
     settings           tau, updates in an iteration, the literal old anchor, learning rate, clip
     rewards            trained on the preference, on the judge, or on both
     spread             how different the rewards in a group are, under each rollout
     figure4            which groups get more weight from the quasi-norm, and which less
-    figure5            reward against iterations and against seconds
     figure8            a rollout group before and after alignment
     again              one row of each of table4, 5, 6, settings and rewards, against that table
     comparisons        how many differences the tables judge
 
-Methods are compared at equal seconds: those of --iterations of Neighbor GRPO with 8 steps. The
-seconds in results/table3.json turn them into iterations, so other work on the machine does not
-matter during a run. Table3 measures only the methods that are missing there, in turn with ours,
-whose seconds there set the scale. Tables 4 to 6, settings and rewards have equal iterations.
-
-Each method comes twice: as published, but with the learning rate and the clip of the search; and
-"searched", with all of the search's settings. Evaluations use DPM-Solver++ with 16 steps. The
-reward is `preference`. Only `rewards` trains on the judge.
-
-The order of the commands is that above. A stopped command continues (paper/jobs.py). --quick has a
-few iterations and prompts, and seconds by a fit. Its numbers are meaningless.
+Call them in this order. A stopped command continues (paper/jobs.py). Equal seconds are those of
+--iterations of Neighbor GRPO with 8 steps. The seconds in the committed results/table3.json turn
+them into iterations, so other work on the machine does not matter during a run. Tables 4 to 6,
+settings and rewards have equal iterations. Each method comes twice: as published, but with the
+search's learning rate and clip; and "searched", with all of the search's settings. Evaluations use
+DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains on the judge. --quick
+has a few iterations, prompts and rows, and seconds by a fit. Its numbers are meaningless.
 """
-import argparse, functools, hashlib, itertools, json, math, random, re, signal, subprocess, sys
-import time
+import argparse, functools, hashlib, itertools, json, math, random, re, shutil, signal
+import subprocess, sys, time
 from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")
@@ -49,7 +44,7 @@ from inputs import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import advantages, perturb_noise
 from paper import baselines, bench
-from paper.jobs import (commands, keep_run, kept_runs, made_by, run_all, stop, threads)
+from paper.jobs import keep_run, kept_runs, made_by, run_all, stop, threads
 from run import HERE, checkpoints
 from solvers import rollout, schedule
 
@@ -271,11 +266,6 @@ def table3(args):
                      f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}",
                      f"{estimated(wanted[label][1], wanted[label][2], found):.2f}",
                      f"{c['seconds'] / found[RIVAL]['seconds']:.2f}", *published])
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
-    axes.barh(list(found), [c["seconds"] for c in found.values()])
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds an iteration")
-    finish(figure, args.results / "table3.png")
     caption = (f"Medians of {args.repeats} iterations of each method, in turn, in one process. "
                f"Rows that were added later are scaled by the seconds of {OURS}, which was timed "
                "with them. \"Fit\": estimated from the published rows, as for the search. The "
@@ -339,6 +329,7 @@ def sweep(args):
                 for family, trials in chosen.items() for trial in trials]
         logs = run_all(args, dict(what for _, what in jobs), may_diverge=True)
         for trial, (folder, _) in jobs:
+            shutil.rmtree(folder, ignore_errors=True)           # runs.jsonl has all that is needed
             for scorer in ("preference", "judge"):
                 trial[part][scorer] = curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0
 
@@ -350,7 +341,8 @@ def sweep(args):
             spent += count * trial["seconds"]
             if len(taken) >= 2 and spent > budget * run_seconds:
                 break
-            taken.append(trial | {part: dict(iterations=count)})
+            trial[part] = dict(iterations=count)
+            taken.append(trial)
         return taken
 
     found = {}
@@ -361,28 +353,25 @@ def sweep(args):
                   for choice, published in in_order(family))
         found[family] = within(args.search[0], trials, "half", 1 / 2)
     attempt("half", 1000, found)
-    best = {}
+    again = {}
     for family, trials in found.items():
         ranked = sorted(trials, key=lambda trial: -trial["half"]["preference"])
         plain = [trial for trial in ranked if trial["published"]]
-        turns = itertools.chain(*itertools.zip_longest(ranked[:4], plain[:2]))
-        distinct = list({id(trial): trial for trial in turns if trial}.values())
-        best[family] = within(args.search[1], distinct, "whole", 1)
-    attempt("whole", 1001, best)
-    whole = {trial["choice"]: trial for trials in best.values() for trial in trials}
-    return {family: [whole.get(trial["choice"], trial) for trial in trials]
-            for family, trials in found.items()}
+        turns = filter(None, itertools.chain(*itertools.zip_longest(ranked[:4], plain[:2])))
+        again[family] = within(args.search[1], {id(trial): trial for trial in turns}.values(),
+                               "whole", 1)
+    attempt("whole", 1001, again)
+    return found
 
 def tune(args):
     rows, data = [], {}
-    figure, panels = plt.subplots(3, 3, figsize=(11, 9), layout="constrained", sharey=True)
     whole = lambda trial: trial.get("whole", {}).get("preference", -math.inf)
 
     def told(trial):
         w = trial["whole"]
         return f"{w['preference']:+.4f} ({w['judge']:+.4f})"
 
-    for panel, (family, trials) in zip(panels.flat, sweep(args).items()):
+    for family, trials in sweep(args).items():
         plain = max((trial for trial in trials if trial["published"]), key=whole)
         best = max(trials, key=whole)
         spent = sum(trial["seconds"] * trial[part]["iterations"]
@@ -394,15 +383,6 @@ def tune(args):
                      sum("whole" in trial for trial in trials), f"{spent:.0f}",
                      data[family]["published"], told(plain),
                      " ".join(filter(None, best["choice"])), told(best)])
-        for published, marker in ((True, "s"), (False, "o")):
-            some = [trial for trial in trials if trial["published"] == published]
-            panel.plot([float(trial["choice"][0].split()[1]) for trial in some],
-                       [trial["half"]["preference"] for trial in some], marker, alpha=0.6,
-                       label="as published" if published else "other settings")
-        panel.set(title=family, xscale="log", xlabel="learning rate")
-    panels[0, 0].legend()
-    panels[1, 0].set(ylabel="reward gain after half of the seconds")
-    finish(figure, args.results / "tune.png")
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
     caption = (f"Trials take half of {seconds:.0f} s, but at least {args.least} iterations, until "
                f"{args.search[0] * seconds:.0f} s are spent (seed 1000). The best of them, and the "
@@ -503,38 +483,44 @@ def some(args, labels):
     return [label for label in labels if not args.quick or label.startswith(OURS)
             or label in (RIVAL, RIVAL + SEARCHED, OURS_2)]
 
-def compare(args, name, labels, caption):
-    """A table that compares methods at equal seconds."""
+def compare(args, name, labels, best, caption):
+    """A table that compares methods at equal seconds. `best`: our row, from which the searched
+    methods' differences are. Also Figure 5, if its rows are there."""
     labels = some(args, labels)
     jobs = {label: jobs_of(args, label) for label in labels}
     logs = run_all(args, *jobs.values())
-    ends, data = finals(args, logs), {}
-    base, scores = ends["base"], ("preference", "judge")
-    rows = [["base", "", "", "", "", "", *(f"{base[key]:.4f}" for key in scores), "", "", "", "",
-             f"{base['diversity']:.3f}", f"{base['between_flawless']:.3f}", "", ""]]
-    mine = OURS + SEARCHED if OURS + SEARCHED in labels else OURS_2
-    for label in labels:
-        each, c = [ends[folder] for folder in jobs[label]], cost_of(args, label)
-        iterations = logs[next(iter(jobs[label]))][-1]["iter"]
-        gains = {key: [end[f"{key}_gain"] for end in each] for key in scores}
+    ends, data, rows = finals(args, logs), {}, []
+    base, count, scores = ends["base"], lasting(args, RIVAL), ("preference", "judge")
+    gains = {label: {key: [ends[folder][f"{key}_gain"] for folder in runs] for key in scores}
+             for label, runs in jobs.items()}
+    for label, runs in jobs.items():
+        c, on_the_way = cost_of(args, label), [curve(logs[folder]) for folder in runs]
+        last = on_the_way[0][0][-1]
+        has_over = label != best and (SEARCHED in label or "sigma" in label)
         rows.append([
-            label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
-            iterations, " ".join(settings_of(args, label)[1]),
-            *(shown([end[key] for end in each]) for key in scores),
-            *(shown(gains[key], sign="+") for key in scores),
-            *(ahead([ends[folder][f"{key}_gain"] for folder in jobs[mine]], gains[key])
-              if label != mine else "" for key in scores),
-            *(shown([end[key] for end in each], 3) for key in ("diversity", "between_flawless")),
-            *paper_gains(name, label)])
-        data[label] = dict(finals=each, commands=commands(jobs[label]))
+            label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
+            f"{last:.0f}", " ".join(settings_of(args, label)[1]),
+            *(shown([one[1][k] for one in on_the_way], 3, "+") for k in (2, 6)),
+            shown([np.interp(count, *one) for one in on_the_way], 3, "+") * (last >= count),
+            *(shown(gains[label][key], sign="+") for key in scores),
+            *(ahead(gains[best][key], gains[label][key]) * has_over for key in scores),
+            *(shown([ends[folder][key] for folder in runs], 3)
+              for key in ("diversity", "between_flawless")), *paper_gains(name, label)])
+        data[label] = [ends[folder] for folder in runs]
     draw_pictures(args, name, jobs)
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
     caption += (f" All methods have the same seconds, {seconds:.0f}, by those of table3, in whole "
-                f"iterations. {ERRORS} The paper's columns are gains too.")
-    head = ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "settings", "reward",
-            "judge", "reward gain", "judge gain", f"reward of \"{mine}\" over it",
-            "judge over it", "diversity", "of flawless pictures", "paper: HPSv2.1", "paper: CLIP"]
-    return head, rows, data, caption
+                f"iterations. \"0.2\" is after that share of them, by the runs' own evaluations, "
+                f"one picture of each prompt. The last gains are from four new ones. The base has "
+                f"reward {base['preference']:.4f}, judge {base['judge']:.4f}, diversity "
+                f"{base['diversity']:.3f}, of flawless pictures {base['between_flawless']:.3f}. "
+                f"\"Over it\": {best} less the row. {ERRORS} The paper's columns are gains too.")
+    head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "settings",
+            "reward gain after 0.2", "0.6", f"after {count} iterations", "reward gain",
+            "judge gain", "ours over it", "judge, over it", "diversity", "of flawless pictures",
+            "paper: HPSv2.1", "paper: CLIP"]
+    return head, rows, data, caption, {label: {folder: logs[folder] for folder in runs}
+                                       for label, runs in jobs.items()}
 
 def draw_pictures(args, name, jobs):
     """A picture of twelve held-out prompts by the base, and by the first run of each label that
@@ -552,11 +538,28 @@ def draw_pictures(args, name, jobs):
     picture_grid(args.results / f"{name}.png", strips, chosen)
 
 def table1(args):
-    return compare(args, "table1", TABLE1,
-                   "One reward, `preference`; the paper's Table 1 has three, one of them HPSv2.1.")
+    *table, logs = compare(args, "table1", TABLE1, OURS + SEARCHED, "One reward, `preference`; the "
+                           "paper's Table 1 has three, one of them HPSv2.1.")
+    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharey="col")
+    for label, runs in logs.items():
+        mine, seconds = "Neighbor" in label, cost_of(args, label)["seconds"]
+        for panel, unit, name in zip(panels[0 if SEARCHED in label else 1], (1, seconds, seconds),
+                                     ("preference", "preference", "judge")):
+            grid, gains = np.mean([curve(lines, name) for lines in runs.values()], 0)
+            panel.plot(unit * grid, gains, "-" if mine else "--", label=label,
+                       linewidth=2.5 if mine else 1.2)
+    axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
+    for row, kind in zip(panels, ("searched", "as published")):
+        for panel, (x, y) in zip(row, axes):
+            panel.set(xlabel=x, ylabel=f"held-out {y}", title=kind)
+            panel.grid(alpha=0.3)
+        row[0].legend(fontsize=7)
+    finish(figure, args.results / "figure5.png")
+    return table
 
 def table2(args):
-    return compare(args, "table2", TABLE2, "One reward, `preference`; in the paper HPSv2.1.")
+    return compare(args, "table2", TABLE2, OURS_2,
+                   "One reward, `preference`; in the paper HPSv2.1.")[:4]
 
 def changed(args, name, row):
     """The runs of Neighbor GRPO with 8 steps and a row's other settings; equal iterations."""
@@ -585,8 +588,7 @@ def one_at_a_time(args, name):
     head = [SWEEPS[name][0] if name in SWEEPS else "", "reward gain", "judge gain",
             "gain of `named`", "flawless", "diversity", "of flawless pictures",
             f"reward over \"{first}\"", "judge over it", "paper: HPSv2.1", "paper: CLIP"]
-    data = dict(ends={row: [ends[folder] for folder in each] for row, each in jobs.items()},
-                commands=[line for each in jobs.values() for line in commands(each)])
+    data = {row: [ends[folder] for folder in each] for row, each in jobs.items()}
     return head, rows, data, caption
 
 def again(args):
@@ -627,19 +629,17 @@ def steps(args):
         c, its = cost_of(args, f"Neighbor GRPO, {T} steps"), {}
         for name, panel in zip(("preference", "judge"), panels):
             each = [points(logs[folder], name) for folder in runs]
-            its[name] = {count: [np.interp(count, *one) for one in each]
-                         for count in (args.iterations // 4, args.iterations, each[0][0][-1])}
+            last = each[0][0][-1]
+            its[name] = [[np.interp(count, *one) for one in each]
+                         for count in (args.iterations // 4, args.iterations, last)]
             panel.plot(each[0][0] * c["seconds"], np.mean([one[1] for one in each], 0),
                        label=f"{T} steps")
         data[T] = dict(its=its, ends={count: [ends[count][folder] for folder in runs]
-                                      for count in counts}, commands=commands(runs))
-        early, equal, last = its["preference"]
-        first = data[STEPS[0]]["its"]
-        over = [shown(np.subtract(its[name][count], list(first[name].values())[k]), sign="+")
-                if T != STEPS[0] else "" for name in its for k, count in ((1, equal), (2, last))]
+                                      for count in counts})
+        over = [shown(np.subtract(its[name][k], data[STEPS[0]]["its"][name][k]), sign="+")
+                if T != STEPS[0] else "" for name in its for k in (1, 2)]
         rows.append([T, min(4, T - 1), f"{c['seconds']:.2f}", f"{last:.0f}",
-                     *(shown(its["preference"][count], 3, "+") for count in (early, equal, last)),
-                     *(shown(its["judge"][count], 3, "+") for count in (equal, last)), *over,
+                     *(shown(each, 3, "+") for each in its["preference"] + its["judge"][1:]), *over,
                      *(shown([ends[count][folder]["preference_gain"] for folder in runs], 3, "+")
                        for count in counts), f"{correlation[T]:.2f}"])
     for name, panel in zip(("reward", "judge"), panels):
@@ -680,7 +680,8 @@ def spread(args):
     """The standard deviation inside a group of the base, from the first iteration of runs."""
     scorers = ("preference", "flawless")
     jobs = {(label, scorer): dict(job(args, f"spread-{label.replace('/', '')}", script, [
-        *flags.split(), "--rewards", scorer, "--eval_scorers", "preference"], 1, seed)
+        *flags.split(), "--rewards", scorer,
+        f"--eval_scorers={'preference' if scorer == 'flawless' else ''}"], 1, seed)
         for seed in range(args.seeds))
         for label, (script, flags) in list(SPREAD.items())[: 2 if args.quick else None]
         for scorer in scorers}
@@ -690,62 +691,8 @@ def spread(args):
                                      if "reward_std" in line) for folder in jobs[label, scorer]]
                        for scorer in scorers}
         rows.append([label, *(shown(data[label][scorer], 3) for scorer in scorers)])
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for k, scorer in enumerate(scorers):
-        axes.barh(np.arange(len(rows)) + 0.4 * k, [np.mean(one[scorer]) for one in data.values()],
-                  0.4, label=scorer)
-    axes.set_yticks(np.arange(len(rows)) + 0.2, list(data))
-    axes.invert_yaxis()
-    axes.set(xlabel="standard deviation in a group, mean of the groups")
-    axes.legend()
-    finish(figure, args.results / "spread.png")
     caption = f"The base's rollouts of eight training prompts for each seed. {ERRORS}"
     return ["rollout", "spread of the reward", "of `flawless`"], rows, data, caption
-
-def figure5(args):
-    labels = some(args, TABLE1)
-    jobs = {label: jobs_of(args, label) for label in labels}
-    logs = run_all(args, *jobs.values())
-    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharey="col")
-    rows, data, count = [], {}, lasting(args, RIVAL)
-    gains = {label: {name: np.array([curve(logs[folder], name)[1] for folder in runs])
-                     for name in ("preference", "judge")} for label, runs in jobs.items()}
-    for label in labels:                                                # gains (seeds, 11)
-        c, best = cost_of(args, label), label.endswith(SEARCHED)
-        mine, its = "Neighbor" in label, gains[label]
-        iterations = curve(logs[next(iter(jobs[label]))])[0]            # (11,)
-        for panel, unit, name in zip(panels[0 if best else 1], (1, c["seconds"], c["seconds"]),
-                                     ("preference", "preference", "judge")):
-            panel.plot(iterations * unit, its[name].mean(0), label=label, linestyle="-" if mine
-                       else "--", linewidth=2.5 if mine else 1.2)
-        data[label] = dict(iterations=iterations.tolist(), seconds_an_iteration=c["seconds"])
-        data[label] |= {f"{name}_gains": each.tolist() for name, each in its.items()}
-        early = ""
-        if iterations[-1] >= count:
-            early = shown([np.interp(count, iterations, each) for each in its["preference"]], 3,
-                          "+")
-        other = OURS + SEARCHED if best else OURS
-        over = [ahead(gains[other][name][:, 10], its[name][:, 10]) if label != other else ""
-                for name in its]
-        rows.append([label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
-                     f"{iterations[-1]:.0f}",
-                     *(shown(its["preference"][:, k], 3, "+") for k in (2, 6, 10)),
-                     shown(its["judge"][:, 10], 3, "+"), *over, early])
-    axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
-    for row, kind in zip(panels, ("searched", "as published")):
-        for panel, (x, y) in zip(row, axes):
-            panel.set(xlabel=x, ylabel=f"held-out {y}", title=kind)
-            panel.grid(alpha=0.3)
-        row[0].legend(fontsize=7)
-    finish(figure, args.results / "figure5.png")
-    seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption = (f"Held-out gains. Each method has {seconds:.0f} seconds, by those of table3; "
-               f"\"0.2\" is after that share of them. \"Over it\": {OURS}, searched for "
-               f"searched rows, less the row, at the end. {ERRORS}")
-    head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "reward gain after 0.2", "0.6",
-            "1", "judge gain", "ours over it", "ours over it in the judge",
-            f"reward gain after {count} iterations"]
-    return head, rows, data, caption
 
 @torch.no_grad()
 def group_of(path, prompts, seed, sigma=0.3, G=12, T=8):
@@ -837,7 +784,7 @@ def finish(figure, path):
 
 RESULT_OF = {"table3": table3, "steps": steps, "tune": tune, "table1": table1, "table2": table2,
              **{name: functools.partial(one_at_a_time, name=name) for name in CHANGES},
-             "spread": spread, "figure4": figure4, "figure5": figure5, "figure8": figure8,
+             "spread": spread, "figure4": figure4, "figure8": figure8,
              "again": again, "comparisons": comparisons}
 
 def main(argv=None):
