@@ -765,7 +765,9 @@ def comparisons(args):
         path = args.results / f"{name}.json"
         if path.exists():
             table = json.loads(path.read_text(encoding="utf-8"))
-            columns = [k for k, title in enumerate(table["head"]) if "over" in title.split()]
+            is_over = [bool(re.search(r"\bover\b", title)) for title in table["head"]]
+            columns = [k for k, title in enumerate(table["head"])       # older tables: "judge"
+                       if is_over[k] or title == "judge" and is_over[k - 1]]
             cells = sum(bool(row[k]) for row in table["rows"] for k in columns)
             rows.append([name, cells]) if cells else None
     rows.append(["all", total := sum(cells for _, cells in rows)])
