@@ -91,8 +91,8 @@ def start(words):
 def how_it_ended(folder, flags, status, said):
     """How a run ended: "whole" if complete, "diverged", or "" if it was stopped or failed."""
     last = int(flags[flags.index("--iterations") + 1])
-    evaluated = any(line["iter"] == last and "eval_preference" in line for line in read_log(folder))
-    if evaluated and status == 0:
+    wanted = "iter" if "--eval_every 0" in " ".join(flags) else "eval_preference"
+    if status == 0 and any(line["iter"] == last and wanted in line for line in read_log(folder)):
         return "whole"
     return "diverged" if re.search("no longer finite|no finite gradient|not finite", said) else ""
 

@@ -155,15 +155,17 @@ PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one 
 # ------------------------------------------------------------------------------------------------
 # The runs of a method
 
-def job(args, label, script, flags, iterations, seed, every=0):
-    """One run -> (folder, (script, flags)). `every`: iterations between evaluations; 0: a fifth."""
+def job(args, label, script, flags, iterations, seed, every=None):
+    """One run -> (folder, (script, flags)). `every`: iterations between evaluations, 0 for none; by
+    default a fifth of all."""
     text, name = " ".join(flags), OURS if "sigma" in label else label
     moves = 12 if "--method mix" in text else 10 if re.search("--prune [1-9]", text) else 0
     if moves and "--window_every" not in text:          # published: 25 and 30 of 300 iterations
         flags = [*flags, "--window_every", str(max(1, round(iterations / moves)))]
     name = name.replace("*", "").replace(", ", "-").replace(" ", "_")
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]
-    every = iterations if args.quick else every or math.ceil(iterations / 5)
+    every = math.ceil(iterations / 5) if every is None else every
+    every = iterations if args.quick and every else every
     return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (script, [
         *flags, "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
         "--eval_every", str(every), "--save_every", "10", "--keep", "1", *args.more])
@@ -402,14 +404,13 @@ def finals(args, logs, steps=16, pictures=4):
     """{folder: a row of eval.py's results} of finished runs, and the base's row as "base". eval.py
     samples the last checkpoints, several pictures for each held-out prompt. Rows that runs.jsonl
     has are taken from there."""
-    kept, key, found = kept_runs(args), f"scores, {steps} steps, {pictures} pictures", {}
-    names = {folder.name: folder for folder in logs}
-    for name in ("base", *names):
-        if key in kept.get(name, {}) and (args.kept or kept[name]["made_by"] == made_by()):
-            found[names.get(name, name)] = kept[name][key]
-    newest = {folder: path[-1] for folder in logs
-              if folder not in found and (path := checkpoints(folder))}
-    if missing := [folder.name for folder in logs if folder not in {**found, **newest}]:
+    kept, here, key = kept_runs(args), made_by(), f"scores, {steps} steps, {pictures} pictures"
+    names = ["base", *(folder.name for folder in logs)]
+    found = {name: kept[name][key] for name in names if key in kept.get(name, {})
+             and (args.kept or kept[name]["made_by"] == here)}
+    newest = {folder.name: path[-1] for folder in logs
+              if folder.name not in found and (path := checkpoints(folder))}
+    if missing := [name for name in names[1:] if name not in {**found, **newest}]:
         raise RuntimeError(f"there is neither a checkpoint nor a score of {', '.join(missing)}; "
                            "delete their lines in runs.jsonl to make these runs again")
     if newest:
@@ -421,17 +422,17 @@ def finals(args, logs, steps=16, pictures=4):
         rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
         apart = {row["label"]: between_flawless(out / row["label"]) for row in rows}
         has_two = np.isfinite(apart[rows[0]["label"]])
-        labels = {rows[0]["label"]: "base", **{label_of(path): folder
-                                               for folder, path in newest.items()}}
+        labels = {rows[0]["label"]: "base",
+                  **{label_of(path): name for name, path in newest.items()}}
         for row in rows:                        # prompts with two flawless pictures of the base
+            name = labels[row["label"]]
             row["between_flawless"] = np.nanmean(apart[row["label"]][has_two])
-            what = labels[row["label"]]
-            found[what] = {key: round(value, 6) for key, value in row.items()
+            found[name] = {what: round(value, 6) for what, value in row.items()
                            if isinstance(value, float)}
-            entry = kept.get(getattr(what, "name", what), dict(command="", made_by=made_by()))
-            keep_run(args, getattr(what, "name", what), {
-                "command": entry["command"], "made_by": entry["made_by"], key: found[what]})
-    return found
+            made = kept.get(name, dict(command="", made_by=here))
+            keep_run(args, name, {"command": made["command"], "made_by": made["made_by"],
+                                  key: found[name]})
+    return {"base": found["base"], **{folder: found[folder.name] for folder in logs}}
 
 def between_flawless(folder):
     """The distance of two pictures of each prompt that are both flawless, (prompts,), nan if there
@@ -501,7 +502,7 @@ def compare(args, name, labels, best, caption):
             label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
             f"{last:.0f}", " ".join(settings_of(args, label)[1]),
             *(shown([one[1][k] for one in on_the_way], 3, "+") for k in (2, 6)),
-            shown([np.interp(count, *one) for one in on_the_way], 3, "+") * (last >= count),
+            shown([np.interp(count, *one) for one in on_the_way], 3, "+") * bool(last >= count),
             *(shown(gains[label][key], sign="+") for key in scores),
             *(ahead(gains[best][key], gains[label][key]) * has_over for key in scores),
             *(shown([ends[folder][key] for folder in runs], 3)
@@ -679,9 +680,8 @@ def order(steps, count):
 def spread(args):
     """The standard deviation inside a group of the base, from the first iteration of runs."""
     scorers = ("preference", "flawless")
-    jobs = {(label, scorer): dict(job(args, f"spread-{label.replace('/', '')}", script, [
-        *flags.split(), "--rewards", scorer,
-        f"--eval_scorers={'preference' if scorer == 'flawless' else ''}"], 1, seed)
+    jobs = {(label, scorer): dict(job(args, f"spread-{label}", script, [
+        *flags.split(), "--rewards", scorer, "--eval_scorers="], 1, seed, every=0)
         for seed in range(args.seeds))
         for label, (script, flags) in list(SPREAD.items())[: 2 if args.quick else None]
         for scorer in scorers}
@@ -713,6 +713,9 @@ def before_and_after(args, prompts, seed=0):
     """`group_of` the base and of our first run, from the same noises."""
     folder, what = next(iter(jobs_of(args, OURS).items()))
     run_all(args, {folder: what})
+    if not checkpoints(folder):
+        raise SystemExit(f"{folder} has no checkpoint any more; delete its lines in runs.jsonl to "
+                         "make it again")
     paths = {"base": HERE / "tiny/flux", "aligned": checkpoints(folder)[-1]}
     return {label: group_of(path, prompts, seed) for label, path in paths.items()}
 
