@@ -300,24 +300,28 @@ def flags_of(family, choice):
     method = f"--method {family} " * (family != "neighbor")
     return f"{method}{' '.join(filter(None, choice))}"
 
-def in_order(family):
+def in_order(family, fits=lambda choice: True):
     """The settings of a method in the order in which they are tried: (choice, is published). The
     order is random, but every third trial has all settings as published, except learning rate and
-    clip, while there are such."""
+    clip, while there are such. The others must be choices that fit."""
     grid, rng = GRIDS[family], random.Random(family)
-    published = tuple(axis[0] for axis in grid[2:])
+    published, n = tuple(axis[0] for axis in grid[2:]), 0
     plain, others = [], []
     for choice in itertools.product(*grid):
         (plain if choice[2:] == published else others).append(choice)
     rng.shuffle(plain)
     rng.shuffle(others)
-    for n in range(len(plain) + len(others)):
+    while plain or others:
         is_plain = bool(plain) and (n % 3 == 0 or not others)
-        yield (plain if is_plain else others).pop(), is_plain
+        choice = (plain if is_plain else others).pop()
+        if is_plain or fits(choice):
+            n += 1
+            yield choice, is_plain
 
 def sweep(args):
     """Try settings for half the seconds of a run, but for at least eight iterations, until the
-    method's seconds are spent. Then try the best again, for all the seconds and with another seed:
+    method's seconds are spent. (Those of which a run has less than four iterations, only as
+    published.) Then try the best again, for all the seconds and with another seed:
     by turns the best of all and the best of the published, until another budget is spent.
     -> {method: [dict(choice, published, seconds, half, whole)]}; half and whole: dict(iterations,
     preference, judge), the gains, or -1 for a run that diverged."""
@@ -350,9 +354,10 @@ def sweep(args):
     found = {}
     for family in ("dance", "fdfo", "neighbor") if args.quick else GRIDS:
         script = METHODS[FAMILIES[family]][0]
-        trials = (dict(choice=choice, published=published,
-                       seconds=estimated(script, flags_of(family, choice)))
-                  for choice, published in in_order(family))
+        cost = lambda choice: estimated(script, flags_of(family, choice))
+        trials = (dict(choice=choice, published=published, seconds=cost(choice))
+                  for choice, published in in_order(
+                      family, lambda choice: args.quick or 4 * cost(choice) <= run_seconds))
         found[family] = within(args.search[0], trials, "half", 1 / 2)
     attempt("half", 1000, found)
     again = {}
