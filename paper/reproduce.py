@@ -158,7 +158,7 @@ PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one 
 def job(args, label, script, flags, iterations, seed, every=None):
     """One run -> (folder, (script, flags)). `every`: iterations between evaluations, 0 for none; by
     default a fifth of all."""
-    text, name = " ".join(flags), OURS if "sigma" in label else label
+    text, name = " ".join(flags), OURS if label in (OURS_2, OURS_08) else label
     moves = 12 if "--method mix" in text else 10 if re.search("--prune [1-9]", text) else 0
     if moves and "--window_every" not in text:          # published: 25 and 30 of 300 iterations
         flags = [*flags, "--window_every", str(max(1, round(iterations / moves)))]
@@ -839,7 +839,7 @@ def main(argv=None):
         (args.results / f"{name}.md").write_text(text, encoding="utf-8")
         data = json.dumps(dict(command=command, head=head, rows=rows, data=found), indent=1)
         (args.results / f"{name}.json").write_text(data, encoding="utf-8")
-        print(f"\n{text}\nwrote {args.results}/{name}.md, .json, .png in "
+        print(f"\n{text}\nwrote {args.results}/{name}.md and .json in "
               f"{time.time() - began:.0f} s\n", flush=True)
 
 if __name__ == "__main__":
