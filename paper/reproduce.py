@@ -8,7 +8,8 @@ compares it with, and four more.
     python -m paper.reproduce table1 --quick    # only to see that it runs: results/quick/
 
     table3             the cost of an iteration: network evaluations, which are counted, and
-                       seconds, which are measured in turns within one process
+                       seconds, which are measured in turns within one process; once more after
+                       tune, which adds the searched settings
     steps              Neighbor GRPO with 8 to 2 steps, at equal iterations and at equal seconds
     tune               the search for each method's settings
     table1, table2     the methods at equal seconds; table1 also draws Figure 5
@@ -85,7 +86,8 @@ TABLE2 = [label + end for label in ("DanceGRPO", "MixGRPO", "BranchGRPO")
           for end in ("", SEARCHED)] + [OURS_2, OURS_08]
 ERRORS = "± is the standard error over seeds."
 PAIRED = "\"Over\" is the difference of runs of the same seed."
-# The learning rate and clip of Tables 4 to 6, settings and rewards: the first search's (LOG.md)
+# The learning rate and clip of Tables 4 to 6, settings and rewards: those of the first search
+# (results/tune.md of commit 3da3e69)
 AROUND = "--lr 5e-5 --clip_eps 1e-3".split()
 
 # ------------------------------------------------------------------------------------------------
@@ -826,7 +828,9 @@ def main(argv=None):
         args.more = ["--prompts_per_iteration", "4", "--resolution", "32", "--eval_prompts",
                      str(args.out / "four.txt")]
     signal.signal(signal.SIGTERM, stop)
-    for name in RESULT_OF if args.what == "all" else [args.what]:
+    names = [name for name in RESULT_OF if name not in ("table3", "steps", "tune", "again")]
+    names = ["table3", "steps", "tune", "table3", *names] if args.what == "all" else [args.what]
+    for name in names:
         began = time.time()
         head, rows, found, caption = RESULT_OF[name](args)
         command = (f"python -m paper.reproduce {name} --seeds {args.seeds} --iterations "
