@@ -110,7 +110,7 @@ def sde_rollout(velocity, x, ts, levels, noise, solver="ddim"):
     return torch.stack(traj), torch.stack(vels)
 
 def global_advantages(rewards, everywhere=None):
-    """The advantages of Flow-GRPO and DiffusionNFT: the mean is that of the group, but the standard
+    """The advantages of Flow-GRPO, DiffusionNFT and AWM: the mean is the group's, but the standard
     deviation (of the population, plus 1e-4) is that of ALL rewards of the iteration.
 
     rewards (P, G), everywhere: those of all processes -> (P, G), clamped to [-5, 5]. A group whose
