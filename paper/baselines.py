@@ -1,9 +1,9 @@
 """
-The methods that the paper compares Neighbor GRPO with, and three more: Flow-GRPO, DiffusionNFT and
-FDFO. All but the last two explore by turning the ODE into an SDE. Time t runs from 1 (noise) to 0
-(image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
+The methods that the paper compares Neighbor GRPO with, and four more: Flow-GRPO, DiffusionNFT, AWM
+and FDFO. All but the last three explore by turning the ODE into an SDE. Time t runs from 1 (noise)
+to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 
-    python -m paper.baselines --method dance    # DanceGRPO; or flow, mix, flash, branch, nft, fdfo
+    python -m paper.baselines --method dance    # or flow, mix, flash, branch, nft, awm, fdfo
     python -m paper.baselines --method mix --window_every 10 --lr 1e-4 --out_dir out/mix-1e-4
     torchrun --nproc_per_node 8 -m paper.baselines --method flow --preset dpm8 --model ...
 
@@ -111,7 +111,7 @@ def sde_rollout(velocity, x, ts, levels, noise, solver="ddim"):
     return torch.stack(traj), torch.stack(vels)
 
 def global_advantages(rewards, everywhere=None):
-    """The advantages of Flow-GRPO and DiffusionNFT: the mean is that of the group, but the standard
+    """The advantages of Flow-GRPO, DiffusionNFT and AWM: the mean is the group's, but the standard
     deviation (of the population, plus 1e-4) is that of ALL rewards of the iteration.
 
     rewards (P, G), everywhere: those of all processes -> (P, G), clamped to [-5, 5]. A group whose
@@ -201,6 +201,26 @@ def nft_decay(step):
     """The share of the old policy that stays after optimizer step `step` (their decay type 1). At
     first it is almost 0, and from step 500 on it is half."""
     return min(0.001 * step, 0.5)
+
+# ------------------------------------------------------------------------------------------------
+# AWM, Advantage Weighted Matching (arXiv 2509.25050; scxue/advantage_weighted_matching,
+# train_sd3_awm.py): the likelihood of an image is the loss of pretraining
+
+def awm_log_prob(v, x0, noise, t, power=0.25):
+    """-(t / power) (e^power - c^power), with e = mean((v - (noise - x0))^2) + c, the flow-matching
+    error at x_t = (1-t) x0 + t noise, and c = 1e-10 ("ghuber" in their code).
+
+    v, x0, noise (M, ...), t (M,) -> (M,) float64. The power makes one image's large error count
+    less. Like the other ratios here, that of two such numbers is a mean over the D dimensions.
+    """
+    c = 1e-10
+    error = (v.double() - (noise - x0).double()).pow(2).flatten(1).mean(1) + c      # (M,)
+    return -t / power * (error**power - c**power)                       # (M,)
+
+def awm_steps(T, K, rng):
+    """K of a rollout's T steps: one at random from each of K equal parts of the first 0.9 T."""
+    bounds = torch.linspace(0, int(0.9 * T), K + 1).long()
+    return bounds[:-1] + (torch.rand(K, generator=rng) * bounds.diff()).long()      # (K,)
 
 # ------------------------------------------------------------------------------------------------
 # FDFO, finite difference flow optimization (arXiv 2603.12893). Its code may not be used
@@ -414,7 +434,7 @@ def train_nft(cfg, model, scorers, run):
     for it in run.iterations():
         # Draw prompts, G independent noises for each, and K times with fresh noise per image
         seconds, lap = stopwatch(model.device)
-        prompt, x1, noise, steps = draw_nft(cfg, it, prompts, model.latent_shape)
+        prompt, x1, noise, steps = draw_matching(cfg, it, prompts, model.latent_shape)
 
         # Roll out with the old policy, and compute its velocity at the points that are trained
         x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (K, P G, ...)
@@ -444,10 +464,71 @@ def train_nft(cfg, model, scorers, run):
         lap("update")
         run.log(it, scores, A, [], seconds, nfe_old=len(vels) + K, nfe_theta=float(K))
 
+def train_awm(cfg, model, scorers, run):
+    """AWM: as in DiffusionNFT, rollouts by any ODE solver and flow matching on their images, but by
+    a likelihood ratio. The policy that rolls out is the one that is trained. So in the first update
+    the old velocity is the new one, and only later updates evaluate it. Advantages are in [-1, 1].
+
+    Their loss also has the squared distances to two other velocities. That to the base's, times
+    1e-4, is left out as in DiffusionNFT. That to a fast average of the policy is, too: the average
+    keeps at most 0.001 of itself for each iteration that was made, so in runs as short as ours it
+    is the policy."""
+    P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
+    K, U = cfg.num_train_steps, cfg.updates_per_iteration
+    prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
+    ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
+
+    for it in run.iterations():
+        # Draw prompts, G independent noises for each, and K times with fresh noise per image
+        seconds, lap = stopwatch(model.device)
+        prompt, x1, noise, steps = draw_matching(cfg, it, prompts, model.latent_shape)
+
+        # Roll out
+        x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (K, P G, ...)
+        with torch.no_grad():
+            cond = model.encode(prompt)
+            traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.solver)
+            x0 = run.finite(traj[-1])                                   # (P G, N, C)
+            images = model.decode(x0)                                   # (P G, 3, H, W)
+        lap("rollout")
+
+        # Score them, and turn scores into advantages
+        scores = score(scorers, images, prompt)                         # {name: (P, G)}
+        A = standardised(cfg, scores, prompt, weights)                  # (P, G)
+        lap("reward")
+
+        # The old log probabilities of the images of all updates but the first
+        t = ts[steps][..., None, None].to(model.device)                 # (K, P G, 1, 1)
+        x_t = (1 - t) * x0 + t * noise                                  # (K, P G, N, C)
+        def log_prob_of(j, some):
+            v = model.velocity(x_t[j, some], t[j, some].flatten(), cond)
+            return awm_log_prob(v, x0[some], noise[j, some], t[j, some].flatten())
+        parts = [part.flatten() for part in torch.arange(P * G).view(P, G).chunk(U, 1)]     # (P g,)
+        with torch.no_grad():
+            old = [[log_prob_of(j, some) for j in range(K)] for some in parts[1:]]
+
+        # Update: the likelihood ratio of every image at its own K times
+        log_rhos, trained = [], 0
+        for u, some in enumerate(parts):                                # (P g,)        g = G / U
+            each_A = A.flatten()[some] / 5                              # (P g,)
+            for j in range(K):
+                log_pi = log_prob_of(j, some)                           # the only gradient
+                log_rho = (log_pi - (old[u - 1][j] if u else log_pi.detach())).float()  # (P g,)
+                J = clipped_objective(log_rho, each_A, cfg.clip_eps)    # ()
+                loss = -J / (len(some) * K)
+                loss.backward()
+                log_rhos.append(log_rho.detach())
+                trained += len(some)
+            update(cfg, model, run)
+        lap("update")
+        run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels) + K * (1 - 1 / U),
+                nfe_theta=trained / (P * G))
+
 def train_fdfo(cfg, model, scorers, run):
     """FDFO: G / 2 pairs for each prompt. A little noise drives the two of a pair apart. At every
     step of both, the velocity is pulled towards the image with the better score and away from the
-    other. The reward is the weighted sum of all rewards. It is not standardised."""
+    other. The reward is the weighted sum of all rewards. It is not standardised. The updates share
+    the pairs of each prompt, or if these are too few, the prompts."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
     T, U = cfg.num_rollout_steps, cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
@@ -477,12 +558,19 @@ def train_fdfo(cfg, model, scorers, run):
 
         # Update at every step of both trajectories, along the difference of their end points
         log_rhos, trained = [], 0
-        for chosen in torch.arange(G).chunk(U):                         # (g,)          g = G / U
-            each_A, each_d = A[:, chosen].flatten(), d[:, chosen].flatten(0, 1)     # (P g, ...)
+        all_of = torch.arange(P), torch.arange(G)
+        if G // 2 % U == 0:
+            parts = [(all_of[0], chosen) for chosen in all_of[1].chunk(U)]
+        else:
+            parts = [(mine, all_of[1]) for mine in all_of[0].chunk(U)]
+        for mine, chosen in parts:                                      # (p,), (g,)
+            its_cond = {name: of[mine.to(of.device)] for name, of in cond.items()}
+            row = mine[:, None]                                         # (p, 1)  goes with chosen
+            each_A, each_d = A[row, chosen].flatten(), d[row, chosen].flatten(0, 1)     # (p g, ...)
             for k in range(T):
-                x_t = states[k][:, chosen].flatten(0, 1)                # (P g, N, C)
-                v_old = vels[k][:, chosen].flatten(0, 1)
-                v = model.velocity(x_t, state_ts[k], cond)              # the only gradient
+                x_t = states[k][row, chosen].flatten(0, 1)              # (p g, N, C)
+                v_old = vels[k][row, chosen].flatten(0, 1)
+                v = model.velocity(x_t, state_ts[k], its_cond)          # the only gradient
                 log_rho = fdfo_log_ratio(v, v_old, each_d)              # (P g,)
                 J = spo_objective(log_rho, each_A, cfg.clip_eps)        # ()
                 loss = -J / (len(log_rho) * T)
@@ -518,14 +606,16 @@ def draw_sde(cfg, it, prompts, latent_shape, start, end):
         steps.append(start + torch.stack(orders).sort(1).values)        # (G, K)
     return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps)
 
-def draw_nft(cfg, it, prompts, latent_shape):
-    """P prompts, x_1 (P G, N, C), fresh noise (K, P G, N, C), and for each image K of the rollout's
-    steps: (K, P G)."""
+def draw_matching(cfg, it, prompts, latent_shape):
+    """For nft and awm: P prompts, x_1 (P G, N, C), fresh noise (K, P G, N, C), and for each image K
+    of the rollout's steps: (K, P G)."""
     G, K, T = cfg.group_size, cfg.num_train_steps, cfg.num_rollout_steps
     chosen, rngs = groups(cfg, it, prompts)
     x1 = [torch.randn(G, *latent_shape, generator=rng) for rng in rngs]
     noise = [torch.randn(K, G, *latent_shape, generator=rng) for rng in rngs]
-    steps = [torch.randperm(T, generator=rng)[:K] for rng in rngs for _ in range(G)]
+    each = {"nft": lambda rng: torch.randperm(T, generator=rng)[:K],
+            "awm": lambda rng: awm_steps(T, K, rng)}[cfg.method]
+    steps = [each(rng) for rng in rngs for _ in range(G)]
     return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps, 1)
 
 def draw_fdfo(cfg, it, prompts, latent_shape):
@@ -595,6 +685,8 @@ def nfe(cfg, it=0):
         return sum(widths[:-1]) / G, len(edges) / G
     if cfg.method == "nft":                     # the old policy also sees the K trained points
         return T + K, K
+    if cfg.method == "awm":                     # ... those of all updates but the first
+        return T + K * (1 - 1 / cfg.updates_per_iteration), K
     if cfg.method == "fdfo":
         return T, T
     ts, start, end, _ = sde_times(cfg, schedule(T, cfg.shift or 1), it)
@@ -606,13 +698,14 @@ def nfe(cfg, it=0):
 @dataclass
 class Config(train.Config):
     method: str = option("", "which of the baselines",
-                         ("dance", "flow", "mix", "flash", "branch", "nft", "fdfo"))
+                         ("dance", "flow", "mix", "flash", "branch", "nft", "awm", "fdfo"))
     num_rollout_steps: int = option(25, "T, steps of a rollout", "[2, inf)")
     num_train_steps: int = option(4, "K, number of trained steps, drawn for each candidate from "
-                                  "the SDE's steps; nft: from the rollout's", "[1, inf)")
+                                  "the SDE's steps; nft, awm: from the rollout's", "[1, inf)")
     updates_per_iteration: int = option(3, "optimizer steps per iteration; they share the "
                                         "candidates, or branch's edges", "[1, inf)")
-    solver: str = option("ddim", "for the ODE's steps after the SDE's, and for nft's rollout",
+    solver: str = option("ddim", "for the ODE's steps after the SDE's, and for nft's and awm's "
+                         "rollout",
                          ("ddim", "dpmpp_2m"))
     noise: str = option("", "noise level. dance: eta at all times; flow: eta sqrt(t / (1 - t))",
                         ("", "dance", "flow"))
@@ -652,6 +745,7 @@ class Config(train.Config):
     def rules(self):
         """[(holds, the sentence if it does not)] for the settings of the method."""
         rules = {"branch": self.rules_of_branch, "nft": self.rules_of_nft,
+                 "awm": lambda: self.rules_of_sde(size=int(0.9 * self.num_rollout_steps)),
                  "fdfo": self.rules_of_fdfo}
         return [*self.rules_of_all(), *rules.get(self.method, self.rules_of_sde)()]
 
@@ -712,12 +806,14 @@ class Config(train.Config):
 
     def rules_of_fdfo(self):
         G, U = self.group_size, self.updates_per_iteration
+        P = self.prompts_per_iteration // WORLD
         return [
             (self.num_train_steps == 4,
              "num_train_steps is not a setting of fdfo, which trains every step"),
             (G % 2 == 0, f"group_size (G) is {G}, but must be even: fdfo has pairs"),
-            (G // 2 % U == 0, f"updates_per_iteration is {U}, but must divide the number of "
-                              f"pairs of a prompt, {G // 2}"),
+            (G // 2 % U == 0 or P % U == 0,
+             f"updates_per_iteration is {U}, but must divide the number of pairs of a prompt, "
+             f"{G // 2}, or of a process's prompts, {P}"),
             (self.churn >= 1e-6, f"churn is {self.churn:g}, but must be at least 1e-6: the two of "
                                  "a pair would be the same"),
             (self.solver == "ddim", "solver is not a setting of fdfo, whose steps are Euler's"),
@@ -744,6 +840,10 @@ METHODS = {
     # G is 12 here, not 24; they train adapters, and evaluate another average (`train_nft`)
     "nft": dict(num_rollout_steps=10, num_train_steps=9, updates_per_iteration=1, beta=1.0,
                 ema=0.5, global_std=True, solver="dpmpp_2m"),
+    # For SD3.5-M and PickScore. G is 12 here, not 24; SA-Solver is the rollout's; they train
+    # adapters and keep an average (`train_awm`). With one update the clip has no effect.
+    "awm": dict(num_rollout_steps=14, num_train_steps=6, updates_per_iteration=1, clip_eps=1.0,
+                global_std=True, solver="dpmpp_2m"),
     # For SD3.5-M. A prompt has 6 pairs here, in 3 updates; they have one pair for each of 432
     # prompts, in 4 updates. They train adapters, without guidance. clip_eps is the penalty's eps.
     # As in branch, every step is trained, and num_train_steps has no effect.
@@ -752,7 +852,7 @@ METHODS = {
 }
 LEVELS = {"dance": dance_level, "flow": flow_level}
 LOOPS = {"dance": train_sde, "flow": train_sde, "mix": train_sde, "flash": train_sde,
-         "branch": train_branch, "nft": train_nft, "fdfo": train_fdfo}
+         "branch": train_branch, "nft": train_nft, "awm": train_awm, "fdfo": train_fdfo}
 
 def loop(cfg, model, scorers, run):
     LOOPS[cfg.method](cfg, model, scorers, run)

@@ -7,13 +7,10 @@ to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
     python -m paper.bench methods --geometry flux --only dance,dpm8 --compile --no-bare --repeats 1
     python -m paper.bench ladder --geometry flux        # what each step of the fast path brings
     python -m paper.bench ladder --geometry flux --steps 2 --profile    # and what takes the time
-    python -m paper.bench batching --geometry flux-small        # B anchors in one forward, or in B
-    python -m paper.bench scaling               # seconds against G, T, B, K and pixels
-    python -m paper.bench floor                 # operations of an iteration at FLUX.1-dev's size
     python -m paper.bench memory                # GPU memory that FLUX.1-dev needs
 
-floor and memory are computed without a GPU, from tensors that have shapes but no numbers. For the
-other commands, settings of train.py may follow, such as --compile above.
+memory is computed without a GPU, from tensors that have shapes but no numbers. For the other
+commands, settings of train.py may follow, such as --compile above.
 
 `methods` times iterations of the loops. After each it times bare calls: the same calls of the same
 networks, in the same batches, without the loop. The methods take turns. Its columns are medians:
@@ -29,33 +26,31 @@ networks, in the same batches, without the loop. The methods take turns. Its col
     GB                   the peak memory of the bare calls, on a CPU without the weights; in
                          `ladder` that of the iterations
     gradient norm        in `ladder`: of the first iteration, before clipping
-    below eps            in `ladder`: how many of the first update's gradients are smaller than
-                         AdamW's eps, 1e-8, as a share of those that are not 0. (New adapters begin
-                         at 0, and half of their gradients are 0 then.)
 """
 import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time
 from collections import namedtuple
 from pathlib import Path
-import numpy as np
 import torch
 import rewards, train
 from eval import SOLVERS
 from inputs import read_prompts
 from paper import baselines, float8
-from paper.counts import KLEIN, VAE, Live, decoding, memory, memory_of_klein, operations
+from paper.counts import VAE, Live, memory, memory_of_klein, operations
 from run import Run
-from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, FluxPipeline,
-                       FluxTransformer2DModel)
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 TRAIN, BASELINES = "train.py", "-m paper.baselines"             # what follows `python`
 METHODS = {                                                     # name: (label, script, settings)
     "dance": ("DanceGRPO", BASELINES, "--method dance"),
+    "dance16": ("DanceGRPO, 16 steps", BASELINES,
+                "--method dance --num_rollout_steps 16 --num_train_steps 9"),   # as in its own code
     "flow": ("Flow-GRPO", BASELINES, "--method flow"),
     "mix": ("MixGRPO", BASELINES, "--method mix"),
     "flash": ("MixGRPO-Flash*", BASELINES, "--method flash"),
     "branch": ("BranchGRPO", BASELINES, "--method branch"),
     "prune": ("BranchGRPO, pruned", BASELINES, "--method branch --prune 5"),
     "nft": ("DiffusionNFT", BASELINES, "--method nft"),
+    "awm": ("AWM", BASELINES, "--method awm"),
     "fdfo": ("FDFO", BASELINES, "--method fdfo"),
     "ddim25": ("Neighbor GRPO, 25 steps", TRAIN,
                "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4"),
@@ -144,14 +139,12 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
         for repeat in range(warm + repeats):
             for name, s in setups.items():
                 s.cfg.iterations = repeat + 1                   # so that the loop makes one more
-                with watched_gradients(s.run.opt, repeat == 0) as shares:
-                    calls, seconds = one_iteration(s)
+                calls, seconds = one_iteration(s)
                 again = lambda: replay(s.model, s.scorers, calls, s.prompts)
                 if repeat == 0:
                     found[name] = settings_of(s.cfg, calls, s.model.nfe)
                     found[name]["flops"] = flops_of(s.costs, calls)
                     found[name]["grad_norm"] = s.run.lines()[-1]["grad_norm"]
-                    found[name]["below_eps"] = shares[0] if shares else 0.0
                 if bare:
                     began = now(s.model.device)
                     again()
@@ -207,26 +200,6 @@ def one_iteration(s):
                        rollout=log["seconds_rollout"] - apart["decode"],
                        reward=log["seconds_reward"],
                        update=log["seconds_update"] - apart["optimizer"])
-
-@contextlib.contextmanager
-def watched_gradients(opt, wanted):
-    """Inside, if wanted, each step of the optimizer adds to the list the share of its gradients
-    that are below AdamW's eps. Those that are 0 do not count."""
-    shares = []
-
-    def share_below_eps(opt, *_):
-        weights = [w for group in opt.param_groups for w in group["params"]]
-        sizes = [w.grad.abs() for w in weights if w.grad is not None]
-        eps = opt.defaults["eps"]
-        below = sum(int(((size > 0) & (size < eps)).sum()) for size in sizes)
-        shares.append(below / max(1, sum(int(size.count_nonzero()) for size in sizes)))
-
-    hook = opt.register_step_pre_hook(share_below_eps) if wanted else None
-    try:
-        yield shares
-    finally:
-        if hook:
-            hook.remove()
 
 def busiest(s):
     """One more iteration by torch.profiler: the ten kernels, on a CPU the ten operators, that take
@@ -364,7 +337,7 @@ def build(cfg, geometry):
     return train.load(cfg) if geometry == "tiny" else random_flux(cfg, geometry)
 
 # ------------------------------------------------------------------------------------------------
-# The other commands
+# The ladder
 
 LADDER = {                              # step: (settings of train.py, a change of the model)
     "blocks as they are, all recomputed": ("--no-compile --checkpoint_blocks -1", None),
@@ -380,7 +353,7 @@ def ladder(repeats, geometry, flags, steps=(), profile=False):
     the numbers `steps`, from 1. On the small world, which has fewer than 35 blocks, the steps take
     turns. At other sizes they follow one another, because only one model may fit."""
     device = torch.device(parsed(TRAIN, flags).device)
-    head = ["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm", "below eps"]
+    head = ["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm"]
     print(markdown(head, []), flush=True)
     turns = [[list(LADDER)[number - 1]] for number in steps] or [[name] for name in LADDER]
     if geometry == "tiny" and not steps:
@@ -407,7 +380,7 @@ def ladder(repeats, geometry, flags, steps=(), profile=False):
             if name in found:
                 seconds = [f"{found[name][key]:.2f}" for key in ("iteration", *PHASES)]
                 row = [*seconds, *rates(found[name], rate), memory,
-                       f"{found[name]['grad_norm']:.2e}", f"{found[name]['below_eps']:.3f}"]
+                       f"{found[name]['grad_norm']:.2e}"]
             print(line([name, *row]), flush=True)
             if profile and name in found:
                 print(f"\n{name}\n{found[name]['profile']}", flush=True)
@@ -426,125 +399,13 @@ def is_possible(name, device, flags):
         return False
     return True
 
-def costs_of(net, vae, name, tokens=45 * 45, text=512, rank=64):
-    """The operations of one latent at 720x720 -> {case: (forward, with backward)}. Also prints
-    them."""
-    costs = {}
-    for what, of in ((f"LoRA {rank}", rank), ("all weights", 0)):
-        for how, blocks in (("nothing recomputed", 0), ("all recomputed", -1)):
-            costs[f"{what}, {how}"] = operations(net.config, tokens, text, of, blocks)
-    each = [f"{kind}: forward {forward / 1e12:.2f}, with backward {both / 1e12:.2f}"
-            for kind, (forward, both) in costs.items()]
-    print(f"one latent of {name}, in TFLOP: {'; '.join(each)}; decoding it "
-          f"{decoding(vae, 90) / 1e12:.2f}")
-    return costs
-
-def floor():
-    """Print the operations of each method's iteration with one group, FLUX.1-dev at 720x720: the
-    matrix products of the transformer, which every implementation needs. For FLUX.2 klein, print
-    those of one latent."""
-    with torch.device("meta"):
-        flux, klein = FluxTransformer2DModel(guidance_embeds=True), Flux2Transformer2DModel(**KLEIN)
-        vae, klein_vae = AutoencoderKL(**VAE), AutoencoderKLFlux2()
-    costs = costs_of(flux, vae, "FLUX.1-dev")
-    costs_of(klein, klein_vae, "FLUX.2-klein-base-4B, which guidance evaluates twice")
-    cfg = parsed(TRAIN, [])
-    small = train.load(cfg)
-    forward, both = operations_of(small, cfg)
-    decode = decoding(small.pipe.vae, 2 * small.height)
-    print(f"one of the small world's, in GFLOP: forward {forward / 1e9:.3f}, with backward "
-          f"{both / 1e9:.3f}; decoding it {decode / 1e9:.3f}\n")
-    head, rows, rival = ["Method", "G", "NFE_old", "NFE_theta"], [], None
-    for kind in costs:
-        head += [f"PFLOP, {kind}", "of DanceGRPO's"]
-    for label, script, own in METHODS.values():
-        c = parsed(script, own.split())
-        if script == BASELINES:
-            old, theta = baselines.nfe(c)
-        else:
-            old, theta = c.num_rollout_steps, c.num_anchors * c.num_train_steps / c.group_size
-        sums = [c.group_size * (old * forward + theta * both) for forward, both in costs.values()]
-        rival = rival or sums                   # DanceGRPO is the first
-        rows.append([label, c.group_size, f"{old:.4g}", f"{theta:.4g}"])
-        for own, its in zip(sums, rival):
-            rows[-1] += [f"{own / 1e15:.2f}", f"{own / its:.3f}"]
-    print(markdown(head, rows))
-
-def batching(cfg, geometry, repeats):
-    """Time the forward and backward pass of one prompt's B anchors, all at once and one by one, in
-    turn. (In a loop, a pass has B / updates_per_iteration anchors of each of its prompts.)"""
-    model, B, tries = build(cfg, geometry), cfg.num_anchors, []
-    model.batch = 0                             # else `velocity` would divide them
-    cond = model.encode(read_prompts(cfg.prompts)[:1])
-    x = torch.randn(B, *model.latent_shape, device=model.device)
-    for repeat in range(repeats + 1):           # the first does not count
-        seconds = []
-        for parts in (1, B):
-            began = now(model.device)
-            for some in x.chunk(parts):
-                model.velocity(some, 0.5, cond).mean().backward()
-            seconds.append(now(model.device) - began)
-            model.transformer.zero_grad()
-        tries.append(seconds)
-        print(f"{repeat}/{repeats}: {B} at once {seconds[0]:.2f} s, one by one {seconds[1]:.2f} s",
-              file=sys.stderr, flush=True)
-    together, alone = (statistics.median(each) for each in zip(*tries[1:]))
-    ratio = statistics.median(one_by_one / at_once for at_once, one_by_one in tries[1:])
-    print(f"{geometry}, {cfg.resolution}x{cfg.resolution}: forward and backward of {B} anchors at "
-          f"once {together:.3f} s, one by one {alone:.3f} s: {ratio:.2f} times (medians of "
-          f"{repeats}; {cfg.device}, {torch.get_num_threads()} threads)")
-
-GROWTH = {                                      # setting: its values; the others are dpm8's
-    "group_size": (4, 8, 12, 18, 24),
-    "num_rollout_steps": (5, 8, 12, 16, 25),
-    "num_anchors": (2, 4, 8, 12),
-    "num_train_steps": (1, 2, 4, 7),
-    "resolution": (32, 64, 96, 128),
-}
-
-def scaling(repeats, flags, folder):
-    """Time iterations for several G, T, B, K and pixels. Fit a line to each, and write it and the
-    points' distances from it into scaling.md and scaling.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    methods = {f"{key} {value}": (f"{key} {value}", TRAIN, f"--{key} {value}")
-               for key, values in GROWTH.items() for value in values}
-    found = measure(methods, repeats, flags, bare=False)
-    figure, panels = plt.subplots(1, len(GROWTH), figsize=(3.2 * len(GROWTH), 3),
-                                  layout="constrained", sharey=True)
-    rows = []
-    for panel, (key, values) in zip(panels, GROWTH.items()):
-        pixels = key == "resolution"
-        x = np.array(values, float) ** (2 if pixels else 1)
-        y = np.array([found[f"{key} {value}"]["iteration"] for value in values])
-        slope, start = np.polyfit(x, y, 1)
-        on_line = start + slope * x
-        unit = 1000 if pixels else 1
-        panel.plot(x / unit, y, "o")
-        panel.plot(x / unit, on_line)
-        panel.set(xlabel="1,000 pixels" if pixels else key)
-        rows.append([key, ", ".join(map(str, values)), ", ".join(f"{one:.2f}" for one in y),
-                     f"{start:.2f} + {slope:.3g} x", f"{abs(y / on_line - 1).max():.0%}"])
-    panels[0].set(ylabel="seconds an iteration", ylim=(0, None))
-    figure.savefig(folder / "scaling.png", dpi=120)
-    text = markdown(["setting", "values", "s / iter.", "line", "furthest from it"], rows)
-    command = " ".join(["python -m paper.bench scaling --repeats", str(repeats), *flags])
-    (folder / "scaling.md").write_text(
-        f"`{command}` ({torch.get_num_threads()} CPU threads; medians; settings that are not named "
-        f"are those of dpm8).\n\n{text}\n", encoding="utf-8")
-    print(text)
-
 # ------------------------------------------------------------------------------------------------
 # The command line
 
 COMMANDS = {
     "methods": "an iteration of each method, and its network calls alone (the default command)",
     "ladder": "what each step of the fast path brings for Neighbor GRPO with 8 steps",
-    "batching": "B anchors in one forward pass or in B",
-    "scaling": "seconds against G, T, B, K and pixels, into results/scaling.md and .png",
-    "floor": "the operations of FLUX.1-dev and of FLUX.2 klein, counted without a GPU",
-    "memory": "the GPU memory that these two need, computed without a GPU",
+    "memory": "the GPU memory that FLUX.1-dev and FLUX.2 klein need, computed without a GPU",
 }
 
 def parse_args(argv):
@@ -554,11 +415,10 @@ def parse_args(argv):
     commands = parser.add_subparsers(dest="command")
     each = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
             for name, text in COMMANDS.items()}
-    for name in ("methods", "ladder", "batching", "scaling"):
+    for name in ("methods", "ladder"):
         each[name].epilog = "Settings of train.py may follow, such as --threads 1."
         each[name].add_argument("--repeats", type=int, default=5,
                                 help="iterations that are counted (default 5)")
-    for name in ("methods", "ladder", "batching"):
         each[name].add_argument(
             "--geometry", choices=[*SIZES], default="tiny",
             help="tiny: the small world. flux: FLUX.1-dev's size, 720x720; flux-small: 2 + 4 of "
@@ -577,7 +437,7 @@ def parse_args(argv):
         help="after each iteration time its network calls alone, for ratio and GB (default yes)")
     add("--json", default="", help="a file for the numbers")
     args, settings = parser.parse_known_args(argv or ["methods"])
-    if args.command in ("floor", "memory") and settings:
+    if args.command == "memory" and settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     if getattr(args, "repeats", 1) < 1 or getattr(args, "warm", 0) < 0:
         parser.error("--repeats must be at least 1, --warm at least 0")
@@ -598,12 +458,10 @@ def parse_args(argv):
 
 def main(argv=None):
     args, settings = parse_args(sys.argv[1:] if argv is None else argv)
-    if args.command == "floor":
-        return floor()
     if args.command == "memory":
         print(markdown(*memory()) + "\n")
         return print(markdown(*memory_of_klein()))
-    geometry, names = getattr(args, "geometry", "tiny"), getattr(args, "only", ["dpm8"])
+    geometry, names = args.geometry, getattr(args, "only", ["dpm8"])
     flags = [*SIZES[geometry].split(), *settings]
     for _, script, own in [METHODS[name] for name in names]:
         cfg = parsed(script, [*flags, *own.split()])            # bad settings end here
@@ -611,10 +469,6 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads)
     if args.command == "ladder":
         return ladder(args.repeats, geometry, flags, args.steps, args.profile)
-    if args.command == "batching":
-        return batching(cfg, geometry, args.repeats)
-    if args.command == "scaling":
-        return scaling(args.repeats, flags, Path(__file__).parent / "results")
     found = measure({name: METHODS[name] for name in names}, args.repeats, flags,
                     lambda cfg: build(cfg, geometry), args.bare, args.warm)
     print(table(found, matmul_rate(torch.device(cfg.device))))

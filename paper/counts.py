@@ -1,6 +1,6 @@
 """
 Operations and memory of FLUX, counted without a GPU: the networks run on tensors that have shapes
-but no numbers. `python -m paper.bench floor` and `memory` print the tables.
+but no numbers. `python -m paper.bench memory` prints the tables.
 """
 import weakref
 from unittest import mock
@@ -53,14 +53,6 @@ def inputs_of(config, n, tokens, text, dtype):
     if "pooled_projection_dim" in config:
         inputs["pooled_projections"] = empty(n, config.pooled_projection_dim)
     return inputs
-
-def decoding(vae, side):
-    """Operations of decoding one picture from a latent of side x side."""
-    with torch.device("meta"):
-        vae = type(vae).from_config(vae.config)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
-    return counter.get_total_flops()
 
 # ------------------------------------------------------------------------------------------------
 # Memory

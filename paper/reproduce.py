@@ -1,36 +1,37 @@
 """
 The paper's tables and figures on the small world: Neighbor GRPO, the methods that the paper
-compares it with, and three more.
+compares it with, and four more.
 
     python -m paper.reproduce table1            # into paper/results/table1.md, .json and .png
     python -m paper.reproduce all --jobs 2      # everything, two runs at a time
-    python -m paper.reproduce all --quick       # minutes for each, into paper/results/quick/
+    python -m paper.reproduce table1 --kept     # from the runs in results/runs.jsonl; none is made
+    python -m paper.reproduce table1 --quick    # only to see that it runs: results/quick/
 
-    table1, table2     the methods: reward, judge, diversity
     table3             the cost of an iteration: network evaluations, which are counted, and
-                       seconds, which are measured in turns within one process
+                       seconds, which are measured in turns within one process; once more after
+                       tune, which adds the searched settings
+    steps              Neighbor GRPO with 8 to 2 steps, at equal iterations and at equal seconds
+    tune               the search for each method's settings
+    table1, table2     the methods at equal seconds; table1 also draws Figure 5
     table4, 5, 6       sigma, B and p around (0.5, 4, 2), the paper's starting point (Sec. 4.2)
     settings           tau, updates in an iteration, the literal old anchor, learning rate, clip
     rewards            trained on the preference, on the judge, or on both
+    spread             how different the rewards in a group are, under each rollout
     figure4            which groups get more weight from the quasi-norm, and which less
-    figure5            reward against iterations and against seconds
     figure8            a rollout group before and after alignment
-    tune               learning rate and clip of each method, from eight pairs (DiffusionNFT and
-                       FDFO: four learning rates, because they have no clip)
+    again              one row of each of table4, 5, 6, settings and rewards, against that table
+    comparisons        how many differences the tables judge
 
-Methods are compared at equal seconds: those of --iterations of Neighbor GRPO with 8 steps. The
-times of table3 turn them into iterations, so other work on the machine does not matter during a
-run. Tables 4 to 6 have equal iterations, as in the paper. Learning rate and clip are those with the
-best reward in the sweep (tune), on prompts and seeds that no table uses. Variants of a method share
-them. Evaluations use DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains
-on the judge.
-
-Each run is a call of train.py or paper.baselines. The call is printed, with the run's folder in
---out_dir. While the call is the same, a complete run is not made again, and an interrupted run
-continues. So after a change of the code, name another --out_dir. --quick has a few iterations, 24
-prompts and one timing. Its numbers are meaningless.
+Call them in this order. A stopped command continues (paper/jobs.py). Equal seconds are those of
+--iterations of Neighbor GRPO with 8 steps. The seconds in the committed results/table3.json turn
+them into iterations, so other work on the machine does not matter during a run. Tables 4 to 6,
+settings and rewards have equal iterations. Each method comes twice: as published, but with the
+search's learning rate and clip; and "searched", with all of the search's settings. Evaluations use
+DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains on the judge. --quick
+has a few iterations, prompts and rows, and seconds by a fit. Its numbers are meaningless.
 """
-import argparse, json, math, signal, subprocess, sys, time
+import argparse, functools, hashlib, itertools, json, math, random, re, shutil, signal
+import subprocess, sys, time
 from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")
@@ -43,42 +44,101 @@ from eval import as_bytes, diversity, label_of, picture_grid, sample
 from inputs import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import group_advantages, perturb_noise
-from paper import bench
-from paper.jobs import cached, commands, run_all, stop, threads
+from paper import baselines, bench
+from paper.jobs import keep_run, kept_runs, made_by, run_all, stop, threads
 from run import HERE, checkpoints
 from solvers import rollout, schedule
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HELD_OUT, TRAINED_ON = HERE / "tiny/prompts/test_concept.txt", HERE / "tiny/prompts/train.txt"
-OURS, RIVAL = "Neighbor GRPO, 8 steps", "DanceGRPO"
+STEPS = 8, 6, 5, 4, 3, 2                        # of the table `steps`
+OURS, RIVAL, SEARCHED = "Neighbor GRPO, 8 steps", "DanceGRPO", ", searched"
 OURS_2, OURS_08 = "Neighbor GRPO, sigma 0.5, p = 2", "Neighbor GRPO, sigma 0.5, p = 0.8"
-METHODS = {             # label: (script, settings, method whose learning rate and clip it takes)
-    **{label: (script, flags, flags.split()[1] if script == bench.BASELINES else "neighbor")
-       for label, script, flags in bench.METHODS.values()},
-    OURS_2: (bench.TRAIN, "--sigma 0.5 --p 2", "neighbor"),     # for Table 2; also rows of
-    OURS_08: (bench.TRAIN, "--sigma 0.5", "neighbor"),          # Table 6
-}
-ERRORS = "± is the standard error over seeds."
-PAIRED = "\"Over\" is the difference of runs of the same seed."
-LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
-# The published clip, and one for fewer dimensions: a log ratio that is a mean over D dimensions
-# scales as 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11.
-CLIPS = (1e-4, 1e-3)
-NO_CLIP = {"nft": 1e-4, "fdfo": 0.03}   # --clip_eps: no effect; the published penalty's eps
-TABLE1 = [label for label in METHODS if "sigma" not in label]
-TABLE2 = ["DanceGRPO", "MixGRPO", "BranchGRPO", OURS_2, OURS_08]
 START = dict(sigma=0.5, num_anchors=4, p=2.0)                   # Sec. 4.2
 SWEEPS = {"table4": ("sigma", (1.0, 0.5, 0.3, 0.1)),
           "table5": ("num_anchors", (2, 4, 8, 12)),
           "table6": ("p", (2.0, 1.0, 0.8, 0.5))}
-IN_TABLE2 = {2.0: OURS_2, 0.8: OURS_08}         # {p: the method of Table 2 with the same runs}
-VARIANTS = {            # Neighbor GRPO with 8 steps as it is, and with other settings
+CHANGES = {             # table: {row: settings of Neighbor GRPO with 8 steps}
+    **{table: {f"{value:g}": " ".join(f"--{key} {each:g}" for key, each in
+                                      {**START, flag: value}.items()) for value in values}
+       for table, (flag, values) in SWEEPS.items()},
     "settings": {"as it is": "", "tau 1": "--tau 1", "1 update": "--updates_per_iteration 1",
                  "4 updates": "--updates_per_iteration 4",
                  "literal old anchor": "--old_anchor rollout", "lr 2e-5": "--lr 2e-5",
                  "lr 1e-4": "--lr 1e-4", "clip 1e-4": "--clip_eps 1e-4"},
     "rewards": {"preference": "", "judge": "--rewards judge --eval_scorers preference",
                 "both": "--rewards preference,judge --eval_scorers flawless"}}
+METHODS = {             # label: (script, settings, the method whose search it takes)
+    **{label: (script, flags, flags.split()[1] if script == bench.BASELINES else "neighbor")
+       for label, script, flags in bench.METHODS.values()},
+    **{f"Neighbor GRPO, {T} steps": (bench.TRAIN, f"--num_rollout_steps {T} --num_train_steps "
+       f"{min(4, T - 1)}", "neighbor") for T in STEPS[1:]},
+    OURS_2: (bench.TRAIN, CHANGES["table6"]["2"], "neighbor"),
+    OURS_08: (bench.TRAIN, CHANGES["table6"]["0.8"], "neighbor"),
+}
+PUBLISHED = [label for label, _, _ in bench.METHODS.values()]
+FAMILIES = {"neighbor": OURS}                   # method: the first of its labels
+for label in PUBLISHED:
+    FAMILIES.setdefault(METHODS[label][2], label)
+BEST = [label + SEARCHED for label in [*list(FAMILIES.values())[1:], OURS]]
+TABLE1 = [*PUBLISHED, *BEST]
+TABLE2 = [label + end for label in ("DanceGRPO", "MixGRPO", "BranchGRPO")
+          for end in ("", SEARCHED)] + [OURS_2, OURS_08]
+ERRORS = "± is the standard error over seeds."
+PAIRED = "\"Over\" is the difference of runs of the same seed."
+# The learning rate and clip of Tables 4 to 6, settings and rewards: those of the first search
+# (results/tune.md of commit 3da3e69)
+AROUND = "--lr 5e-5 --clip_eps 1e-3".split()
+
+# ------------------------------------------------------------------------------------------------
+# What the search may choose. A trial has one value of each axis. The first two are learning rate
+# and clip; of the others, the first value is the published one.
+
+def axis(names, *values):
+    """axis("a b", "1 2", "3 4") -> ("--a 1 --b 2", "--a 3 --b 4")"""
+    return tuple(" ".join(f"--{name} {value}" for name, value in zip(names.split(), each.split()))
+                 for each in values)
+
+RATES = axis("lr", "2e-5", "5e-5", "1e-4", "2e-4", "4e-4")
+# The published clip, and one for fewer dimensions: a log ratio that is a mean over D dimensions
+# scales as 1 / sqrt(D), and sqrt(129,600 / 1,024) = 11.
+CLIPS = axis("clip_eps", "1e-4", "1e-3")
+T_K, WINDOW = "num_rollout_steps num_train_steps", "window num_train_steps window_every"
+GRIDS = {
+    "dance": (RATES, CLIPS, axis("eta", "0.3", "0.7", "1"), axis(T_K, "25 14", "16 9", "8 4")),
+    "flow": (RATES, CLIPS, axis("eta", "0.9", "0.3", "0.7", "1"), axis(T_K, "6 5", "10 9", "4 3")),
+    "mix": (RATES, CLIPS, axis("eta", "0.7", "0.3", "1"), axis("num_rollout_steps", "25", "16",
+            "8"), axis(WINDOW, "4 4", "2 2", "4 4 0")),
+    "flash": (RATES, CLIPS, axis("eta", "0.7", "0.3", "1"), axis("compress", "0.2", "0.4"),
+              axis(WINDOW, "4 4 0", "2 2 0", "6 6 0")),
+    "branch": (RATES, CLIPS[::-1], axis("eta split_noise", "0.3 4", "0.5 4", "0.7 4", "1 2"),
+               axis("num_rollout_steps splits", "20 0,3,6,9", "8 0,1,2,3"),
+               axis("prune", "0", "3")),
+    "nft": (RATES, ("",), axis("beta", "1", "0.1"), axis(T_K, "10 9", "10 4", "6 5")),
+    "awm": (RATES, ("",), axis("updates_per_iteration clip_eps", "1 1", "2 1", "2 0.01", "4 0.01"),
+            axis(T_K, "14 6", "8 6", "8 4")),
+    # pairs of a prompt, and prompts: 48 pairs in each case
+    "fdfo": (RATES, axis("clip_eps", "0.03", "0.1", "0.3"), axis("churn", "0.0025", "0.0125",
+             "0.05"), axis("num_rollout_steps", "40", "16", "8"),
+             axis("group_size prompts_per_iteration updates_per_iteration", "12 8 3", "2 48 4",
+                  "12 8 1")),
+    "neighbor": (RATES, CLIPS, axis("sigma", "0.3", "0.5", "0.7"),
+                 axis(T_K, "8 4", "6 4", "5 4", "4 3", "3 2"),
+                 axis("updates_per_iteration", "2", "1", "4")),
+}
+
+AGAIN = {"table4": "0.3", "table5": "8", "table6": "1", "settings": "1 update", "rewards": "judge"}
+SPREAD = {label: (script, flags) for label, script, flags in (
+    ("Neighbor GRPO, sigma 0.3, 8 steps", bench.TRAIN, ""),
+    ("Neighbor GRPO, sigma 0.3, 4 steps", bench.TRAIN, "--num_rollout_steps 4 --num_train_steps 3"),
+    ("MixGRPO's first window", bench.BASELINES, "--method mix"),
+    ("a noise of its own for each, ODE (DiffusionNFT)", bench.BASELINES, "--method nft"),
+    ("the same, with noise at every step (Flow-GRPO)", bench.BASELINES, "--method flow"),
+    *((f"DanceGRPO, eta {eta}, {T} steps", bench.BASELINES, f"--method dance --eta {eta} "
+       f"--num_rollout_steps {T} --num_train_steps 4") for eta, T in ((0.3, 25), (0.3, 8), (0.7, 8),
+                                                                      (1.0, 8))),
+    *((f"BranchGRPO, eta {eta} x {factor}", bench.BASELINES, f"--method branch --eta {eta} "
+       f"--split_noise {factor}") for eta, factor in ((0.3, 4), (0.5, 4), (1.0, 2))))}
 PAPER_BASE = 0.310, 0.389
 PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one of three
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382),
@@ -97,179 +157,289 @@ PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one 
 # ------------------------------------------------------------------------------------------------
 # The runs of a method
 
-def job(args, label, seed, lr, clip, iterations, more=(), evaluations=5, extra=()):
-    """One run of a method -> (folder, (script, flags)). `more` and `extra` are further flags; only
-    `more` is part of the folder's name."""
-    script, flags, _ = METHODS[label]
-    every = math.ceil(iterations / (1 if args.quick else evaluations))
-    window = []
-    moves = {"MixGRPO": 12, "BranchGRPO, pruned": 10}.get(label)
-    if moves:                                   # published: every 25 and every 30 of 300 iterations
-        window = ["--window_every", str(max(1, round(iterations / moves)))]
-    name = label.replace("*", "").replace(", ", "-").replace(" = ", "").replace(" ", "_")
-    folder = "-".join([name, *(word.removeprefix("--") for word in more), f"lr{lr:g}",
-                       f"clip{clip:g}", str(iterations), f"seed{seed}"])
-    return args.out / folder, (script, [
-        *flags.split(), *window, *extra, "--lr", f"{lr:g}", "--clip_eps", f"{clip:g}",
-        "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
-        "--eval_every", str(every), "--save_every", "10", "--keep", "1", *more])
+def job(args, label, script, flags, iterations, seed, every=None):
+    """One run -> (folder, (script, flags)). `every`: iterations between evaluations, 0 for none; by
+    default a fifth of all."""
+    text, name = " ".join(flags), OURS if label in (OURS_2, OURS_08) else label
+    moves = 12 if "--method mix" in text else 10 if re.search("--prune [1-9]", text) else 0
+    if moves and "--window_every" not in text:          # published: 25 and 30 of 300 iterations
+        flags = [*flags, "--window_every", str(max(1, round(iterations / moves)))]
+    name = name.replace("*", "").replace(", ", "-").replace(" ", "_")
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]
+    every = math.ceil(iterations / 5) if every is None else every
+    every = iterations if args.quick and every else every
+    return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (script, [
+        *flags, "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
+        "--eval_every", str(every), "--save_every", "10", "--keep", "1", *args.more])
 
-def jobs_of(args, label, more=(), evaluations=5):
-    """A method's runs, {folder: (script, flags)}: one for each seed, with the method's tuned
-    learning rate and clip. They last as long as args.iterations of ours. `more`: further flags."""
-    rate, clip = tuned(args)[METHODS[label][2]]
-    iterations = lasting(args, label)
-    return dict(job(args, label, seed, rate, clip, iterations, more, evaluations)
+def settings_of(args, label):
+    """A row's script and flags."""
+    script, flags, family = METHODS[label.removesuffix(SEARCHED)]
+    if label.endswith(SEARCHED):
+        return script, tuned(args)[family]["searched"].split()
+    if "sigma" in label:
+        return script, [*AROUND, *flags.split()]
+    return script, [*flags.split(), *tuned(args)[family]["published"].split()]
+
+def jobs_of(args, label, flags=None):
+    """A row's runs, {folder: (script, flags)}, one for each seed. They last as long as
+    args.iterations of ours."""
+    script, own = settings_of(args, label) if flags is None else (bench.TRAIN, flags)
+    return dict(job(args, label, script, own, lasting(args, label), seed)
                 for seed in range(args.seeds))
 
-def lasting(args, label, share=1.0):
+def lasting(args, label):
     """The number of iterations of a method that take the seconds of args.iterations of ours."""
     ours, theirs = cost_of(args, OURS)["seconds"], cost_of(args, label)["seconds"]
-    return max(1, round(args.iterations * share * ours / theirs))
-
-def cost_of(args, label):
-    """The row of Table 3. Variants of ours do the same work, so they share a timing."""
-    return costs(args)[OURS if "sigma" in label else label]
+    return max(1, round(args.iterations * ours / theirs))
 
 # ------------------------------------------------------------------------------------------------
-# The cost of an iteration, and the learning rate of each method
+# The cost of an iteration
 
-@cached(lambda args: [METHODS, threads(args), args.repeats])
-def costs(args):
-    """{label: its row of Table 3}. The methods' iterations take turns in one process with as many
-    threads as a run has. Seconds are medians."""
-    all_threads = torch.get_num_threads()
-    torch.set_num_threads(threads(args))
-    methods = {label: (label, script, flags) for label, (script, flags, _) in METHODS.items()
-               if label in TABLE1}
-    found = bench.measure(methods, args.repeats, bare=False, warm=1)
-    torch.set_num_threads(all_threads)
-    kept = ("nfe_old", "nfe_theta", "G", "B", "K", "solver")
-    return {label: dict(seconds=each["iteration"], **{key: each[key] for key in kept})
-            for label, each in found.items()}
+def timed(args, label):
+    """The settings that Table 3 times: without learning rate and clip, which cost nothing."""
+    if not label.endswith(SEARCHED):
+        return METHODS[label][1]
+    words = tuned(args)[METHODS[label.removesuffix(SEARCHED)][2]]["searched"].split("--")
+    return "--".join(word for word in words if not word.startswith(("lr ", "clip_eps "))).strip()
+
+def costs():
+    """The rows of the committed Table 3, {label: dict}."""
+    path = RESULTS / "table3.json"
+    return json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}
+
+def cost_of(args, label):
+    """The row of Table 3. Variants of ours do the same work, so they share a timing. With --quick,
+    seconds are estimated."""
+    label = OURS if "sigma" in label else label
+    found = costs().get(label, {})
+    if args.quick:
+        script = METHODS[label.removesuffix(SEARCHED)][0]
+        old, theta, images = evaluations(script, timed(args, label))
+        return dict(seconds=estimated(script, timed(args, label)), nfe_old=old / images,
+                    nfe_theta=theta / images, solver="")
+    if found.get("settings") != timed(args, label):
+        raise SystemExit(f"results/table3.json has no seconds for {label} with these settings; "
+                         "python -m paper.reproduce table3")
+    return found
+
+@functools.cache
+def evaluations(script, flags):
+    """An iteration's network evaluations without and with gradients, and its images -> (3,)"""
+    cfg = bench.parsed(script, flags.split())
+    if script == bench.BASELINES:
+        old, theta = baselines.nfe(cfg)
+    else:
+        old, theta = cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size
+    return cfg.prompts_per_iteration * cfg.group_size * np.array([old, theta, 1.0])
+
+def estimated(script, flags, rows=None):
+    """The seconds of an iteration, by a fit of the published rows of Table 3: so many for an
+    evaluation, for a trained one, and for an image."""
+    rows = costs() if rows is None else rows
+    known = {label: rows[label]["seconds"] for label in PUBLISHED if label in rows}
+    y = np.array(list(known.values()))
+    x = np.array([evaluations(*METHODS[label][:2]) for label in known])
+    each, *_ = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)
+    return float(evaluations(script, flags) @ each)
 
 def table3(args):
-    found, paper, rows = costs(args), PAPER["table3"], []
+    wanted = {label: (label, METHODS[label.removesuffix(SEARCHED)][0], timed(args, label))
+              for label in [*PUBLISHED, *(f"Neighbor GRPO, {T} steps" for T in STEPS[1:]), *BEST]
+              if not label.endswith(SEARCHED) or (args.results / "tune.json").exists()}
+    found = {} if args.quick else {label: row for label, row in costs().items()
+                                   if label in wanted and row.get("settings") == wanted[label][2]}
+    missing = {label: method for label, method in wanted.items() if label not in found}
+    if missing:
+        all_threads = torch.get_num_threads()
+        torch.set_num_threads(threads(args))
+        timings = bench.measure({OURS: wanted[OURS], **missing}, args.repeats, args.more[:4],
+                                bare=False, warm=not args.quick)
+        torch.set_num_threads(all_threads)
+        scale = found[OURS]["seconds"] / timings[OURS]["iteration"] if OURS in found else 1
+        kept = ("nfe_old", "nfe_theta", "G", "B", "K", "solver")
+        found |= {label: dict(seconds=scale * timings[label]["iteration"],
+                              settings=wanted[label][2], cpu=made_by()["cpu"],
+                              **{key: timings[label][key] for key in kept}) for label in missing}
+    found, paper, rows = {label: found[label] for label in wanted}, PAPER["table3"], []
     for label, c in found.items():
         published = ["", ""]
         if label in paper:
             published = [f"{paper[label]:.2f}", f"{paper[label] / paper[RIVAL]:.2f}"]
         rows.append([label, f"{c['nfe_old']:.2f}".removesuffix(".00"), c["G"], c["B"], c["K"],
                      f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}",
+                     f"{estimated(wanted[label][1], wanted[label][2], found):.2f}",
                      f"{c['seconds'] / found[RIVAL]['seconds']:.2f}", *published])
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.barh(list(found), [c["seconds"] for c in found.values()])
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds an iteration")
-    finish(figure, args.results / "table3.png")
-    caption = (f"Medians of {args.repeats} iterations of each method, in turn, in one process. The "
+    caption = (f"Medians of {args.repeats} iterations of each method, in turn, in one process. "
+               f"Rows that were added later are scaled by the seconds of {OURS}, which was timed "
+               "with them. \"Fit\": estimated from the published rows, as for the search. The "
                "paper counts 14 trained steps for MixGRPO, whose code and paper have 4; for "
                "BranchGRPO it has NFE_old 20, K 4 and NFE_theta 13.68. DiffusionNFT's NFE_old "
                "includes the old policy's velocity at the 9 trained points. FDFO trains all of its "
                "40 steps.")
-    head = ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", f"of {RIVAL}'s",
+    head = ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", "fit", f"of {RIVAL}'s",
             "paper: s / iter.", f"of {RIVAL}'s"]
     return head, rows, found, caption
 
-def clips_of(family):
-    return (NO_CLIP[family],) if family in NO_CLIP else CLIPS
+# ------------------------------------------------------------------------------------------------
+# The search
 
-@cached(lambda args: [METHODS, threads(args), args.repeats, LEARNING_RATES, CLIPS, args.iterations])
 def tuned(args):
-    """{method: (learning rate, clip)}: those with the best reward of the sweep's second part."""
+    """{method: dict(published, searched)}: flags, from results/tune.json. With --quick, the last of
+    each axis for what is not there."""
+    path, found = args.results / "tune.json", {}
     if args.quick:
-        return {family: (5e-5, 1e-3 if family == "branch" else clips_of(family)[0])
-                for _, _, family in METHODS.values()}
-    whole = lambda cell: cell["preference"].get("whole", -math.inf)
-    return {family: max(cells, key=whole)["setting"] for family, cells in sweep(args).items()}
+        found = {family: dict(published=" ".join(axis[-1] for axis in grid[:2]),
+                              searched=flags_of(family, [axis[-1] for axis in grid]))
+                 for family, grid in GRIDS.items()}
+    elif not path.exists():
+        raise SystemExit("there is no results/tune.json; python -m paper.reproduce tune")
+    if path.exists():
+        found |= json.loads(path.read_text(encoding="utf-8"))["data"]
+    return found
+
+def flags_of(family, choice):
+    method = f"--method {family} " * (family != "neighbor")
+    return f"{method}{' '.join(filter(None, choice))}"
+
+def in_order(family, fits=lambda choice: True):
+    """The settings of a method in the order in which they are tried: (choice, is published). The
+    order is random, but every third trial has all settings as published, except learning rate and
+    clip, while there are such. The others must be choices that fit."""
+    grid, rng = GRIDS[family], random.Random(family)
+    published, n = tuple(axis[0] for axis in grid[2:]), 0
+    plain, others = [], []
+    for choice in itertools.product(*grid):
+        (plain if choice[2:] == published else others).append(choice)
+    rng.shuffle(plain)
+    rng.shuffle(others)
+    while plain or others:
+        is_plain = bool(plain) and (n % 3 == 0 or not others)
+        choice = (plain if is_plain else others).pop()
+        if is_plain or fits(choice):
+            n += 1
+            yield choice, is_plain
 
 def sweep(args):
-    """Try every pair for a third of the seconds. The fastest start may not end best, so then try
-    the two best learning rates, with both clips, for all the seconds and with another seed.
-    -> {method: [dict(setting, preference, judge)]}, with their gains as
-    {"third": gain, "whole": gain}. A run that diverged has a gain of -1."""
-    labels = {}
-    for label, (_, _, family) in METHODS.items():
-        labels.setdefault(family, label)        # the first of the variants
-    labels["neighbor"] = OURS
-    found = {family: [dict(setting=(lr, clip), preference={}, judge={})
-                      for clip in clips_of(family) for lr in LEARNING_RATES] for family in labels}
+    """Try settings for half the seconds of a run, but for at least eight iterations, until the
+    method's seconds are spent. (Those of which a run has less than four iterations, only as
+    published.) Then try the best again, for all the seconds and with another seed:
+    by turns the best of all and the best of the published, until another budget is spent.
+    -> {method: [dict(choice, published, seconds, half, whole)]}; half and whole: dict(iterations,
+    preference, judge), the gains, or -1 for a run that diverged."""
+    run_seconds = args.iterations * cost_of(args, OURS)["seconds"]
+    prompts = [] if args.quick else ["--eval_prompts", "tiny/prompts/test_pair.txt"]
 
-    def attempt(part, share, seed, tried):
-        prompts = ("--eval_prompts", "tiny/prompts/test_pair.txt")
-        jobs = [(cell, job(args, label, seed, *cell["setting"], lasting(args, label, share),
-                           evaluations=1, extra=prompts))
-                for family, label in labels.items() for cell in tried[family]]
+    def attempt(part, seed, chosen):
+        jobs = [(trial, job(args, f"tune-{FAMILIES[family]}", METHODS[FAMILIES[family]][0],
+                            [*flags_of(family, trial["choice"]).split(), *prompts],
+                            trial[part]["iterations"], seed, every=trial[part]["iterations"]))
+                for family, trials in chosen.items() for trial in trials]
         logs = run_all(args, dict(what for _, what in jobs), may_diverge=True)
-        for cell, (folder, _) in jobs:
+        for trial, (folder, _) in jobs:
+            shutil.rmtree(folder, ignore_errors=True)           # runs.jsonl has all that is needed
             for scorer in ("preference", "judge"):
-                gains = curve(logs[folder], scorer)[1] if logs[folder] else [-1.0]
-                cell[scorer][part] = gains[-1]
+                trial[part][scorer] = curve(logs[folder], scorer)[1][-1] if logs[folder] else -1.0
 
-    attempt("third", 1 / 3, 1000, found)
-    third = lambda cell: cell["preference"]["third"]
-    best = {}
-    for family, cells in found.items():
-        by_rate = {lr: [cell for cell in cells if cell["setting"][0] == lr]
-                   for lr in LEARNING_RATES}
-        two = sorted(by_rate.values(), key=lambda same: max(map(third, same)), reverse=True)[:2]
-        best[family] = sum(two, [])
-    attempt("whole", 1, 1001, best)
+    def within(budget, trials, part, share):
+        """As many of the trials as the budget allows, in runs, but at least two."""
+        taken, spent = [], 0.0
+        for trial in trials:
+            count = max(args.least, round(run_seconds * share / trial["seconds"]))
+            spent += count * trial["seconds"]
+            if len(taken) >= 2 and spent > budget * run_seconds:
+                break
+            trial[part] = dict(iterations=count)
+            taken.append(trial)
+        return taken
+
+    found = {}
+    for family in ("dance", "fdfo", "neighbor") if args.quick else GRIDS:
+        script = METHODS[FAMILIES[family]][0]
+        cost = lambda choice: estimated(script, flags_of(family, choice))
+        trials = (dict(choice=choice, published=published, seconds=cost(choice))
+                  for choice, published in in_order(
+                      family, lambda choice: args.quick or 4 * cost(choice) <= run_seconds))
+        found[family] = within(args.search[0], trials, "half", 1 / 2)
+    attempt("half", 1000, found)
+    again = {}
+    for family, trials in found.items():
+        ranked = sorted(trials, key=lambda trial: -trial["half"]["preference"])
+        plain = [trial for trial in ranked if trial["published"]]
+        turns = filter(None, itertools.chain(*itertools.zip_longest(ranked[:4], plain[:2])))
+        again[family] = within(args.search[1], {id(trial): trial for trial in turns}.values(),
+                               "whole", 1)
+    attempt("whole", 1001, again)
     return found
 
 def tune(args):
-    if args.quick:
-        raise SystemExit("tune: --quick always has learning rate 5e-5 and the published clips")
-    found, best, rows = sweep(args), tuned(args), []
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    rows, data = [], {}
+    whole = lambda trial: trial.get("whole", {}).get("preference", -math.inf)
 
-    def as_text(cell, is_best):
-        reward, judge, bold = cell["preference"], cell["judge"], "**" * is_best
-        text = f"{reward['third']:+.4f}"
-        if "whole" in reward:
-            text += f", {bold}{reward['whole']:+.4f}{bold} ({judge['whole']:+.4f})"
-        return text
+    def told(trial):
+        w = trial["whole"]
+        return f"{w['preference']:+.4f} ({w['judge']:+.4f})"
 
-    for i, (family, cells) in enumerate(found.items()):
-        for clip, style in zip(clips_of(family), ("-", "--")):
-            shown_clip = "none" if family in NO_CLIP else f"{clip:g}"
-            row = [cell for cell in cells if cell["setting"][1] == clip]
-            rows.append([family, shown_clip,
-                         *(as_text(cell, cell["setting"] == tuple(best[family])) for cell in row)])
-            axes.plot(LEARNING_RATES, [cell["preference"]["third"] for cell in row], style,
-                      color=f"C{i}", marker="o", label=f"{family}, clip {shown_clip}")
-    axes.set(xscale="log", xlabel="learning rate", ylim=(-0.03, None),
-             ylabel="reward gain after a third of the seconds")
-    axes.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
-    axes.minorticks_off()
-    figure.legend(loc="outside right upper", fontsize=7)
-    finish(figure, args.results / "tune.png")
-    caption = ("Reward gain on the prompts of tiny/prompts/test_pair.txt after the seconds of "
-               f"{lasting(args, OURS, 1 / 3)} iterations of {OURS}, seed 1000. For the two best "
-               f"learning rates of each method also after those of {args.iterations} iterations, "
-               "seed 1001, with the judge's gain in parentheses. Bold: the chosen pair. Only this "
-               "second reward gain decides.")
-    return ["method", "clip", *(f"lr {rate:g}" for rate in LEARNING_RATES)], rows, found, caption
+    for family, trials in sweep(args).items():
+        plain = max((trial for trial in trials if trial["published"]), key=whole)
+        best = max(trials, key=whole)
+        spent = sum(trial["seconds"] * trial[part]["iterations"]
+                    for trial in trials for part in ("half", "whole") if part in trial)
+        data[family] = dict(published=" ".join(filter(None, plain["choice"][:2])),
+                            searched=flags_of(family, best["choice"]), trials=trials)
+        rows.append([FAMILIES[family], math.prod(map(len, GRIDS[family])), len(trials),
+                     sum(trial["published"] for trial in trials),
+                     sum("whole" in trial for trial in trials), f"{spent:.0f}",
+                     data[family]["published"], told(plain),
+                     " ".join(filter(None, best["choice"])), told(best)])
+    seconds = args.iterations * cost_of(args, OURS)["seconds"]
+    caption = (f"Trials take half of {seconds:.0f} s, but at least {args.least} iterations, until "
+               f"{args.search[0] * seconds:.0f} s are spent (seed 1000). The best of them, and the "
+               f"best with the published settings, take {seconds:.0f} s once more, until "
+               f"{args.search[1] * seconds:.0f} s are spent (seed 1001). Only this second reward "
+               "gain decides. In parentheses: the judge's. Seconds are estimated by the fit of "
+               "table3, gains are those on tiny/prompts/test_pair.txt. No table uses these prompts "
+               "or seeds.")
+    return ["method", "settings in the grid", "trials", "of them as published", "tried again",
+            "seconds", "as published: learning rate, clip", "reward gain", "searched",
+            "reward gain"], rows, data, caption
 
 # ------------------------------------------------------------------------------------------------
 # The methods
 
-def finals(args, jobs):
+def finals(args, logs, steps=16, pictures=4):
     """{folder: a row of eval.py's results} of finished runs, and the base's row as "base". eval.py
-    samples the last checkpoints, four pictures for each held-out prompt."""
-    newest = {folder: checkpoints(folder)[-1] for folder in jobs}
-    some = ["--num_prompts", "24"] if args.quick else []
-    subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, newest.values()),
-                    "--steps", "16", "--out_dir", str(args.out / "eval"), *some],
-                   cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-    results = json.loads((args.out / "eval/results.json").read_text(encoding="utf-8"))["results"]
-    rows = {row["label"]: row for row in results}
-    apart = {label: between_flawless(args.out / "eval" / label) for label in rows}
-    has_two = np.isfinite(apart[results[0]["label"]])
-    for label, row in rows.items():             # prompts with two flawless pictures of the base
-        row["between_flawless"] = np.nanmean(apart[label][has_two])
-    of_runs = {folder: rows[label_of(path)] for folder, path in newest.items()}
-    return {"base": results[0], **of_runs}
+    samples the last checkpoints, several pictures for each held-out prompt. Rows that runs.jsonl
+    has are taken from there."""
+    kept, here, key = kept_runs(args), made_by(), f"scores, {steps} steps, {pictures} pictures"
+    names = ["base", *(folder.name for folder in logs)]
+    found = {name: kept[name][key] for name in names if key in kept.get(name, {})
+             and (args.kept or kept[name]["made_by"] == here)}
+    newest = {folder.name: path[-1] for folder in logs
+              if folder.name not in found and (path := checkpoints(folder))}
+    if missing := [name for name in names[1:] if name not in {**found, **newest}]:
+        raise RuntimeError(f"there is neither a checkpoint nor a score of {', '.join(missing)}; "
+                           "delete their lines in runs.jsonl to make these runs again")
+    if newest:
+        out = args.out / f"eval-{steps}-{pictures}"
+        some = ["--num_prompts", "4"] if args.quick else []
+        subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, newest.values()),
+                        "--steps", str(steps), "--images_per_prompt", str(pictures), "--out_dir",
+                        str(out), *some], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
+        apart = {row["label"]: between_flawless(out / row["label"]) for row in rows}
+        has_two = np.isfinite(apart[rows[0]["label"]])
+        labels = {rows[0]["label"]: "base",
+                  **{label_of(path): name for name, path in newest.items()}}
+        for row in rows:                        # prompts with two flawless pictures of the base
+            name = labels[row["label"]]
+            row["between_flawless"] = np.nanmean(apart[row["label"]][has_two])
+            found[name] = {what: round(value, 6) for what, value in row.items()
+                           if isinstance(value, float)}
+            made = kept.get(name, dict(command="", made_by=here))
+            keep_run(args, name, {"command": made["command"], "made_by": made["made_by"],
+                                  key: found[name]})
+    return {"base": found["base"], **{folder: found[folder.name] for folder in logs}}
 
 def between_flawless(folder):
     """The distance of two pictures of each prompt that are both flawless, (prompts,), nan if there
@@ -297,169 +467,242 @@ def shown(values, digits=4, sign=""):
 def curve(lines, name="preference"):
     """Held-out gains of a run -> (iterations, gains) at every tenth of the run. (An interrupted run
     has more evaluations.)"""
-    points = [(line["iter"], line[f"eval_{name}_gain"]) for line in lines
-              if "eval_preference" in line]
-    times, gains = np.array(points).T
+    times, gains = points(lines, name)
     grid = np.linspace(0, times[-1], 11)
     return grid, np.interp(grid, times, gains)
+
+def points(lines, name="preference"):
+    """The iterations of a run's evaluations, and the held-out gains."""
+    return np.array([(line["iter"], line[f"eval_{name}_gain"]) for line in lines
+                     if "eval_preference" in line]).T
 
 def paper_gains(name, row):
     """The paper's two columns of a row, as gains over its base -> text"""
     values = PAPER[name].get(row, ())
     return [f"{value - base:+.3f}" for value, base in zip(values, PAPER_BASE)] or ["", ""]
 
-def compare(args, name, labels, caption):
-    """A table that compares methods at equal seconds."""
-    chosen, jobs = tuned(args), {label: jobs_of(args, label) for label in labels}
+def ahead(ours, theirs):
+    """How far the mean of independent runs is above that of others -> text"""
+    (a, a_error), (b, b_error) = over_seeds(ours), over_seeds(theirs)
+    return f"{a - b:+.4f} ± {math.hypot(a_error, b_error):.4f}"
+
+def some(args, labels):
+    """With --quick, only a rival's rows and ours."""
+    return [label for label in labels if not args.quick or label.startswith(OURS)
+            or label in (RIVAL, RIVAL + SEARCHED, OURS_2)]
+
+def compare(args, name, labels, best, caption):
+    """A table that compares methods at equal seconds. `best`: our row, from which the searched
+    methods' differences are. Also Figure 5, if its rows are there."""
+    labels = some(args, labels)
+    jobs = {label: jobs_of(args, label) for label in labels}
     logs = run_all(args, *jobs.values())
-    ends = finals(args, logs)
-    base, data = ends["base"], {}
-    rows = [["base", "", "", "", "", "", f"{base['preference']:.4f}", "", f"{base['judge']:.4f}",
-             "", f"{base['diversity']:.3f}", f"{base['between_flawless']:.3f}", "", ""]]
-    for label in labels:
-        each, c = [ends[folder] for folder in jobs[label]], cost_of(args, label)
-        lr, clip = chosen[METHODS[label][2]]
-        iterations = logs[next(iter(jobs[label]))][-1]["iter"]
-        row = [label, c["solver"], f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}",
-               f"{c['seconds']:.2f}", iterations, f"{lr:g}, {clip:g}"]
-        for scorer in ("preference", "judge"):
-            row.append(shown([end[scorer] for end in each]))
-            row.append(shown([end[f"{scorer}_gain"] for end in each], sign="+"))
-        row += [shown([end[key] for end in each], 3) for key in ("diversity", "between_flawless")]
-        rows.append(row + paper_gains(name, label))
-        data[label] = dict(finals=each, commands=commands(jobs[label]))
+    ends, data, rows = finals(args, logs), {}, []
+    base, count, scores = ends["base"], lasting(args, RIVAL), ("preference", "judge")
+    gains = {label: {key: [ends[folder][f"{key}_gain"] for folder in runs] for key in scores}
+             for label, runs in jobs.items()}
+    for label, runs in jobs.items():
+        c, on_the_way = cost_of(args, label), [curve(logs[folder]) for folder in runs]
+        last = on_the_way[0][0][-1]
+        has_over = label != best and (SEARCHED in label or "sigma" in label)
+        rows.append([
+            label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
+            f"{last:.0f}", " ".join(settings_of(args, label)[1]),
+            *(shown([one[1][k] for one in on_the_way], 3, "+") for k in (2, 6)),
+            shown([np.interp(count, *one) for one in on_the_way], 3, "+") * bool(last >= count),
+            *(shown(gains[label][key], sign="+") for key in scores),
+            *(ahead(gains[best][key], gains[label][key]) * has_over for key in scores),
+            *(shown([ends[folder][key] for folder in runs], 3)
+              for key in ("diversity", "between_flawless")), *paper_gains(name, label)])
+        data[label] = [ends[folder] for folder in runs]
     draw_pictures(args, name, jobs)
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption += (f" All methods have the same seconds, {seconds:.0f}, by the times of table3, "
-                f"in whole iterations. {ERRORS} The paper's columns are gains too.")
-    head = ["Method", "Solver", "NFE_old / theta", "s / iter.", "iterations", "lr, clip", "reward",
-            "its gain", "judge", "its gain", "diversity", "of flawless pictures",
+    caption += (f" All methods have the same seconds, {seconds:.0f}, by those of table3, in whole "
+                f"iterations. \"0.2\" is after that share of them, by the runs' own evaluations, "
+                f"one picture of each prompt. The last gains are from four new ones. The base has "
+                f"reward {base['preference']:.4f}, judge {base['judge']:.4f}, diversity "
+                f"{base['diversity']:.3f}, of flawless pictures {base['between_flawless']:.3f}. "
+                f"\"Over it\": {best} less the row. {ERRORS} The paper's columns are gains too.")
+    head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "settings",
+            "reward gain after 0.2", "0.6", f"after {count} iterations", "reward gain",
+            "judge gain", "ours over it", "judge, over it", "diversity", "of flawless pictures",
             "paper: HPSv2.1", "paper: CLIP"]
-    return head, rows, data, caption
+    return head, rows, data, caption, {label: {folder: logs[folder] for folder in runs}
+                                       for label, runs in jobs.items()}
 
 def draw_pictures(args, name, jobs):
-    """A picture of twelve held-out prompts by the base, and by the first run of each label."""
+    """A picture of twelve held-out prompts by the base, and by the first run of each label that
+    has a checkpoint."""
+    newest = {label: path[-1] for label, runs in jobs.items()
+              if (path := checkpoints(next(iter(runs))))}
+    if not newest:
+        return
     held_out, strips = read_prompts(HELD_OUT), {}
     places = evenly_spaced(len(held_out), 12)                       # as in before_after.png
     chosen = [held_out[i] for i in places]
-    newest = {label: checkpoints(next(iter(runs)))[-1] for label, runs in jobs.items()}
     for label, path in {"base": HERE / "tiny/flux", **newest}.items():
         model = Flux(path, 64, frozen=True)
         strips[label] = as_bytes(sample(model, chosen, places, schedule(16), "dpmpp_2m"))
     picture_grid(args.results / f"{name}.png", strips, chosen)
 
 def table1(args):
-    return compare(args, "table1", TABLE1,
-                   "One reward, `preference`; the paper's Table 1 has three, one of them HPSv2.1.")
+    *table, logs = compare(args, "table1", TABLE1, OURS + SEARCHED, "One reward, `preference`; the "
+                           "paper's Table 1 has three, one of them HPSv2.1.")
+    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharey="col")
+    for label, runs in logs.items():
+        mine, seconds = "Neighbor" in label, cost_of(args, label)["seconds"]
+        for panel, unit, name in zip(panels[0 if SEARCHED in label else 1], (1, seconds, seconds),
+                                     ("preference", "preference", "judge")):
+            grid, gains = np.mean([curve(lines, name) for lines in runs.values()], 0)
+            panel.plot(unit * grid, gains, "-" if mine else "--", label=label,
+                       linewidth=2.5 if mine else 1.2)
+    axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
+    for row, kind in zip(panels, ("searched", "as published")):
+        for panel, (x, y) in zip(row, axes):
+            panel.set(xlabel=x, ylabel=f"held-out {y}", title=kind)
+            panel.grid(alpha=0.3)
+        row[0].legend(fontsize=7)
+    finish(figure, args.results / "figure5.png")
+    return table
 
 def table2(args):
-    return compare(args, "table2", TABLE2, "One reward, `preference`; in the paper HPSv2.1.")
+    return compare(args, "table2", TABLE2, OURS_2,
+                   "One reward, `preference`; in the paper HPSv2.1.")[:4]
 
-def ablation(args, name):
-    """A table of one setting around (sigma, B, p) = (0.5, 4, 2), with the others fixed and equal
-    iterations, as in the paper."""
-    flag, values = SWEEPS[name]
-    (rate, clip), jobs = tuned(args)["neighbor"], {}
-    for value in values:
-        settings = {**START, flag: value}
-        if {**settings, "p": 2.0} == START and settings["p"] in IN_TABLE2:
-            jobs[value] = jobs_of(args, IN_TABLE2[settings["p"]])
-            continue
-        more = [word for key, each in settings.items() for word in (f"--{key}", f"{each:g}")]
-        jobs[value] = jobs_of(args, OURS, more, evaluations=1)
-    ends = finals(args, run_all(args, *jobs.values()))
-    keys = {"preference_gain": "reward gain", "judge_gain": "judge gain", "diversity": "diversity"}
-    scores = {value: {key: [ends[folder][key] for folder in each] for key in keys}
-              for value, each in jobs.items()}
-    rows = [[f"{value:g}", shown(s["preference_gain"], sign="+"), shown(s["judge_gain"], sign="+"),
-             *over(ends, jobs[value], jobs[START[flag]]), shown(s["diversity"], 3),
-             *paper_gains(name, value)] for value, s in scores.items()]
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    for panel, (key, title) in zip(panels, keys.items()):
-        means, errors = zip(*(over_seeds(s[key]) for s in scores.values()))
-        panel.errorbar(range(len(values)), means, np.nan_to_num(errors), marker="o", capsize=3)
-        panel.set(title=title, xlabel=flag, xticks=range(len(values)),
-                  xticklabels=[f"{value:g}" for value in values])
-    finish(figure, args.results / f"{name}.png")
-    caption = (f"(sigma, B, p) = (0.5, 4, 2), except {flag}; {args.iterations} iterations each, lr "
-               f"{rate:g}, clip {clip:g}. {ERRORS} {PAIRED} The paper's columns are gains too.")
-    head = [flag, "reward gain", "judge gain", f"reward over {START[flag]:g}'s", "judge",
-            "diversity", "paper: HPSv2.1", "paper: CLIP"]
-    data = dict(scores={f"{value:g}": s for value, s in scores.items()}, lr=rate, clip=clip,
-                commands=[line for each in jobs.values() for line in commands(each)])
-    return head, rows, data, caption
+def changed(args, name, row):
+    """The runs of Neighbor GRPO with 8 steps and a row's other settings; equal iterations."""
+    return jobs_of(args, OURS, [*AROUND, *CHANGES[name][row].split()])
 
-def over(ends, runs, others):
-    """How far runs are above others, each above that of the same seed, which has the same prompts
-    and noise -> [reward, judge] as text"""
-    return [shown([ends[a][key] - ends[b][key] for a, b in zip(runs, others)], sign="+")
-            for key in ("preference_gain", "judge_gain")]
-
-def variants(args, name):
-    """What other settings, or other rewards, do to Neighbor GRPO with 8 steps; equal iterations."""
-    rate, clip = tuned(args)["neighbor"]
-    jobs = {label: jobs_of(args, OURS, flags.split()) for label, flags in VARIANTS[name].items()}
+def one_at_a_time(args, name):
+    """A table of one setting, or of one reward, with the others fixed and equal iterations."""
+    labels = list(CHANGES[name])[: 2 if args.quick else None]
+    jobs = {row: changed(args, name, row) for row in labels}
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
             "diversity": "", "between_flawless": ""}
-    first = next(iter(jobs))
-    rows = [["base", *(f"{ends['base'][key]:.3f}" for key in keys), "", ""]]
-    rows += [[label, *(shown([ends[folder][key] for folder in each], 3, sign)
-                       for key, sign in keys.items()), *over(ends, each, jobs[first])]
-             for label, each in jobs.items()]
+    first = f"{START[SWEEPS[name][0]]:g}" if name in SWEEPS else next(iter(jobs))
+    rows = [["base", *(f"{ends['base'][key]:.3f}" for key in keys), "", "", "", ""]]
+    for row, each in jobs.items():
+        over = [shown([ends[a][key] - ends[b][key] for a, b in zip(each, jobs[first])], sign="+")
+                if row != first else "" for key in ("preference_gain", "judge_gain")]
+        published = paper_gains(name, float(row)) if name in SWEEPS else ["", ""]
+        rows.append([row, *(shown([ends[folder][key] for folder in each], 4, sign)
+                            for key, sign in keys.items()), *over, *published])
     draw_pictures(args, name, jobs)
-    caption = (f"{OURS}, except as named; {args.iterations} iterations each, lr {rate:g}, clip "
-               f"{clip:g}. {ERRORS} {PAIRED} The picture: the same held-out prompts and noises, "
-               "seed 0.")
-    head = ["", "reward gain", "judge gain", "gain of `named`", "flawless", "diversity",
-            "of flawless pictures", f"reward over \"{first}\"", "judge"]
-    data = dict(ends={label: [ends[folder] for folder in each] for label, each in jobs.items()},
-                commands=[line for each in jobs.values() for line in commands(each)])
+    around = ", around (sigma, B, p) = (0.5, 4, 2)" * (name in SWEEPS)
+    caption = (f"{OURS}, except as named{around}; {args.iterations} iterations each, "
+               f"{' '.join(AROUND)}. {ERRORS} {PAIRED} The paper's columns are gains too. The "
+               "picture: the same held-out prompts and noises, seed 0.")
+    head = [SWEEPS[name][0] if name in SWEEPS else "", "reward gain", "judge gain",
+            "gain of `named`", "flawless", "diversity", "of flawless pictures",
+            f"reward over \"{first}\"", "judge over it", "paper: HPSv2.1", "paper: CLIP"]
+    data = {row: [ends[folder] for folder in each] for row, each in jobs.items()}
     return head, rows, data, caption
+
+def again(args):
+    """Make one row of each table that `one_at_a_time` wrote again, and compare."""
+    wanted = {name: next(iter(CHANGES[name])) if args.quick else AGAIN[name] for name in AGAIN}
+    jobs, rows = {name: changed(args, name, row) for name, row in wanted.items()}, []
+    ends = finals(args, run_all(args, *jobs.values()))
+    for name, row in wanted.items():
+        table = json.loads((args.results / f"{name}.json").read_text(encoding="utf-8"))
+        cells = dict(zip(table["head"], next(each for each in table["rows"] if each[0] == row)))
+        for column, key in (("reward gain", "preference_gain"), ("judge gain", "judge_gain")):
+            before, _, error = cells[column].partition(" ± ")
+            now, its_error = over_seeds([ends[folder][key] for folder in jobs[name]])
+            far = abs(now - float(before)) / math.hypot(float(error or "nan"), its_error)
+            rows.append([name, row, column, cells[column], f"{now:+.4f} ± {its_error:.4f}",
+                         f"{far:.1f}", "yes" if far <= 1 else "no"])
+    return ["table", "row", "what", "in the table", "again", "standard errors apart",
+            "within one"], rows, {}, "The same seeds. " + ERRORS
+
+# ------------------------------------------------------------------------------------------------
+# Fewer steps
+
+def steps(args):
+    """Equal iterations and equal seconds are two places of the same run, because nothing in a run
+    depends on its length."""
+    jobs, held_out = {}, 4 if args.quick else 16
+    for T in STEPS[::5] if args.quick else STEPS:
+        label = f"Neighbor GRPO, {T} steps"
+        jobs[T] = dict(job(args, label, bench.TRAIN, METHODS[label][1].split(),
+                           lasting(args, label), seed, every=math.ceil(args.iterations / 4))
+                       for seed in range(args.seeds))
+    logs = run_all(args, *jobs.values())
+    counts = (4, 8) if args.quick else (4, 8, 16, 50)
+    ends = {count: finals(args, logs, count, 2) for count in counts}
+    correlation, rows, data = order(jobs, held_out), [], {}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for T, runs in jobs.items():
+        c, its = cost_of(args, f"Neighbor GRPO, {T} steps"), {}
+        for name, panel in zip(("preference", "judge"), panels):
+            each = [points(logs[folder], name) for folder in runs]
+            last = each[0][0][-1]
+            its[name] = [[np.interp(count, *one) for one in each]
+                         for count in (args.iterations // 4, args.iterations, last)]
+            panel.plot(each[0][0] * c["seconds"], np.mean([one[1] for one in each], 0),
+                       label=f"{T} steps")
+        data[T] = dict(its=its, ends={count: [ends[count][folder] for folder in runs]
+                                      for count in counts})
+        over = [shown(np.subtract(its[name][k], data[STEPS[0]]["its"][name][k]), sign="+")
+                if T != STEPS[0] else "" for name in its for k in (1, 2)]
+        rows.append([T, min(4, T - 1), f"{c['seconds']:.2f}", f"{last:.0f}",
+                     *(shown(each, 3, "+") for each in its["preference"] + its["judge"][1:]), *over,
+                     *(shown([ends[count][folder]["preference_gain"] for folder in runs], 3, "+")
+                       for count in counts), f"{correlation[T]:.2f}"])
+    for name, panel in zip(("reward", "judge"), panels):
+        panel.set(xlabel="seconds", ylabel=f"held-out {name} gain")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    finish(figure, args.results / "steps.png")
+    base = ", ".join(f"{ends[count]['base']['preference']:.3f}" for count in counts)
+    caption = (f"`train.py` with T steps and K = min(4, T - 1), B = 4, its own learning rate and "
+               f"clip. \"N\": after N iterations; \"end\": after the seconds of "
+               f"{args.iterations} iterations with 8 steps. Gains in training are those with 16 "
+               f"steps; the last ones, over the base's {base} with the same steps, are of two "
+               "pictures of each prompt, at the end. Order: Spearman's correlation of the rewards "
+               f"in a group with those of 32 steps, base, {held_out} groups. {ERRORS} {PAIRED}")
+    N = args.iterations
+    head = ["T", "K", "s / iter.", "iterations", f"reward gain, {N // 4}", f"{N}", "end",
+            f"judge gain, {N}", "end", f"reward over 8 steps, {N}", "over, end",
+            f"judge over, {N}", "over, end", *(f"gain, drawn with {n} steps" for n in counts),
+            "order"]
+    return head, rows, data, caption
+
+def order(steps, count):
+    """{T: Spearman's correlation of a group's rewards with those of 32 steps}, the mean of `count`
+    groups of the base."""
+    known = read_prompts(TRAINED_ON)
+    prompts = [known[i] for i in evenly_spaced(len(known), count)]
+    rank = lambda T: group_of(HERE / "tiny/flux", prompts, 0, T=T)[1].argsort(1).argsort(1).double()
+    true, found = rank(32), {}
+    for T in steps:
+        pairs = torch.stack([rank(T), true], 1)                     # (P, 2, G)
+        found[T] = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).mean().item()
+    return found
 
 # ------------------------------------------------------------------------------------------------
 # The figures
 
-def figure5(args):
-    jobs = {label: jobs_of(args, label) for label in TABLE1}
-    logs = run_all(args, *jobs.values())
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    rows, data, count = [], {}, lasting(args, RIVAL)
-    for i, label in enumerate(TABLE1):
-        c, ours = cost_of(args, label), "Neighbor" in label
-        style = dict(label=label, color=f"C{i % 10}", linewidth=2.5 if ours else 1.2,
-                     linestyle="-" if ours else "--")
-        gains = {name: np.array([curve(logs[folder], name)[1] for folder in jobs[label]])
-                 for name in ("preference", "judge")}                   # (seeds, 11)
-        iterations = curve(logs[next(iter(jobs[label]))])[0]            # (11,)
-        for panel, unit, name in zip(panels, (1, c["seconds"], c["seconds"]),
-                                     ("preference", "preference", "judge")):
-            panel.plot(iterations * unit, gains[name].mean(0), **style)
-        data[label] = dict(iterations=iterations.tolist(), seconds_an_iteration=c["seconds"])
-        data[label] |= {f"{name}_gains": each.tolist() for name, each in gains.items()}
-        early = ""
-        if iterations[-1] >= count:
-            early = shown([np.interp(count, iterations, each) for each in gains["preference"]],
-                          3, "+")
-        rows.append([label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
-                     f"{iterations[-1]:.0f}",
-                     *(shown(gains["preference"][:, k], 3, "+") for k in (2, 6, 10)),
-                     shown(gains["judge"][:, 10], 3, "+"), early])
-    axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
-    for panel, (x, y) in zip(panels, axes):
-        panel.set(xlabel=x, ylabel=f"held-out {y}")
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
-    finish(figure, args.results / "figure5.png")
-    seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption = (f"Held-out gains. Each method has {seconds:.0f} seconds, by the times of table3; "
-               f"\"0.2\" is after that share of them. {ERRORS}")
-    head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "reward gain after 0.2", "0.6",
-            "1", "judge gain", f"reward gain after {count} iterations"]
-    return head, rows, data, caption
+def spread(args):
+    """The standard deviation inside a group of the base, from the first iteration of runs."""
+    scorers = ("preference", "flawless")
+    jobs = {(label, scorer): dict(job(args, f"spread-{label}", script, [
+        *flags.split(), "--rewards", scorer, "--eval_scorers="], 1, seed, every=0)
+        for seed in range(args.seeds))
+        for label, (script, flags) in list(SPREAD.items())[: 2 if args.quick else None]
+        for scorer in scorers}
+    logs, rows, data = run_all(args, *jobs.values()), [], {}
+    for label, _ in list(jobs)[::2]:
+        data[label] = {scorer: [next(line["reward_std"] for line in logs[folder]
+                                     if "reward_std" in line) for folder in jobs[label, scorer]]
+                       for scorer in scorers}
+        rows.append([label, *(shown(data[label][scorer], 3) for scorer in scorers)])
+    caption = f"The base's rollouts of eight training prompts for each seed. {ERRORS}"
+    return ["rollout", "spread of the reward", "of `flawless`"], rows, data, caption
 
 @torch.no_grad()
-def group_of(path, prompts, seed, sigma=0.3, G=12):
+def group_of(path, prompts, seed, sigma=0.3, G=12, T=8):
     """Rollout groups as in training -> images (P, G, 3, H, W), rewards (P, G)."""
     model, rng = Flux(path, 64, frozen=True), torch.Generator().manual_seed(seed)
     scorers = rewards.load_all(rewards.parse("preference"), "cpu", prompts[:1])
@@ -469,7 +712,7 @@ def group_of(path, prompts, seed, sigma=0.3, G=12):
         delta = torch.randn(G, *model.latent_shape, generator=rng).flatten(1)
         x1.append(perturb_noise(eps_star, delta, sigma).view(G, *model.latent_shape))   # Eq. 7
     velocity = lambda x, t: model.velocity(x, t, cond)
-    traj, _ = rollout(velocity, torch.cat(x1), schedule(8), "dpmpp_2m")
+    traj, _ = rollout(velocity, torch.cat(x1), schedule(T), "dpmpp_2m")
     images = model.decode(traj[-1])                                     # (P G, 3, H, W)
     return images.unflatten(0, (-1, G)), train.score(scorers, images, prompts)["preference"]
 
@@ -477,6 +720,9 @@ def before_and_after(args, prompts, seed=0):
     """`group_of` the base and of our first run, from the same noises."""
     folder, what = next(iter(jobs_of(args, OURS).items()))
     run_all(args, {folder: what})
+    if not checkpoints(folder):
+        raise SystemExit(f"{folder} has no checkpoint any more; delete its lines in runs.jsonl to "
+                         "make it again")
     paths = {"base": HERE / "tiny/flux", "aligned": checkpoints(folder)[-1]}
     return {label: group_of(path, prompts, seed) for label, path in paths.items()}
 
@@ -484,7 +730,7 @@ def figure4(args):
     """A'_i of real groups. The effect of p on a group is the length |A'|_2. At p = 2 it is 1 for
     every group. At a smaller p, even groups become shorter."""
     prompts = read_prompts(TRAINED_ON)
-    some = evenly_spaced(len(prompts), 16 if args.quick else 64)
+    some = evenly_spaced(len(prompts), 8 if args.quick else 64)
     groups = before_and_after(args, [prompts[i] for i in some])
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     rows, data = [], {}
@@ -522,6 +768,25 @@ def figure8(args):
     return ["prompt", "model", "mean reward", "its standard deviation in the group",
             "distance of two pictures"], sorted(rows, key=lambda row: row[0]), {}, caption
 
+def comparisons(args):
+    """Count the cells of columns that give a difference: "over" is in the column's name."""
+    rows = []
+    for name in RESULT_OF:
+        path = args.results / f"{name}.json"
+        if path.exists():
+            table = json.loads(path.read_text(encoding="utf-8"))
+            is_over = [bool(re.search(r"\bover\b", title)) for title in table["head"]]
+            columns = [k for k, title in enumerate(table["head"])       # older tables: "judge"
+                       if is_over[k] or title == "judge" and is_over[k - 1]]
+            cells = sum(bool(row[k]) for row in table["rows"] for k in columns)
+            rows.append([name, cells]) if cells else None
+    rows.append(["all", total := sum(cells for _, cells in rows)])
+    caption = ("Differences with a standard error that the tables give. For five seeds, paired, "
+               "chance alone brings 4.0 % of them beyond three standard errors (Student's t with 4 "
+               f"degrees of freedom), {0.040 * total:.0f} of {total}; for independent runs of five "
+               f"and five, at most so many, and 1.7 % if the spreads are equal.")
+    return ["table", "differences"], rows, {}, caption
+
 def finish(figure, path):
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -529,23 +794,25 @@ def finish(figure, path):
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-RESULT_OF = {"table3": table3, "tune": tune, "table1": table1, "table2": table2,
-        **{name: lambda args, name=name: ablation(args, name) for name in SWEEPS},
-        **{name: lambda args, name=name: variants(args, name) for name in VARIANTS},
-        "figure4": figure4, "figure5": figure5, "figure8": figure8}
+RESULT_OF = {"table3": table3, "steps": steps, "tune": tune, "table1": table1, "table2": table2,
+             **{name: functools.partial(one_at_a_time, name=name) for name in CHANGES},
+             "spread": spread, "figure4": figure4, "figure8": figure8,
+             "again": again, "comparisons": comparisons}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m paper.reproduce", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*RESULT_OF, "all"])
-    parser.add_argument("--seeds", type=int, help="runs of each method (default 3; quick: 1)")
+    parser.add_argument("--seeds", type=int, help="runs of each row (default 5; quick: 1)")
     parser.add_argument("--iterations", type=int, help="iterations of Neighbor GRPO with 8 "
-                        "steps; all runs take their seconds (default 40; quick: 4)")
+                        "steps; all runs take their seconds (default 40; quick: 2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--quick", action="store_true", help="only to see that it runs: minutes")
+    parser.add_argument("--kept", action="store_true", help="make no run: only those in "
+                        "results/runs.jsonl, even if other code or another CPU made them")
+    parser.add_argument("--quick", action="store_true", help="only to see that it runs")
     parser.add_argument("--out_dir", default="out/reproduce", help="for the runs (out/reproduce)")
     args = parser.parse_args(argv)
-    seeds, iterations, args.repeats = (1, 4, 1) if args.quick else (3, 40, 5)
+    seeds, iterations, args.repeats = (1, 2, 1) if args.quick else (5, 40, 5)
     args.seeds = seeds if args.seeds is None else args.seeds
     args.iterations = iterations if args.iterations is None else args.iterations
     if min(args.seeds, args.iterations, args.jobs) < 1:
@@ -554,23 +821,29 @@ def main(argv=None):
     args.out, args.results = Path(args.out_dir, *quick).resolve(), RESULTS.joinpath(*quick)
     for folder in (args.out, args.results):
         folder.mkdir(parents=True, exist_ok=True)
+    # The search: the fewest iterations of a trial, and the budgets of its two parts, in runs
+    args.least, args.search, args.more = (1, (0, 0), []) if args.quick else (8, (15, 5), [])
+    if args.quick:
+        (args.out / "four.txt").write_text("\n".join(read_prompts(HELD_OUT)[:4]), encoding="utf-8")
+        args.more = ["--prompts_per_iteration", "4", "--resolution", "32", "--eval_prompts",
+                     str(args.out / "four.txt")]
     signal.signal(signal.SIGTERM, stop)
-    names = [args.what]
-    if args.what == "all":
-        names = [name for name in RESULT_OF if name != "tune" or not args.quick]
+    names = [name for name in RESULT_OF if name not in ("table3", "steps", "tune", "again")]
+    names = ["table3", "steps", "tune", "table3", *names] if args.what == "all" else [args.what]
     for name in names:
         began = time.time()
         head, rows, found, caption = RESULT_OF[name](args)
         command = (f"python -m paper.reproduce {name} --seeds {args.seeds} --iterations "
                    f"{args.iterations} --jobs {args.jobs}" + " --quick" * args.quick)
         if args.quick:
-            caption += " Quick: 24 prompts and a few iterations, so the numbers are meaningless."
+            caption += " Quick: so the numbers are meaningless."
         text = (f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, "
-                f"{threads(args)} per run). {caption}\n\n{bench.markdown(head, rows)}\n")
+                f"{threads(args)} per run, {made_by()['cpu']}). {caption}\n\n"
+                f"{bench.markdown(head, rows)}\n")
         (args.results / f"{name}.md").write_text(text, encoding="utf-8")
         data = json.dumps(dict(command=command, head=head, rows=rows, data=found), indent=1)
         (args.results / f"{name}.json").write_text(data, encoding="utf-8")
-        print(f"\n{text}\nwrote {args.results}/{name}.md, .json, .png in "
+        print(f"\n{text}\nwrote {args.results}/{name}.md and .json in "
               f"{time.time() - began:.0f} s\n", flush=True)
 
 if __name__ == "__main__":

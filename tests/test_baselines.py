@@ -14,9 +14,10 @@ import train
 from neighbor_grpo import clipped_objective, log_ratio, perturb_noise
 from paper import baselines
 from paper.baselines import (
-    METHODS, Config, churn, dance_level, drift_residual, end_point_direction, fdfo_log_ratio,
-    flow_level, half_difference, log_prob, nft_loss, noise_estimate, pair_advantages, sde_mean,
-    sde_rollout, sde_std, spo_objective, tree_advantages, tree_widths)
+    METHODS, Config, awm_log_prob, awm_steps, churn, dance_level, drift_residual,
+    end_point_direction, fdfo_log_ratio, flow_level, half_difference, log_prob, nft_loss,
+    noise_estimate, pair_advantages, sde_mean, sde_rollout, sde_std, spo_objective, tree_advantages,
+    tree_widths)
 from run import HERE, Run
 from solvers import ddim_step, rollout, schedule
 
@@ -297,6 +298,42 @@ def test_nfts_old_policy_follows_the_trained_one_more_and_more_slowly_until_half
     assert [baselines.nft_decay(step) for step in (1, 100, 500, 9000)] == [0.001, 0.1, 0.5, 0.5]
 
 
+# ============================================================================ AWM
+
+@pytest.mark.parametrize("power", [1.0, 0.25])
+def test_awms_log_probability_falls_with_a_power_of_the_flow_matching_error(power):
+    x_t, t, x0, target, _ = an_nft_point()
+    v, noise, t = normal(6, 5), target + x0, t.flatten()
+    error = (v - target).pow(2).mean(1)
+    offset = 1e-10**power                       # so that the largest value is 0
+    assert_close(awm_log_prob(v, x0, noise, t, power), -t * (error**power - offset) / power,
+                 rtol=1e-6, atol=1e-9)
+    at_its_maximum = awm_log_prob(target, x0, noise, t, power)          # v = eps - x_0
+    assert at_its_maximum.abs().max() < 1e-9
+
+
+def test_awms_gradient_on_policy_is_flow_matching_weighted_by_the_advantage():
+    """The gradient of -A rho at rho = 1 is A times that of the flow-matching error, times
+    t e^(power - 1)."""
+    _, t, x0, target, v_old = an_nft_point()
+    t, A, v = t.flatten(), normal(6), v_old.clone().requires_grad_()
+    log_pi = awm_log_prob(v, x0, target + x0, t)
+    J = clipped_objective(log_pi - log_pi.detach(), A, 1.0)
+    found, = torch.autograd.grad(-J, v)
+    error = (v - target).pow(2).mean(1)
+    matching, = torch.autograd.grad(error.sum(), v)
+    by_hand = (A * t * error**-0.75)[:, None] * matching
+    assert_close(found, by_hand.detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("T, K, parts", [(14, 6, [{2 * k, 2 * k + 1} for k in range(6)]),
+                                         (8, 4, [{0}, {1, 2}, {3, 4}, {5, 6}])])
+def test_awm_trains_one_time_of_each_equal_part_of_the_first_nine_tenths_of_the_steps(T, K, parts):
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.stack([awm_steps(T, K, rng) for _ in range(200)])
+    assert [set(column.tolist()) for column in drawn.T] == parts
+
+
 # ============================================================================ FDFO
 
 def test_fdfos_perturbation_is_equation_7_so_churned_noise_stays_standard_normal():
@@ -466,12 +503,13 @@ def train_stub(folder, model, method, scorer=brightness, **settings):
 
 @pytest.mark.parametrize("method, nfe_old, nfe_theta", [
     ("dance", 25, 14), ("flow", 6, 5), ("mix", 25, 4), ("flash", 8, 4),
-    ("branch", 203 / 16, 218 / 16), ("nft", 19, 9), ("fdfo", 40, 40)])
+    ("branch", 203 / 16, 218 / 16), ("nft", 19, 9), ("awm", 14, 6), ("fdfo", 40, 40)])
 def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(
         method, nfe_old, nfe_theta, tmp_path):
     """MixGRPO trains 4 steps in its code and paper (14 in this paper's Table 3). BranchGRPO: the
     network sees 203 nodes, and 218 edges are trained (published: 13.68 for both). DiffusionNFT has
-    10 steps and 9 trained points, which the old policy sees too. FDFO trains every step."""
+    10 steps and 9 trained points, which the old policy sees too. AWM's one update does not need
+    that. FDFO trains every step."""
     model = Stub()
     line, = train_stub(tmp_path, model, method, prompts_per_iteration=2)
     images = 2 * METHODS[method].get("group_size", 12)
@@ -479,17 +517,19 @@ def test_every_method_costs_the_published_evaluations_counted_at_the_velocity(
     assert (line["nfe_old"], line["nfe_theta"]) == (nfe_old, nfe_theta)
 
 
-@pytest.mark.parametrize("method", ["dance", "flow", "mix", "flash", "branch", "fdfo"])
+@pytest.mark.parametrize("method", ["dance", "flow", "mix", "flash", "branch", "awm", "fdfo"])
 def test_the_first_ratio_is_one_in_every_iteration(method, tmp_path):
     for line in train_stub(tmp_path, Stub(), method, iterations=4):
-        assert line["first_ratio"] < 1e-5 and (line["clip_fraction"] > 0 or method == "fdfo")
+        assert line["first_ratio"] < 1e-5
+        assert line["clip_fraction"] > 0 or method in ("awm", "fdfo")
 
 
-@pytest.mark.parametrize("method", ["dance", "branch"])
-def test_the_clip_holds_back_ratios_outside_it(method, tmp_path):
+@pytest.mark.parametrize("method, updates", [("dance", 3), ("branch", 18), ("awm", 3)])
+def test_the_clip_holds_back_ratios_outside_it(method, updates, tmp_path):
     narrow, wide, start = Stub(), Stub(), Stub().weights()
-    train_stub(tmp_path, narrow, method, clip_eps=1e-6)
-    train_stub(tmp_path, wide, method, clip_eps=1e9)
+    more = dict(updates_per_iteration=updates)
+    train_stub(tmp_path, narrow, method, clip_eps=1e-6, **more)
+    train_stub(tmp_path, wide, method, clip_eps=1e9, **more)
     assert 0 < (narrow.weights() - start).norm() < 0.9 * (wide.weights() - start).norm()
 
 
@@ -594,6 +634,42 @@ def test_nft_rolls_out_with_the_old_policy_and_not_with_the_trained_one(tmp_path
     assert (model.weights() - untouched.weights()).abs().max() > 0.02
 
 
+def test_awms_updates_share_the_images_and_all_have_the_rollouts_policy_as_the_old_one(
+        tmp_path, monkeypatch):
+    """Each of four updates has three images of each group, at its K times. The old log
+    probabilities are those of the weights at the beginning. Advantages are divided by 5."""
+    seen, given, old_weights = [], [], Stub()
+    plain = baselines.awm_log_prob
+
+    def watched(v, x0, noise, t):
+        seen.append((v, x0, noise, t))
+        return plain(v, x0, noise, t)
+
+    def objective(log_rho, A, eps):
+        given.append((log_rho, A))
+        return clipped_objective(log_rho, A, eps)
+
+    monkeypatch.setattr(baselines, "awm_log_prob", watched)
+    monkeypatch.setattr(baselines, "clipped_objective", objective)
+    model, images = Stub(), []
+    model.decode = lambda x: images.append(x) or x
+    line, = train_stub(tmp_path, model, "awm", prompts_per_iteration=2, updates_per_iteration=4,
+                       num_rollout_steps=8, num_train_steps=3)
+    trained = [one for one in seen if one[0].requires_grad]
+    assert [len(one[0]) for one in trained] == [2 * 3] * 3 * 4 and len(seen) == 3 * (4 + 3)
+    assert (line["nfe_old"], line["nfe_theta"]) == (8 + 3 * 3 / 4, 3)
+    assert model.forwards / 24 == line["nfe_old"]
+    r = brightness(images[0], None).view(2, 12)
+    A = ((r - r.mean(1, keepdim=True)) / (r.std(correction=0) + 1e-4)).clamp(-5, 5) / 5
+    for (v, x0, noise, t), (log_rho, each_A) in zip(trained, given, strict=True):
+        places = [(images[0] - one).flatten(1).norm(dim=1).argmin() for one in x0]
+        assert_close(each_A, A.flatten()[torch.stack(places)])
+        x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
+        expected = plain(v, x0, noise, t) - plain(old_weights.velocity(x_t, t, None), x0, noise, t)
+        assert_close(log_rho, expected.float(), atol=1e-6, rtol=1e-4)
+    assert given[-1][0].abs().max() > 1e-4 and not given[0][0].any()
+
+
 @pytest.mark.parametrize("ema, stays", [(0.5, 0.001), (0.0004, 0.0004)])
 def test_nfts_loss_uses_the_old_policy_whose_decay_is_the_smaller_of_the_published_one_and_ema(
         ema, stays, tmp_path, monkeypatch):
@@ -656,6 +732,33 @@ def test_fdfos_pairs_begin_at_one_noise_and_both_are_trained_at_every_churned_st
             found.append((pair, round(float(t), 4)))
     ts = [round(float(churn(0.0, t, 0.0, 0.0025)[1]), 4) for t in schedule(5, 3.0)[:-1]]
     assert sorted(found) == sorted((pair, t) for pair in range(12) for t in ts)
+
+
+def test_fdfos_updates_share_the_prompts_if_each_has_too_few_pairs(tmp_path, monkeypatch):
+    """One pair of each of six prompts in three updates: two prompts in each, with their own text,
+    advantages and directions."""
+    asked, weighed, told = [], [], []
+
+    class Watched(Stub):
+        def encode(self, prompts):
+            return dict(vec=torch.arange(len(prompts))[:, None])
+
+        def velocity(self, x, t, cond):
+            if torch.is_grad_enabled():
+                asked.append(cond["vec"].flatten().tolist())
+            return super().velocity(x, t, cond)
+
+    monkeypatch.setattr(baselines, "spo_objective", lambda log_rho, A, eps: (
+        weighed.append(A), spo_objective(log_rho, A, eps))[1])
+    scorer = lambda images, prompts: told.append(brightness(images, None)) or told[0]
+    line, = train_stub(tmp_path, Watched(), "fdfo", scorer, prompts_per_iteration=6, group_size=2,
+                       num_rollout_steps=5, updates_per_iteration=3)
+    assert asked == [prompts for prompts in ([0, 1], [2, 3], [4, 5]) for _ in range(5)]
+    half = pair_advantages(told[0]).view(3, 4)
+    for u in range(3):
+        for A in weighed[5 * u : 5 * u + 5]:
+            assert_close(A, half[u])
+    assert line["nfe_theta"] == 5
 
 
 def test_fdfos_penalty_holds_back_ratios_outside_its_trust_region(tmp_path):
@@ -738,6 +841,7 @@ SMALL = dict(
     flash="--num_rollout_steps 12 --window 2 --num_train_steps 2 --group_size 4 --window_every 1",
     branch="--num_rollout_steps 4 --splits 0,2 --group_size 4 --updates_per_iteration 4",
     nft="--num_rollout_steps 4 --num_train_steps 3 --group_size 4",
+    awm="--num_rollout_steps 4 --num_train_steps 3 --group_size 4 --updates_per_iteration 2",
     fdfo="--num_rollout_steps 4 --group_size 4 --updates_per_iteration 2")
 
 
@@ -831,7 +935,12 @@ def test_a_run_is_not_resumed_with_another_method(before, now, tmp_path, capsys)
     ("--method nft --churn 0.1", "churn is not a setting of nft"),
     ("--method fdfo --churn 0", "churn is 0, but must be at least 1e-6"),
     ("--method fdfo --group_size 9", "group_size (G) is 9, but must be even"),
-    ("--method fdfo --updates_per_iteration 4", "must divide the number of pairs of a prompt, 6"),
+    ("--method fdfo --updates_per_iteration 5",
+     "must divide the number of pairs of a prompt, 6, or of a process's prompts, 8"),
+    ("--method awm --num_train_steps 13",
+     "num_train_steps (K) is 13, but must lie between 1 and 12"),
+    ("--method awm --updates_per_iteration 5", "must divide group_size (G), 12"),
+    ("--method awm --churn 0.1", "churn is not a setting of awm"),
     ("--method fdfo --num_train_steps 9", "num_train_steps is not a setting of fdfo"),
     ("--method fdfo --solver dpmpp_2m", "solver is not a setting of fdfo"),
     ("--method flow --updates_per_iteration 5",

@@ -189,29 +189,6 @@ def test_the_share_is_the_operations_per_second_over_the_rate_of_a_matrix_produc
     assert bench.rates(dict(flops=3e12, iteration=2.0), 6e12) == ("3", "1.5", "6", "0.25")
 
 
-def test_batching_compares_one_pass_of_all_anchors_with_one_pass_each(load, monkeypatch, capsys):
-    calls, velocity = [], Flux.velocity
-    monkeypatch.setattr(Flux, "velocity", lambda model, x, *more: (
-        calls.append(len(x)) or velocity(model, x, *more)))
-    monkeypatch.setattr(bench, "now", lambda device: len(calls))        # a second for each call
-    bench.batching(bench.parsed("train.py", ["--batch", "1"]), "tiny", 1)
-    assert calls == [4, 1, 1, 1, 1] * 2
-    assert "at once 1.000 s, one by one 4.000 s: 4.00 times" in capsys.readouterr().out
-
-
-def test_scaling_finds_the_lines_on_which_the_points_lie(monkeypatch, tmp_path):
-    def seconds(name):
-        setting, value = name.split()
-        return 1 + 0.5 * int(value) ** (2 if setting == "resolution" else 1)
-
-    monkeypatch.setattr(bench, "measure", lambda methods, *_, **__: {
-        name: dict(iteration=seconds(name)) for name in methods})
-    bench.scaling(3, ["--device", "cpu"], tmp_path)
-    text = (tmp_path / "scaling.md").read_text()
-    assert text.startswith("`python -m paper.bench scaling --repeats 3 --device cpu`")
-    assert text.count("| 1.00 + 0.5 x | 0% |") == 5
-
-
 # ============================================================================ operations and memory
 
 @pytest.mark.parametrize("rank, blocks", [(0, 0), (4, 0), (0, 1), (4, -1)])
@@ -252,7 +229,11 @@ def test_decoding_takes_no_more_of_an_evaluation_in_flux_narrow_than_in_flux_1_d
         with torch.device("meta"):
             net = bench.FluxTransformer2DModel(guidance_embeds=True, **bench.BLOCKS[geometry])
         forward, _ = counts.operations(net.config, tokens, 512)
-        return counts.decoding(vae, 2 * int(tokens**0.5)) / forward
+        with torch.device("meta"):
+            vae, side = type(vae).from_config(vae.config), 2 * int(tokens**0.5)
+        with FlopCounterMode(display=False) as decoding, torch.no_grad():
+            vae.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
+        return decoding.get_total_flops() / forward
 
     small = Flux(TINY, 64).pipe.vae
     with torch.device("meta"):
@@ -357,23 +338,9 @@ def test_the_steps_of_the_ladder_that_are_asked_for_come_alone_each_with_its_bus
     assert [row[0] for row in rows] == ["| step", "| ---", "| three", "| one"]
     for row in rows[2:]:
         found = dict(zip(rows[0], row, strict=True))
-        assert float(found["gradient norm"]) > 0
-        assert 0 <= float(found["below eps |"].strip(" |")) < 1
+        assert float(found["gradient norm |"].strip(" |")) > 0
     assert lines.count("three") == lines.count("one") == 1      # heads of the profiles
     assert sum("aten::addmm" in line for line in lines) == 2
-
-
-def test_the_share_of_gradients_below_adamws_eps_leaves_out_those_that_are_0():
-    w = torch.nn.Parameter(torch.zeros(5))
-    opt = torch.optim.AdamW([w])
-    w.grad = torch.tensor([0, 1e-9, -1e-9, 1e-7, -1])
-    with bench.watched_gradients(opt, wanted=True) as shares:
-        opt.step()
-    opt.step()
-    assert shares == [0.5]
-    with bench.watched_gradients(opt, wanted=False) as shares:
-        opt.step()
-    assert shares == []
 
 
 # ============================================================================ float8
@@ -498,19 +465,18 @@ def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, 
 # ============================================================================ the command line
 
 @pytest.mark.parametrize("words, said", [
-    ("floor --resolution 1024", "unrecognized arguments: --resolution 1024"),
+    ("memory --resolution 1024", "unrecognized arguments: --resolution 1024"),
     ("memory --geometry flux", "unrecognized arguments: --geometry flux"),
-    ("scaling --geometry flux", "unrecognized arguments: --geometry flux"),
     ("ladder --warm 3", "unrecognized arguments: --warm 3"),
     ("ladder --only dance", "unrecognized arguments: --only dance"),
     ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 6"),
-    ("batching --json x.json", "unrecognized arguments: --json x.json"),
+    ("ladder --json x.json", "unrecognized arguments: --json x.json"),
     ("methods --repeats 0", "--repeats must be at least 1"),
     ("methods --warm -1", "--warm at least 0"),
     ("methods --only dpm8,foo", "'foo', but the methods are dance,"),
     ("methods --geometry flux", "--geometry flux needs a GPU"),
     ("methods --json no/such/x.json", "there is no folder no/such"),
-    ("floor memory", "unrecognized arguments: memory"),
+    ("memory ladder", "unrecognized arguments: ladder"),
     ("nothing", "invalid choice: 'nothing'")])
 def test_options_without_effect_and_options_that_would_fail_later_are_refused_at_once(
         words, said, monkeypatch, capsys):

@@ -4,7 +4,8 @@ per sentence.
 
     python -m pytest -q tests/test_reproduce.py
 """
-import argparse, json, math, os, shutil, signal, threading, time
+import argparse, json, math, os, shutil, signal, subprocess, sys, threading, time
+from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -16,7 +17,7 @@ from paper.reproduce import HERE, OURS, between_flawless, curve, group_of, over_
 
 def settings(tmp_path, **more):
     args = dict(out=tmp_path, results=tmp_path, jobs=1, seeds=1, iterations=60, repeats=1,
-                quick=False)
+                quick=False, kept=False, more=[], least=8, search=(15, 5))
     return argparse.Namespace(**{**args, **more})
 
 
@@ -47,45 +48,78 @@ def test_the_error_is_the_standard_error_over_seeds_and_one_seed_has_none():
 
 # ============================================================================ the runs of a table
 
-def all_cost(seconds):
-    """costs(args) if an iteration takes these seconds, but 2 for ours."""
-    return {label: dict(seconds=2.0 if label == OURS else seconds, solver="", nfe_old=1,
-                        nfe_theta=1) for label in reproduce.METHODS}
+def same_cost(monkeypatch, seconds, **others):
+    """An iteration takes these seconds, but 2 for ours, and for others as given."""
+    monkeypatch.setattr(reproduce, "cost_of", lambda args, label: dict(
+        seconds=2.0 if label == OURS or "sigma" in label else others.get(label, seconds),
+        solver="", nfe_old=1, nfe_theta=1))
+
+
+def chosen(monkeypatch, published="--lr 3e-5"):
+    """The search chose these for every method as published, and otherwise the last of each axis."""
+    monkeypatch.setattr(reproduce, "tuned", lambda args: {family: dict(
+        published=published, searched=reproduce.flags_of(family, [axis[-1] for axis in grid]))
+        for family, grid in reproduce.GRIDS.items()})
 
 
 def test_runs_last_equal_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
+    same_cost(monkeypatch, 8.0)
     args = settings(tmp_path)
-    assert reproduce.lasting(args, "DanceGRPO") == 15
-    assert reproduce.lasting(args, OURS) == reproduce.lasting(args, reproduce.OURS_2) == 60
+    assert reproduce.lasting(args, "DanceGRPO") == 15 and reproduce.lasting(args, OURS) == 60
 
 
-def test_every_method_has_its_own_seconds_but_variants_of_ours_share_them(tmp_path, monkeypatch):
-    seconds = {label: {"seconds": n} for n, label in enumerate(reproduce.METHODS)}
-    monkeypatch.setattr(reproduce, "costs", lambda args: seconds)
-    for n, label in enumerate(reproduce.METHODS):
-        shared = label in (reproduce.OURS_2, reproduce.OURS_08)
-        expected = seconds[OURS]["seconds"] if shared else n
-        assert reproduce.cost_of(settings(tmp_path), label)["seconds"] == expected
+def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours_share_them(
+        tmp_path, monkeypatch):
+    chosen(monkeypatch)
+    searched = OURS + reproduce.SEARCHED
+    timed = reproduce.timed(settings(tmp_path), searched)
+    assert timed == ("--sigma 0.7 --num_rollout_steps 3 --num_train_steps 2 "
+                     "--updates_per_iteration 4")               # lr and clip cost nothing
+    rows = {OURS: dict(seconds=2.0, settings=""), searched: dict(seconds=1.0, settings=timed),
+            "DanceGRPO": dict(seconds=9.0, settings="--method dance --eta 0.5")}
+    monkeypatch.setattr(reproduce, "costs", lambda: rows)
+    seconds = lambda label: reproduce.cost_of(settings(tmp_path), label)["seconds"]
+    assert [seconds(label) for label in (OURS, reproduce.OURS_2, searched)] == [2, 2, 1]
+    for label in ("DanceGRPO", "AWM"):
+        with pytest.raises(SystemExit, match=f"no seconds for {label} with these settings"):
+            seconds(label)
 
 
-def test_a_saved_result_is_used_only_for_the_same_inputs(tmp_path):
+def test_the_fit_finds_the_seconds_of_an_evaluation_of_a_trained_one_and_of_an_image():
+    true = np.array([0.003, 0.008, 0.006])
+    rows = {label: dict(seconds=reproduce.evaluations(*reproduce.METHODS[label][:2]) @ true)
+            for label in reproduce.PUBLISHED[::2]}
+    found = reproduce.estimated("train.py", "--num_rollout_steps 4 --num_train_steps 3", rows)
+    assert found == pytest.approx(8 * 12 * (4 * 0.003 + 1 * 0.008 + 0.006))
+
+
+def test_table_3_measures_only_what_is_missing_and_scales_it_by_ours(tmp_path, monkeypatch):
+    chosen(monkeypatch)
+    known = {label: dict(seconds=4.0, settings=reproduce.METHODS[label][1], nfe_old=1.0, G=12,
+                         B=4, K=4, nfe_theta=1.0, solver="") for label in reproduce.PUBLISHED}
     asked = []
 
-    @jobs.cached(lambda args: args.repeats)
-    def costs(args):
-        asked.append(args.repeats)
-        return {"DanceGRPO": (2.0, args.repeats)}
+    def measure(methods, repeats, *_, **__):
+        asked.extend(methods)
+        return {label: dict(known[OURS], iteration=6.0 if label == OURS else 3.0)
+                for label in methods}
 
-    for repeats in (1, 1, 2, 2, 1):
-        assert costs(settings(tmp_path, repeats=repeats)) == {"DanceGRPO": [2.0, repeats]}
-    assert asked == [1, 2, 1] and (tmp_path / "costs.json").exists()
+    monkeypatch.setattr(reproduce, "costs", lambda: known)
+    monkeypatch.setattr(reproduce.bench, "measure", measure)
+    _, rows, found, _ = reproduce.table3(settings(tmp_path))
+    few = [f"Neighbor GRPO, {T} steps" for T in (6, 5, 4, 3, 2)]
+    assert asked == [OURS, *few] and set(found) == {*reproduce.PUBLISHED, *few}
+    assert {label: found[label]["seconds"] for label in few} == dict.fromkeys(few, 2.0)
+    assert found[OURS]["seconds"] == 4 and len(rows) == len(found)
 
 
-def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_path):
+def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_path, monkeypatch):
+    chosen(monkeypatch)
+    same_cost(monkeypatch, 1.2)                                 # 100 iterations of each rival
     found = {}
-    for label, (script, _, family) in reproduce.METHODS.items():
-        folder, (its, flags) = reproduce.job(settings(tmp_path), label, 0, 2e-5, 1e-4, 100)
+    for label in [*reproduce.PUBLISHED, reproduce.OURS_2, reproduce.OURS_08]:
+        script, _, family = reproduce.METHODS[label]
+        (folder, (its, flags)), = reproduce.jobs_of(settings(tmp_path), label).items()
         parse = train.parse_config if its == "train.py" else baselines.parse_config
         cfg = parse([*flags, "--out_dir", str(folder)])
         if its == "train.py":
@@ -93,16 +127,29 @@ def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_pat
         else:
             old, theta = baselines.nfe(cfg)
         found[label] = old, round(theta, 3), getattr(cfg, "window_every", cfg.p)
-        assert its == script and cfg.method == family
-        assert (cfg.lr, cfg.iterations, cfg.eval_steps, cfg.seed) == (2e-5, 100, 16, 0)
+        assert its == script and cfg.method == family and (cfg.eval_steps, cfg.seed) == (16, 0)
+        assert cfg.lr == (5e-5 if "sigma" in label else 3e-5)
     assert found == {   # published: the window moves 12 times, the pruned depths 10 times
-        "DanceGRPO": (25, 14, 0), "Flow-GRPO": (6, 5, 0), "MixGRPO": (25, 4, 8),
-        "MixGRPO-Flash*": (8, 4, 0), "BranchGRPO": (203 / 16, 13.625, 30),
+        "DanceGRPO": (25, 14, 0), "DanceGRPO, 16 steps": (16, 9, 0), "Flow-GRPO": (6, 5, 0),
+        "MixGRPO": (25, 4, 8), "MixGRPO-Flash*": (8, 4, 0), "BranchGRPO": (203 / 16, 13.625, 30),
         "BranchGRPO, pruned": (203 / 16, 8.625, 10), "DiffusionNFT": (19, 9, 0),
-        "FDFO": (40, 40, 0),
+        "AWM": (14, 6, 0), "FDFO": (40, 40, 0),
         "Neighbor GRPO, 25 steps": (25, 4, 0.8), "Neighbor GRPO, 16 steps": (16, 3, 0.8),
         "Neighbor GRPO, 8 steps": (8, 1.333, 0.8), "Neighbor GRPO, sigma 0.5, p = 2": (8, 1.333, 2),
         "Neighbor GRPO, sigma 0.5, p = 0.8": (8, 1.333, 0.8)}
+
+
+def test_a_searched_row_has_all_settings_of_the_search_and_a_window_that_moves_as_often(
+        tmp_path, monkeypatch):
+    same_cost(monkeypatch, 1.0)
+    grid = reproduce.GRIDS["mix"]
+    choice = [grid[0][0], grid[1][0], grid[2][2], grid[3][2], grid[4][1]]
+    monkeypatch.setattr(reproduce, "tuned", lambda args: dict(
+        mix=dict(searched=reproduce.flags_of("mix", choice))))
+    (_, (script, flags)), = reproduce.jobs_of(settings(tmp_path), "MixGRPO, searched").items()
+    cfg = baselines.parse_config([*flags, "--out_dir", str(tmp_path / "new")])
+    assert (cfg.method, cfg.lr, cfg.clip_eps, cfg.eta, cfg.num_rollout_steps, cfg.window,
+            cfg.iterations, cfg.window_every) == ("mix", 2e-5, 1e-4, 1, 8, 2, 120, 10)
 
 
 def test_every_row_of_the_papers_tables_has_a_row_here():
@@ -121,31 +168,41 @@ def test_the_papers_columns_are_gains_over_the_papers_base():
 
 # ============================================================================ tables
 
-def test_final_scores_are_found_by_the_checkpoints_names_and_the_first_row_is_the_base(
+def test_final_scores_are_found_by_the_checkpoints_names_and_kept_for_when_these_are_lost(
         tmp_path, monkeypatch):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         for iteration in (3, 12):
             (folder / f"checkpoint-{iteration}/state").mkdir(parents=True)
             (folder / f"checkpoint-{iteration}/state/state.pt").touch()
-    rows = [dict(label="tiny-flux", preference=1), dict(label="b-checkpoint-12", preference=2),
-            dict(label="a-checkpoint-12", preference=3)]
+    rows = [dict(label="tiny-flux", preference=1.0), dict(label="b-checkpoint-12", preference=2.0),
+            dict(label="a-checkpoint-12", preference=3.0)]
 
     def evaluate(command, **_):
         assert all(str(folder / "checkpoint-12") in command for folder in folders)
-        assert after(command, "--steps") == "16"
-        (tmp_path / "eval").mkdir()
-        (tmp_path / "eval/results.json").write_text(json.dumps(dict(results=rows)))
+        assert after(command, "--steps") == "16" and after(command, "--images_per_prompt") == "4"
+        out = Path(after(command, "--out_dir"))
+        out.mkdir()
+        (out / "results.json").write_text(json.dumps(dict(results=rows)))
 
     apart = {"tiny-flux": [1, math.nan, 3], "b-checkpoint-12": [2, 9, 4],
              "a-checkpoint-12": [math.nan, 9, 5]}
     monkeypatch.setattr(reproduce, "between_flawless", lambda path: np.array(apart[path.name]))
     monkeypatch.setattr(reproduce.subprocess, "run", evaluate)
-    found = reproduce.finals(settings(tmp_path), folders)
+    args = settings(tmp_path)
+    for folder in folders:
+        jobs.keep_run(args, folder.name, dict(command="c", made_by=jobs.made_by()))
+    found = reproduce.finals(args, folders)
     # where the base has no two flawless pictures, those of the others do not count either
-    assert found == {"base": dict(label="tiny-flux", preference=1, between_flawless=2),
-                     folders[0]: dict(label="a-checkpoint-12", preference=3, between_flawless=5),
-                     folders[1]: dict(label="b-checkpoint-12", preference=2, between_flawless=3)}
+    assert found == {"base": dict(preference=1, between_flawless=2),
+                     folders[0]: dict(preference=3, between_flawless=5),
+                     folders[1]: dict(preference=2, between_flawless=3)}
+    for folder in folders:
+        shutil.rmtree(folder)
+    monkeypatch.setattr(reproduce.subprocess, "run", None)
+    assert reproduce.finals(args, folders) == found
+    with pytest.raises(RuntimeError, match="neither a checkpoint nor a score of c"):
+        reproduce.finals(args, [tmp_path / "c"])
 
 
 def test_the_distance_of_flawless_pictures_leaves_out_flawed_ones_and_prompts_with_less_than_two(
@@ -159,158 +216,270 @@ def test_the_distance_of_flawless_pictures_leaves_out_flawed_ones_and_prompts_wi
     assert_allclose(between_flawless(tmp_path), [0.2, math.nan], rtol=1e-6)
 
 
-def test_the_sweep_tries_each_methods_two_best_rates_for_all_the_seconds_and_takes_the_better(
+def config_of(family, choice, folder):
+    script, words = reproduce.METHODS[reproduce.FAMILIES[family]][0], reproduce.flags_of(family,
+                                                                                        choice)
+    parse = train.parse_config if script == "train.py" else baselines.parse_config
+    return parse([*words.split(), "--out_dir", str(folder / "new")])
+
+
+@pytest.mark.parametrize("family", reproduce.GRIDS)
+def test_the_first_values_of_a_grid_are_the_published_ones_and_all_values_go_together(
+        family, tmp_path):
+    """Of all pairs of values, that is; a choice has one value of each axis."""
+    grid = reproduce.GRIDS[family]
+    first = [axis[0] for axis in grid]
+    published = config_of(family, [*first[:2]], tmp_path)
+    assert config_of(family, first, tmp_path) == published
+    longest = max(map(len, grid))
+    for shift in range(longest):
+        config_of(family, [axis[(k * shift + shift) % len(axis)] for k, axis in enumerate(grid)],
+                  tmp_path)
+
+
+def test_a_third_of_the_trials_is_as_published_but_for_learning_rate_and_clip():
+    for family, grid in reproduce.GRIDS.items():
+        order = list(reproduce.in_order(family))
+        choices = [choice for choice, _ in order]
+        assert len(set(choices)) == len(order) == math.prod(map(len, grid))
+        plain = math.prod(map(len, grid[:2]))
+        assert [is_plain for _, is_plain in order[: 3 * plain]] == [True, False, False] * plain
+        for choice, is_plain in order:
+            assert is_plain == all(value == axis[0] for value, axis in zip(choice[2:], grid[2:]))
+
+
+def test_every_method_searches_for_the_same_seconds_and_the_second_reward_decides(
         tmp_path, monkeypatch):
-    """The reward is made up. After a third of the seconds 1e-4 is best, after all of them 5e-5.
-    Then 2e-5 would be even better, but it is not tried again. The wider clip is better at first,
-    and worse in the end. 2e-4 diverges."""
-    reward = {"20": {"2e-05": 0.1, "5e-05": 0.2, "0.0001": 0.3},
-              "60": {"2e-05": 9, "5e-05": 0.25, "0.0001": 0.2}}
-    calls = []
+    """A trial of ours takes 2 s an iteration, of FDFO 40 s, of the others 8 s. A run has 120 s:
+    three iterations of FDFO, too few for other settings than the published ones. The reward is made
+    up. In the first part a larger rate is better, in the second a smaller one."""
+    asked = {1000: {}, 1001: {}}
 
-    def log_of(flags):
-        if after(flags, "--lr") == "0.0002":
-            return []
-        iterations = after(flags, "--iterations")
-        better_clip = {"20": "0.001", "60": "0.0001"}[iterations]
-        gain = reward[iterations][after(flags, "--lr")]
-        gain += after(flags, "--clip_eps") == better_clip
-        return log((0, 0.0), (9, gain))
-
-    def run_all(args, asked, may_diverge):
-        each = [flags for _, flags in asked.values()]
-        calls.append({(after(flags, "--method") if "--method" in flags else "neighbor",
-                       *(after(flags, name) for name in ("--lr", "--clip_eps", "--seed")))
-                      for flags in each})
-        prompts = {after(flags, "--eval_prompts") for flags in each}
-        assert prompts == {"tiny/prompts/test_pair.txt"}        # no table uses them, or these seeds
-        return {folder: log_of(flags) for folder, (_, flags) in asked.items()}
-
-    monkeypatch.setattr(reproduce, "run_all", run_all)
-    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(2.0))
-    found = reproduce.tuned(settings(tmp_path))
-    methods = ("dance", "flow", "mix", "flash", "branch", "neighbor")
-    assert found == {**dict.fromkeys([*methods, "nft"], [5e-5, 1e-4]), "fdfo": [5e-5, 0.03]}
-    assert len(calls) == 2 and len(calls[0]) == 6 * 8 + 2 * 4
-    assert {seed for *_, seed in calls[0]} == {"1000"}
-    clips = {**dict.fromkeys(methods, ("0.0001", "0.001")), "nft": ["0.0001"], "fdfo": ["0.03"]}
-    assert calls[1] == {(method, lr, clip, "1001") for method, both in clips.items()
-                        for clip in both for lr in ("5e-05", "0.0001")}
-
-
-@pytest.mark.parametrize("table", reproduce.SWEEPS)
-def test_a_sweep_changes_one_setting_keeps_the_others_and_has_equal_iterations(
-        table, tmp_path, monkeypatch):
-    asked, flag = {}, reproduce.SWEEPS[table][0]
-
-    def finals(args, logs):
+    def run_all(args, wanted, may_diverge):
         found = {}
-        for folder, (_, flags) in asked.items():
-            cfg = train.parse_config([*flags, "--out_dir", str(folder)])
-            moved = dict(sigma=cfg.sigma, num_anchors=cfg.num_anchors, p=cfg.p)
-            assert (cfg.iterations, cfg.lr, cfg.clip_eps) == (60, 3e-5, 1e-3)
-            assert moved == {**reproduce.START, flag: moved[flag]}
-            keys = ("preference_gain", "judge_gain", "diversity")
-            found[folder] = dict.fromkeys(keys, moved[flag] + cfg.seed)
+        for folder, (_, flags) in wanted.items():
+            assert after(flags, "--eval_prompts") == "tiny/prompts/test_pair.txt"
+            seed, rate = int(after(flags, "--seed")), float(after(flags, "--lr"))
+            family = after(flags, "--method") if "--method" in flags else "neighbor"
+            asked[seed].setdefault(family, []).append(int(after(flags, "--iterations")))
+            found[folder] = log((0, 0.0), (9, rate if seed == 1000 else 0.5 - rate))
+            if family == "flow" and rate == 4e-4:
+                found[folder] = []                              # it diverged
         return found
 
-    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(2.0))
-    monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
-    monkeypatch.setattr(reproduce, "run_all", lambda args, *groups: [
-        asked.update(group) for group in groups])
-    monkeypatch.setattr(reproduce, "finals", finals)
-    _, rows, _, _ = reproduce.ablation(settings(tmp_path, seeds=2), table)
-    for value, row in zip(reproduce.SWEEPS[table][1], rows, strict=True):
-        assert row[:2] == [f"{value:g}", f"{value + 0.5:+.4f} ± 0.5000"]        # its own two runs
-        over = value - reproduce.START[flag]    # the same for both seeds, so without an error
-        assert row[3:5] == [f"{over:+.4f} ± 0.0000"] * 2
-    assert len(asked) == 2 * len(rows)
+    seconds = dict(fdfo=40.0, neighbor=2.0)
+    same_cost(monkeypatch, 8.0)
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    monkeypatch.setattr(reproduce, "estimated", lambda script, flags: seconds.get(
+        flags.split()[1] if script != "train.py" else "neighbor", 8.0))
+    head, rows, found, _ = reproduce.tune(settings(tmp_path))
+    assert set(found) == set(reproduce.GRIDS)
+    for (family, one), row in zip(found.items(), rows, strict=True):
+        each = seconds.get(family, 8.0)
+        half = dict(fdfo=8, neighbor=30).get(family, 8)         # 60 s, but at least 8 iterations
+        count = min(15 * 120 // (half * each), math.prod(map(len, reproduce.GRIDS[family])))
+        assert asked[1000][family] == [half] * int(count)
+        whole = dict(fdfo=8, neighbor=60).get(family, 15)
+        assert set(asked[1001][family]) == {whole}
+        again = len(asked[1001][family])
+        assert 2 <= again <= max(2, 5 * 120 // (whole * each))
+        assert row[2:6] == [count, sum(trial["published"] for trial in one["trials"]), again,
+                            f"{(half * count + whole * again) * each:.0f}"]
+        tried = [trial for trial in one["trials"] if "whole" in trial]
+        best = max(tried, key=lambda trial: trial["whole"]["preference"])
+        assert one["searched"] == reproduce.flags_of(family, best["choice"])
+        plain = max((trial for trial in tried if trial["published"]),
+                    key=lambda trial: trial["whole"]["preference"])
+        assert one["published"] == " ".join(plain["choice"][:2]).strip()
+        ranked = sorted(one["trials"], key=lambda trial: -trial["half"]["preference"])
+        assert ranked[0]["whole"]               # the best of the first part is tried again
+        assert all(trial["published"] for trial in one["trials"]) == (family == "fdfo")
+    assert {trial["half"]["preference"] for trial in found["flow"]["trials"]
+            if "4e-4" in trial["choice"][0]} == {-1.0}
 
 
-@pytest.mark.parametrize("table", reproduce.VARIANTS)
-def test_a_variant_is_the_tuned_run_but_for_its_own_settings_and_is_averaged_over_its_own_seeds(
+@pytest.mark.parametrize("table", reproduce.CHANGES)
+def test_a_row_differs_from_the_starting_point_by_its_own_settings_and_is_averaged_over_its_seeds(
         table, tmp_path, monkeypatch):
     asked, drawn = {}, []
     keys = ("preference_gain", "judge_gain", "named_gain", "flawless", "diversity",
             "between_flawless")
-    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(2.0))
-    monkeypatch.setattr(reproduce, "tuned", lambda args: dict(neighbor=(3e-5, 1e-3)))
+    same_cost(monkeypatch, 8.0)
     monkeypatch.setattr(reproduce, "run_all", lambda args, *groups: [
         asked.update(group) for group in groups])
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
         "base": dict.fromkeys(keys, 0.5),
-        **{folder: dict.fromkeys(keys, i // 2) for i, folder in enumerate(asked)}})
+        **{folder: dict.fromkeys(keys, i // 2 + i % 2 / 4) for i, folder in enumerate(asked)}})
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *got: drawn.append(got[1:]))
-    _, rows, _, _ = reproduce.variants(settings(tmp_path, seeds=2), table)
-    plain = train.parse_config(["--iterations", "60", "--lr", "3e-5", "--clip_eps", "1e-3"])
-    for i, (label, flags) in enumerate(reproduce.VARIANTS[table].items()):
+    _, rows, _, _ = reproduce.one_at_a_time(settings(tmp_path, seeds=2), table)
+    start = "--sigma 0.5 --num_anchors 4 --p 2" if table in reproduce.SWEEPS else ""
+    plain = train.parse_config([*reproduce.AROUND, *start.split()])
+    first = list(reproduce.CHANGES[table]).index("0.5") if table == "table4" else (
+        1 if table == "table5" else 0)
+    for i, (label, flags) in enumerate(reproduce.CHANGES[table].items()):
         for seed, (_, words) in enumerate(list(asked.values())[2 * i : 2 * i + 2]):
             cfg, own = train.parse_config(words), train.parse_config(flags.split())
             names = [word.removeprefix("--") for word in flags.split() if word[:2] == "--"]
-            assert cfg.seed == seed and all(
+            assert (cfg.seed, cfg.iterations) == (seed, 60) and all(
                 getattr(cfg, name) == getattr(own if name in names else plain, name)
-                for name in ("rewards", "tau", "updates_per_iteration", "old_anchor", "lr",
-                             "clip_eps", "iterations"))
-        assert rows[1 + i][:2] == [label, f"{i:+.3f} ± 0.000"]          # its own two runs
-        assert rows[1 + i][-2:] == [f"{i:+.4f} ± 0.0000"] * 2           # over the first variant's
+                for name in ("rewards", "tau", "updates_per_iteration", "old_anchor", "lr", "sigma",
+                             "p", "num_anchors", "clip_eps", "num_rollout_steps"))
+            if table in reproduce.SWEEPS:
+                flag = reproduce.SWEEPS[table][0]
+                assert {**reproduce.START, flag: float(label)} == {
+                    name: getattr(cfg, name) for name in reproduce.START}
+        assert rows[1 + i][:2] == [label, f"{i + 0.125:+.4f} ± 0.1250"]         # its own two runs
+        over = [f"{i - first:+.4f} ± 0.0000"] * 2 if i != first else ["", ""]   # seed by seed
+        assert rows[1 + i][7:9] == over
     assert rows[0][:2] == ["base", "0.500"] and len(asked) == 2 * len(rows[1:])
-    assert drawn[0][0] == table and list(drawn[0][1]) == list(reproduce.VARIANTS[table])
+    assert drawn[0][0] == table and list(drawn[0][1]) == list(reproduce.CHANGES[table])
 
 
-def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs(tmp_path, monkeypatch):
-    """DanceGRPO takes 8 s an iteration, Neighbor GRPO 2 s. It may have 40 of these."""
-    gains = {("DanceGRPO", "0"): 0.1, ("DanceGRPO", "1"): 0.3, (OURS, "0"): 0.4, (OURS, "1"): 0.4}
-    of_run = {}
+def test_the_same_runs_of_two_tables_are_made_once(tmp_path, monkeypatch):
+    same_cost(monkeypatch, 8.0)
+    args = settings(tmp_path)
+    runs = lambda *which: list(reproduce.changed(args, *which))
+    assert runs("table4", "0.5") == runs("table5", "4") == runs("table6", "2")
+    assert runs("table6", "2") == list(reproduce.jobs_of(args, reproduce.OURS_2))
+    assert runs("table6", "0.8") == list(reproduce.jobs_of(args, reproduce.OURS_08))
+    assert runs("settings", "as it is") == runs("rewards", "preference")
+    chosen(monkeypatch, " ".join(reproduce.AROUND))             # if the search says so
+    assert runs("settings", "as it is") == list(reproduce.jobs_of(args, OURS))
+
+
+def test_a_row_that_is_made_again_agrees_within_the_root_of_both_squared_errors(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "AGAIN", {"table4": "0.3"})
+    head = ["sigma", "reward gain", "judge gain"]
+    table = dict(head=head, rows=[["1", "+9", "+9"], ["0.3", "+0.200 ± 0.003", "+0.100 ± 0.003"]])
+    (tmp_path / "table4.json").write_text(json.dumps(table))
+    same_cost(monkeypatch, 8.0)
+    gains = {"preference_gain": (0.2, 0.208), "judge_gain": (0.106, 0.114)}     # errors of 0.004
+    monkeypatch.setattr(reproduce, "run_all", lambda args, group: group)
+    monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
+        folder: {key: each[k] for key, each in gains.items()} for k, folder in enumerate(logs)})
+    _, rows, _, _ = reproduce.again(settings(tmp_path, seeds=2))
+    assert [row[3:] for row in rows] == [
+        ["+0.200 ± 0.003", "+0.2040 ± 0.0040", "0.8", "yes"],
+        ["+0.100 ± 0.003", "+0.1100 ± 0.0040", "2.0", "no"]]
+
+
+def test_comparisons_are_the_cells_of_columns_that_say_over(tmp_path):
+    head = ["sigma", "reward gain", "reward over \"0.5\"", "judge over it", "overall"]
+    rows = [["1", "+1", "+1 ± 1", "+1 ± 1", "x"], ["0.5", "+1", "", "", "x"]]    # not "overall"
+    (tmp_path / "table4.json").write_text(json.dumps(dict(head=head, rows=rows)))
+    (tmp_path / "table3.json").write_text(json.dumps(dict(head=["Method"], rows=[["a"]])))
+    assert reproduce.comparisons(settings(tmp_path))[1] == [["table4", 2], ["all", 2]]
+
+
+def test_steps_compares_runs_of_equal_seconds_seed_by_seed_also_after_equal_iterations(
+        tmp_path, monkeypatch):
+    """With T steps an iteration takes T s. After n iterations the gain is n / 1000, and the judge's
+    minus that, with 0.1 more for the second seed."""
+    asked = {}
 
     def run_all(args, *groups):
+        asked.update(job for group in groups for job in group.items())
+        found = {}
+        for folder, (_, flags) in asked.items():
+            n, more = int(after(flags, "--iterations")), 0.1 * int(after(flags, "--seed"))
+            found[folder] = log((0, 0.0), *((k, more + k / 1000) for k in (10, 40, n)))
+        return found
+
+    monkeypatch.setattr(reproduce, "cost_of", lambda args, label: dict(
+        seconds=float(label.split()[2])))
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    monkeypatch.setattr(reproduce, "order", lambda steps, count: {T: T / 10 for T in steps})
+    monkeypatch.setattr(reproduce, "finals", lambda args, logs, steps, pictures: {
+        "base": dict(preference=steps / 100),
+        **{folder: dict(preference_gain=steps / 1000) for folder in logs}})
+    head, rows, _, _ = reproduce.steps(settings(tmp_path, seeds=2, iterations=40))
+    for T, row in zip((8, 6, 5, 4, 3, 2), rows, strict=True):
+        n = round(320 / T)
+        assert row[:4] == [T, min(4, T - 1), f"{T:.2f}", f"{n}"]
+        gains = [0.01, 0.04, n / 1000]
+        assert row[4:7] == [f"{gain + 0.05:+.3f} ± 0.050" for gain in gains]
+        assert row[7:9] == [f"{-gain - 0.05:+.3f} ± 0.050" for gain in gains[1:]]
+        over = [0, n / 1000 - 0.04, 0, 0.04 - n / 1000]         # without an error: the same seeds
+        assert row[9:13] == ([""] * 4 if T == 8 else [
+            f"{one + 0.0:+.4f} ± 0.0000".replace("-0.0000 ", "+0.0000 ") for one in over])
+        assert row[13:] == ["+0.004 ± 0.000", "+0.008 ± 0.000", "+0.016 ± 0.000", "+0.050 ± 0.000",
+                            f"{T / 10:.2f}"]
+    for _, flags in asked.values():
+        cfg = train.parse_config(flags)
+        assert (cfg.lr, cfg.clip_eps, cfg.num_anchors, cfg.eval_every) == (5e-5, 1e-4, 4, 10)
+
+
+def test_the_order_of_a_group_is_spearmans_correlation_with_32_steps(monkeypatch):
+    rewards = {32: [[1.0, 2, 3, 4], [1, 2, 3, 4]], 8: [[0, 5, 6, 70], [1, 2, 3, 4]],
+               2: [[4, 3, 2, 1], [10, 20, 40, 30]]}
+    monkeypatch.setattr(reproduce, "group_of", lambda path, prompts, seed, T: (
+        None, reproduce.torch.tensor(rewards[T])))
+    found = reproduce.order((8, 2), 2)
+    assert found == pytest.approx({8: 1.0, 2: (-1 + 0.8) / 2})
+
+
+def test_the_spread_of_a_rollout_is_that_of_the_first_iteration_under_each_scorer(
+        tmp_path, monkeypatch):
+    def run_all(args, *groups):
+        found = {}
         for folder, (script, flags) in [what for group in groups for what in group.items()]:
-            label = OURS if script == "train.py" else "DanceGRPO"
-            of_run[folder] = gains[label, after(flags, "--seed")]
-            yield folder, log((0, 0.0), (int(after(flags, "--iterations")), 9.0))
+            parse = train.parse_config if script == "train.py" else baselines.parse_config
+            cfg = parse([*flags, "--out_dir", str(folder)])
+            assert cfg.iterations == 1
+            std = 0.25 if cfg.rewards == "flawless" else 0.5
+            found[folder] = [dict(iter=0, eval_preference=1), dict(iter=1, reward_std=std)]
+        return found
+
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    _, rows, _, _ = reproduce.spread(settings(tmp_path, seeds=2))
+    assert rows == [[label, "0.500 ± 0.000", "0.250 ± 0.000"] for label in reproduce.SPREAD]
+
+
+def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs_and_curves(
+        tmp_path, monkeypatch):
+    """DanceGRPO takes 8 s an iteration, FDFO 16 s, Neighbor GRPO 2 s. It may have 40 of these. In
+    training all rise evenly by 0.01 an iteration. The last gain is made up."""
+    best = OURS + reproduce.SEARCHED
+    labels = ["DanceGRPO", "FDFO", "DanceGRPO, searched", best]
+    last = {label: [0.1 * k, 0.1 * k + 0.2] for k, label in enumerate(labels)}
+    same_cost(monkeypatch, 8.0, **{best: 2.0, "FDFO": 16.0})
+    chosen(monkeypatch)
+    args = settings(tmp_path, seeds=2, iterations=40)
+    gains = {folder: last[label][seed] for label in labels
+             for seed, folder in enumerate(reproduce.jobs_of(args, label))}
+
+    def run_all(args, *groups):
+        runs = [what for group in groups for what in group.items()]
+        counts = {folder: int(after(flags, "--iterations")) for folder, (_, flags) in runs}
+        return {folder: log((0, 0.0), (n, n / 100)) for folder, n in counts.items()}
 
     def row(gain):
         return dict(preference=0.5 + gain, judge=0.6 - gain, preference_gain=gain,
                     judge_gain=-gain, diversity=0.2, between_flawless=0.1)
 
-    monkeypatch.setattr(reproduce, "costs", lambda args: all_cost(8.0))
-    monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(
-        ("dance", "neighbor"), (1e-5, 1e-4)))
-    monkeypatch.setattr(reproduce, "run_all", lambda *got: dict(run_all(*got)))
-    monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
-        "base": row(0), **{folder: row(of_run[folder]) for folder in logs}})
-    monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: None)
-    args = settings(tmp_path, seeds=2, iterations=40)
-    head, rows, _, _ = reproduce.compare(args, "table1", ["DanceGRPO", OURS], "")
-    columns = list(zip(*rows, strict=True))
-    assert columns[0] == ("base", "DanceGRPO", OURS)
-    assert columns[head.index("iterations")] == ("", 10, 40)
-    reward, judge = head.index("reward"), head.index("judge")
-    assert columns[reward] == ("0.5000", "0.7000 ± 0.1000", "0.9000 ± 0.0000")
-    assert columns[reward + 1] == ("", "+0.2000 ± 0.1000", "+0.4000 ± 0.0000")
-    assert columns[judge] == ("0.6000", "0.4000 ± 0.1000", "0.2000 ± 0.0000")
-    assert columns[judge + 1] == ("", "-0.2000 ± 0.1000", "-0.4000 ± 0.0000")
-
-
-def test_figure_5_has_gains_after_shares_of_the_seconds_and_after_the_rivals_iterations(
-        tmp_path, monkeypatch):
-    """All rise evenly by 0.01 an iteration; the judge falls by as much. All take 8 s an iteration,
-    Neighbor GRPO 2 s, FDFO 16 s. They may have 40, 5, and the others 10 iterations."""
-    def run_all(args, *groups):
-        runs = [what for group in groups for what in group.items()]
-        lasts = {folder: int(after(flags, "--iterations")) for folder, (_, flags) in runs}
-        return {folder: log((0, 0.0), (last, last / 100)) for folder, last in lasts.items()}
-
-    costs = {**all_cost(8.0), "FDFO": all_cost(16.0)["FDFO"]}
-    monkeypatch.setattr(reproduce, "costs", lambda args: costs)
-    families = {family for _, _, family in reproduce.METHODS.values()}
-    monkeypatch.setattr(reproduce, "tuned", lambda args: dict.fromkeys(families, (1e-5, 1e-4)))
     monkeypatch.setattr(reproduce, "run_all", run_all)
-    head, rows, _, _ = reproduce.figure5(settings(tmp_path, iterations=40))
-    assert head[-1] == "reward gain after 10 iterations"
-    found = {row[0]: row[3:] for row in rows}
-    assert found[OURS] == ["40", "+0.080", "+0.240", "+0.400", "-0.400", "+0.100"]
-    assert found["DanceGRPO"] == ["10", "+0.020", "+0.060", "+0.100", "-0.100", "+0.100"]
-    assert found["FDFO"] == ["5", "+0.010", "+0.030", "+0.050", "-0.050", ""]
+    monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
+        "base": row(0), **{folder: row(gains[folder]) for folder in logs}})
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(reproduce, "TABLE1", labels)
+    head, rows, _, caption = reproduce.table1(args)
+    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    column = lambda name: [found[label][name] for label in labels]
+    assert list(found) == labels and column("iterations") == ["10", "5", "10", "40"]
+    assert column("reward gain after 0.2") == [f"+{gain:.3f} ± 0.000" for gain in (
+        0.02, 0.01, 0.02, 0.08)]
+    assert column("0.6") == [f"+{gain:.3f} ± 0.000" for gain in (0.06, 0.03, 0.06, 0.24)]
+    assert column("after 10 iterations") == ["+0.100 ± 0.000", "", *["+0.100 ± 0.000"] * 2]
+    assert column("reward gain") == [f"+{0.1 * k + 0.1:.4f} ± 0.1000" for k in range(4)]
+    assert column("judge gain") == [f"{-0.1 * k - 0.1:.4f} ± 0.1000" for k in range(4)]
+    assert column("ours over it") == ["", "", "+0.1000 ± 0.1414", ""]   # of searched methods
+    assert column("judge, over it") == ["", "", "-0.1000 ± 0.1414", ""]
+    assert "reward 0.5000, judge 0.6000" in caption and (tmp_path / "figure5.png").exists()
+
+
+def test_the_error_of_a_difference_of_independent_runs_is_the_root_of_both_squared_errors():
+    assert reproduce.ahead([1.0, 7.0], [0.0, 8.0]) == "+0.0000 ± 5.0000"
 
 
 def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
@@ -329,7 +498,7 @@ def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
 # ============================================================================ runs made once
 
 STUB = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out_dir") + 1])
 last = int(sys.argv[sys.argv.index("--iterations") + 1])
 asked = lambda name: (out.parent / name).exists()
@@ -337,7 +506,7 @@ print(sys.argv, file=open(out.parent / "calls", "a"))
 if asked("wait"):
     import signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit((out.parent / "ended").touch()))
-    (out.parent / "waits").touch()
+    (out.parent / "waits").write_text(str(os.getpid()))
     signal.pause()
 if asked("diverge"):
     sys.exit("train.py: the model's latents are no longer finite")
@@ -379,6 +548,13 @@ def stub(tmp_path):
 
 
 THREE = [dict(iter=3, eval_preference=0.5, eval_preference_gain=0.1)]    # without the cut-off line
+HERE_AND_NOW = dict(code="a", cpu="one")
+
+
+@pytest.fixture(autouse=True)
+def made_here(monkeypatch):
+    monkeypatch.setattr(jobs, "made_by", lambda: dict(HERE_AND_NOW))
+    monkeypatch.setattr(reproduce, "made_by", lambda: dict(HERE_AND_NOW))
 
 
 def test_a_stopped_run_continues_and_a_complete_one_is_not_made_again(stub):
@@ -415,6 +591,7 @@ def test_a_run_that_failed_after_its_last_iteration_or_was_deleted_is_not_comple
         stub.run("3", asked="fail")
     assert stub.run("3") == THREE
     shutil.rmtree(stub.folder)                  # the note still says that it is complete
+    (stub.out / "runs.jsonl").unlink()
     assert stub.run("3") == THREE
     assert stub.calls() == ["--overwrite", "--resume", "--overwrite"]
 
@@ -435,14 +612,101 @@ def test_a_stop_signal_is_passed_to_the_runs_and_they_end_by_themselves(stub):
     assert (stub.out / "ended").exists() and not jobs.RUNNING
 
 
+@pytest.mark.parametrize("what, other", [("code", "b"), ("cpu", "two")])
+def test_a_run_of_other_code_or_of_another_kind_of_cpu_is_neither_used_nor_continued(
+        what, other, stub, monkeypatch):
+    stub.run("3")
+    monkeypatch.setattr(jobs, "made_by", lambda: {**HERE_AND_NOW, what: other})
+    with pytest.raises(RuntimeError, match="was made by .* name another --out_dir"):
+        stub.run("3")
+    shutil.rmtree(stub.folder)                  # nor is what was kept of it
+    stub.folder.with_name(f"{stub.folder.name}.json").unlink()
+    assert stub.run("3") == THREE
+    assert stub.calls() == ["--overwrite"] * 2
+
+
+def test_what_was_kept_of_a_run_outlives_its_folder_and_with_kept_other_code_and_cpus(
+        stub, monkeypatch):
+    stub.run("3")
+    shutil.rmtree(stub.folder)
+    stub.folder.with_name(f"{stub.folder.name}.json").unlink()
+    assert stub.run("3") == THREE and stub.calls() == ["--overwrite"]
+    monkeypatch.setattr(jobs, "made_by", lambda: dict(code="b", cpu="two"))
+    stub.args.kept = True
+    assert stub.run("3") == THREE and stub.calls() == ["--overwrite"]
+    with pytest.raises(RuntimeError, match="does not have the run"):
+        stub.run("4")
+    text = (stub.out / "runs.jsonl").read_text()
+    other = json.loads(text) | dict(run="other", made_by=dict(code="a", cpu="two"))
+    (stub.out / "runs.jsonl").write_text(text + json.dumps(other) + "\n")
+    script = str(stub.out / "stub.py")
+    what = {stub.out / name: (script, ["--iterations", "3"]) for name in ("run-1e-05", "other")}
+    other["command"] = jobs.command_line(script, ["--iterations", "3"], stub.out / "other")
+    (stub.out / "runs.jsonl").write_text(text + json.dumps(other) + "\n")
+    with pytest.raises(RuntimeError, match="different kinds of CPU"):
+        jobs.run_all(stub.args, what)
+
+
+def test_the_hash_of_the_code_changes_with_a_number_but_not_with_a_comment_or_a_docstring(
+        tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs, "HERE", tmp_path)
+    (tmp_path / "paper").mkdir()
+    hashes = []
+    for text in ("def f():\n    return 1\n", 'def f():\n    "One."\n    return 1     # 1\n',
+                 "def f():\n    return 2\n"):
+        for name in ("train.py", "paper/baselines.py"):
+            (tmp_path / name).write_text(text)
+        hashes.append(jobs.made_by()["code"])
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/weights.safetensors").write_bytes(b"1")
+    hashes.append(jobs.made_by()["code"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def appears(path, text=False):
+    """Whether a file appears, with a text in it, before patience is over."""
+    for _ in range(6000):
+        if path.exists() and (path.read_text() or not text):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_run_on_a_leash_ends_by_itself_when_its_stdin_is_closed(tmp_path):
+    stub = Stubbed(tmp_path)
+    (tmp_path / "wait").touch()
+    words = [str(tmp_path / "stub.py"), "--iterations", "3", "--out_dir", str(stub.folder)]
+    run = subprocess.Popen([sys.executable, "-m", "paper.leash", *words], cwd=HERE,
+                           stdin=subprocess.PIPE)
+    assert appears(tmp_path / "waits", text=True) and run.poll() is None
+    run.stdin.close()
+    assert run.wait(300) == 0 and (tmp_path / "ended").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_caller_ends_its_runs(tmp_path):
+    stub = Stubbed(tmp_path)
+    (tmp_path / "wait").touch()
+    words = [str(tmp_path / "stub.py"), "--iterations", "3", "--out_dir", str(stub.folder)]
+    caller = subprocess.Popen([sys.executable, "-c", "import sys; from paper import jobs; "
+                               "jobs.start(sys.argv[1:])", *words], cwd=HERE)
+    assert appears(tmp_path / "waits", text=True)
+    os.kill(int((tmp_path / "waits").read_text()), 0)           # it is alive
+    assert not (tmp_path / "ended").exists()
+    caller.kill()
+    assert appears(tmp_path / "ended")
+
+
 @pytest.mark.slow
 def test_the_printed_command_makes_a_real_run_from_the_root(tmp_path):
     """The run is one iteration of MixGRPO."""
-    words = "--num_rollout_steps 6 --prompts_per_iteration 1 --resolution 32 --group_size 4".split()
-    folder, (script, flags) = reproduce.job(settings(tmp_path), "MixGRPO", 0, 1e-5, 1e-4, 1, words)
+    words = ("--method mix --num_rollout_steps 6 --prompts_per_iteration 1 --resolution 32 "
+             "--group_size 4 --eval_scorers=").split()
     prompts = tmp_path / "two.txt"
     prompts.write_text("a dog\na cat\n")
-    flags = [*flags, "--eval_prompts", str(prompts), "--eval_scorers="]
-    lines = jobs.run_all(settings(tmp_path), {folder: (script, flags)})[folder]
-    assert [line["iter"] for line in lines] == [0, 1, 1]
+    args = settings(tmp_path, more=["--eval_prompts", str(prompts)])
+    folder, job = reproduce.job(args, "MixGRPO", "-m paper.baselines", words, 1, 0)
+    lines = jobs.run_all(args, {folder: job})[folder]
+    assert [line["iter"] for line in lines] == [0, 1, 1] and "reward_std" in lines[1]
     assert (folder / "baselines.py").exists() and (folder / "checkpoint-1").is_dir()
