@@ -15,8 +15,8 @@ A prompt that occurs several times in a file counts once, in the place of its fi
 (HPDv2's train.json has each of its prompts several times). Blank lines do not count. A byte order
 mark, and spaces and zero-width characters around a prompt, are removed.
 
-Models. `check_model` and `find_pipeline` take the folder of a FluxPipeline or a Flux2KleinPipeline,
-or a hub id. `load_lora` puts trained adapters into a network, from a file or folder in any layout
+Models. `check_model` and `find_pipeline` take the folder of a pipeline with a transformer, or a
+hub id. `load_lora` puts trained adapters into a network, from a file or folder in any layout
 that diffusers knows or in PEFT's own; `add_lora` puts new ones.
 
 torch and diffusers take seconds to import, so only the functions that need them do it.
@@ -164,9 +164,8 @@ def check_model(path):
         raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
                          "diffusers makes of it: FluxPipeline.from_single_file, save_pretrained")
     elif path.exists() or len(path.parts) != 2 or path.parent.exists():
-        raise ValueError(f"{path} is not a FluxPipeline directory, nor a Flux2KleinPipeline's; it "
-                         "must hold model_index.json, or be a hub id like "
-                         "black-forest-labs/FLUX.1-dev")
+        raise ValueError(f"{path} is not a FluxPipeline directory, nor another pipeline's; it must "
+                         "hold model_index.json, or be a hub id like black-forest-labs/FLUX.1-dev")
 
 
 def check_configs(path, find):
@@ -174,7 +173,7 @@ def check_configs(path, find):
     trained here. find(name) -> path."""
     index = check_file(find("model_index.json"))
     name = index.get("_class_name")
-    if "transformer" not in index:
+    if not index.get("transformer"):
         raise ValueError(f"{path} is a {name}, but must be a pipeline of diffusers that has a "
                          "transformer, such as a FluxPipeline")
     config = check_file(find("transformer/config.json"))

@@ -82,11 +82,15 @@ class Weights:
             name, self.folder = find_pipeline(path)
             small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             dtype = {"transformer": torch.float32 if train_all else small, "default": small}
+            if not hasattr(diffusers, name):
+                raise ValueError(f"this version of diffusers has no {name}")
             self.pipe = load_pipeline(getattr(diffusers, name), self.folder, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         parts = {name: part for name, part in self.pipe.components.items()
                  if isinstance(part, torch.nn.Module)}
         networks = [name for name in parts if name.startswith(("transformer", "unet"))]
+        if not all(hasattr(self.pipe, name) for name in ("encode_prompt", "prepare_latents")):
+            raise ValueError(f"{type(self.pipe).__name__} lacks encode_prompt or prepare_latents")
         if networks != ["transformer"]:
             raise ValueError(f"{type(self.pipe).__name__} has {' and '.join(networks) or 'none'}, "
                              "but must have one network, named transformer")

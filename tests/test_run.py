@@ -119,8 +119,8 @@ def test_the_limits_of_a_setting_are_allowed(settings, tmp_path):
 
 
 @pytest.mark.parametrize("file, change, sentence", [
-    ("model_index.json", dict(_class_name="FluxKontextPipeline"),
-     "is a FluxKontextPipeline, but must be a FluxPipeline"),
+    ("model_index.json", dict(_class_name="StableDiffusionPipeline", transformer=None),
+     "is a StableDiffusionPipeline, but must be a pipeline of diffusers that has a transformer"),
     ("transformer/config.json", dict(in_channels=128, out_channels=64),
      "takes 128 channels and gives 64"),
     ("transformer/config.json", dict(quantization_config=dict(quant_method="bitsandbytes")),
