@@ -51,17 +51,15 @@ def sample(model, *how, **more):
     return model.decode(follow(model, *how, **more)[0])
 
 @torch.no_grad()
-def follow(model, prompts, indices, ts, solver, n=1, seed=0, base=None, hybrid=0.0):
+def follow(model, prompts, indices, ts, solver, n=1, seed=0):
     """The latents of these pictures (p n, N, C), and how long the velocity was on the way, as the
     root mean square of its numbers, averaged over the steps (p n,). The noise depends only on the
-    seed and the index of the prompt, so all models see the same. With a `base`, the model takes the
-    first share `hybrid` of the steps and the base the rest: MixGRPO's hybrid inference."""
+    seed and the index of the prompt, so all models see the same."""
     rngs = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
     noise = torch.cat([torch.randn(n, *model.latent_shape, generator=rng) for rng in rngs])
-    handover = ts[round(hybrid * (len(ts) - 1))] if base else -1
     cond = model.encode(prompts)
-    traj, vels = rollout(lambda x, t: (model if t > handover else base).velocity(x, t, cond),
-                         noise.to(model.device), ts, solver)                # (T+1, p n, N, C)
+    traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), noise.to(model.device), ts,
+                         solver)                                            # (T+1, p n, N, C)
     if not traj[-1].isfinite().all():
         raise ArithmeticError(f"the latents of {prompts[0]!r} are not finite; the model's weights "
                               "are broken, or its guidance is too large")
@@ -258,14 +256,12 @@ class Row:
     def __init__(self, args, path, prompts):
         """ValueError if the folder has pictures made with other settings."""
         self.path, self.prompts, self.n = str(path), prompts, args.images_per_prompt
-        hybrid = args.hybrid if path != args.model else 0.0
-        self.label = label_of(path) + (f"-hybrid-{hybrid:g}" if hybrid else "")
+        self.label = label_of(path)
         self.folder = Path(args.out_dir) / self.label
         self.settings = dict(
             model=self.path if not Path(path).exists() else "", weights=weights_of(path),
-            prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], hybrid=hybrid,
-            base=([label_of(args.model), weights_of(args.model)] if hybrid or is_lora(path)
-                  else []))
+            prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+            base=[label_of(args.model), weights_of(args.model)] if is_lora(path) else [])
         for key in ("images_per_prompt solver steps shift resolution guidance call frames "
                     "seed").split():
             self.settings[key] = getattr(args, key)
@@ -325,14 +321,14 @@ class Row:
         return not self.has_pictures(i) or not keys <= self.scores(i).keys()
 
     def complete(self, indices, args, load, scorers):
-        """Make the missing pictures and scores of the prompts `indices`. load() gives the model
-        and, for hybrid sampling, the base. scorers: {key: scorer}."""
+        """Make the missing pictures and scores of the prompts `indices`. load() gives the model,
+        scorers are {key: scorer}."""
         to_sample = [i for i in indices if not self.has_pictures(i)]
         if to_sample:
-            model, base = load()
+            model = load()
             ts = times(args.shift, model, args.steps)
             x = sample(model, [self.prompts[i] for i in to_sample], to_sample, ts, args.solver,
-                       self.n, args.seed, base, args.hybrid)
+                       self.n, args.seed)
             files = [file for i in to_sample for file in self.files(i)]
             for picture, file in zip(as_bytes(x), files):
                 write_atomically(file, lambda path: write_picture(path, picture))
@@ -444,8 +440,6 @@ def parse_args(argv=None):
         guidance=("", "guidance scale; empty: FLUX.1's 3.5, or the pipeline's own"),
         call=("", "more arguments of the pipeline's __call__, as JSON"),
         frames=(4, "of a video, that a scorer of images sees"),
-        hybrid=(0.0, "a checkpoint takes only this share of the steps, the first ones, and --model "
-                     "takes the rest, as in MixGRPO's evaluation (0.8 in its paper); 0: off"),
         batch=(None, "pictures sampled at a time"), columns=(8, "prompts in the grid"),
         out_dir=("out/eval", "for table.md, results.json, grid.png and a folder per row"),
         device=("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu"))
@@ -489,16 +483,13 @@ def check(args):
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
     schedule(args.steps, args.shift or 1)
-    cuda, hybrid = torch.cuda.is_available(), args.hybrid if 0 <= args.hybrid < 1 else 1
+    cuda = torch.cuda.is_available()
     for holds, sentence in [
         (args.specs, f"scorers is empty; name at least one of {', '.join(rewards.SCORERS)}"),
         (min(args.images_per_prompt, args.columns, args.batch, args.num_prompts + 1) >= 1,
          "images_per_prompt, columns and batch must be at least 1, and num_prompts 0"),
         (args.solver in SOLVERS, f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
         (0 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0 to 100"),
-        (hybrid == 0 or 0 < round(hybrid * args.steps) < args.steps,
-         f"hybrid is {args.hybrid:g}, but must be 0, or leave both models some of the "
-         f"{args.steps} steps"),
         (args.guidance == "" or is_number(args.guidance),
          f"guidance is {args.guidance}, but must be a number, or empty"),
         (args.frames >= 1, f"frames is {args.frames}, but must be at least 1"),
@@ -521,13 +512,11 @@ def check(args):
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     return rows
 
-def load_models(args, row):
-    """The model of a row and, for hybrid sampling, the base."""
-    load = functools.partial(load_model, resolution=args.resolution, guidance=args.guidance,
-                             steps=args.steps, call=parse_call(args.call), device=args.device,
-                             frozen=True)
-    model = load(args.model, lora=row.path) if is_lora(row.path) else load(row.path)
-    return model, load(args.model) if row.settings["hybrid"] else None
+def load_row(args, row):
+    """The model of a row."""
+    path, lora = (args.model, row.path) if is_lora(row.path) else (row.path, "")
+    return load_model(path, resolution=args.resolution, guidance=args.guidance, steps=args.steps,
+                      call=parse_call(args.call), device=args.device, frozen=True, lora=lora)
 
 def main(argv=None):
     init_processes()
@@ -542,7 +531,7 @@ def main(argv=None):
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
                   f"resolution {args.resolution or 'own'}, {args.solver} {args.steps} steps, shift "
                   f"{args.shift or 'own'}, guidance {args.guidance or 'own'}, seed {args.seed}, "
-                  f"hybrid {args.hybrid or 'off'}, on {WORLD} x {args.device.partition(':')[0]}")
+                  f"on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:
                 row.begin(args.overwrite)
         gather_objects(None)                                    # wait until the folders exist
@@ -550,7 +539,7 @@ def main(argv=None):
         gather_objects(None)                                    # wait until all have looked
         with tqdm(total=sum(map(len, missing)), desc="eval", disable=True if RANK else None) as bar:
             for row, indices in zip(rows, missing):
-                load = functools.cache(lambda: load_models(args, row))      # once, if it is needed
+                load = functools.cache(lambda: load_row(args, row))         # once, if it is needed
                 at_once = max(1, args.batch // n)
                 for start in range(0, len(indices), at_once):
                     row.complete(indices[start : start + at_once], args, load, scorers)

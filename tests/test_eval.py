@@ -455,24 +455,6 @@ def test_the_noise_of_a_prompt_is_standard_normal_from_a_generator_of_its_own():
     assert torch.equal(x, torch.cat(drawn))
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_hybrid_sampling_begins_with_the_aligned_model_and_ends_with_the_base(solver):
-    model, base = Recorder(), Recorder()
-    sample(model, ["a"], [0], schedule(10), solver, base=base, hybrid=0.8)
-    assert model.times == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3] and base.times == [0.2, 0.1]
-    model = Recorder()
-    sample(model, ["a"], [0], schedule(10), solver)
-    assert len(model.times) == 10
-
-
-def test_hybrid_rows_are_labelled_and_the_row_of_the_base_does_not_change(
-        finished, aligned, tmp_path):
-    results = run(tmp_path, aligned, "--hybrid", "0.5")[1]
-    assert [row["label"] for row in results] == ["tiny-flux", "run-checkpoint-3-hybrid-0.5"]
-    base, plain = (row["preference"] for row in finished[1])
-    assert results[0]["preference"] == base and results[1]["preference"] not in (base, plain)
-
-
 def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_in_8(tmp_path):
     def settings(*given):
         args, rows = evaluation.parse_args([*given, "--out_dir", str(tmp_path)])
@@ -497,8 +479,6 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
     ("--scorers beauty", "there is no scorer 'beauty'"),
     ("--scorers preference,preference", "scorer 'preference' is named twice"),
     ("--scorers ,", "scorers is empty"),
-    ("--hybrid 1", "hybrid is 1, but must be 0, or leave both models some of the 8 steps"),
-    ("--hybrid 0.05", "hybrid is 0.05, but must be 0, or leave both models some of the 8 steps"),
     ("--solver euler", "solver is euler, but must be ddim or dpmpp_2m"),
     ("--steps 0", "at least one step"),
     ("--shift 1000", "shift is 1000"),
