@@ -268,7 +268,7 @@ def test_the_class_is_chosen_by_what_the_folder_has(tmp_path):
         load_model(TINY / "flux", 64, call=dict(num_frames=3))
     cfg = train.parse_config([*words[:2], "--out_dir", str(tmp_path / "run")])
     assert (cfg.resolution, cfg.shift, cfg.guidance) == ("", 0, "")     # tiny's are for tiny/flux
-    cfg = train.parse_config(["--out_dir", str(tmp_path / "run")])
+    cfg = train.parse_config(["--out_dir", str(tmp_path / "other")])
     assert (cfg.resolution, cfg.shift, cfg.guidance) == ("64", 1, "")
 
 
