@@ -102,8 +102,9 @@ def check_out_dir(cfg):
                          f"renamed, and that failed: {error.strerror}") from None
 
 def hold(out):
-    """Lock a folder while the lock lives, and no longer than this process. -> the lock"""
-    lock = FileLock(out / ".lock", thread_local=False)
+    """Lock a folder while the lock lives, and no longer than this process. -> the lock. A thread
+    may hold it several times."""
+    lock = FileLock(out / ".lock", is_singleton=True)
     # When torchrun restarts a run, the processes of the last attempt may still be dying.
     patience = 60 if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else 0
     try:

@@ -826,7 +826,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends_even_if_it_is_
 
 def test_a_restart_by_torchrun_waits_until_the_last_attempts_processes_are_dead(
         tmp_path, monkeypatch):
-    dying = run.hold(tmp_path)
+    dying = run.FileLock(tmp_path / ".lock", thread_local=False)        # as another process would
+    dying.acquire()
     with pytest.raises(ValueError, match="another run is writing"):
         run.hold(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
