@@ -37,9 +37,10 @@ def folder(tmp_path_factory):
 def small(monkeypatch, folder):
     rules = dict(rope_type="default", rope_theta=1e6, mrope_section=reference.SECTIONS)
     vocab = len(reference.tokenizer()["model"]["vocab"]) + len(reference.SPECIAL) + 1
-    monkeypatch.setattr(HPSv3, "text", reference.TEXT | dict(vocab_size=vocab,
-                                                             rope_parameters=rules))
-    monkeypatch.setattr(HPSv3, "vision", reference.VISION)
+    for kind in {HPSv3, rewards.find("hpsv3")[0]}:              # of a second import, in other tests
+        monkeypatch.setattr(kind, "text", reference.TEXT | dict(vocab_size=vocab,
+                                                                rope_parameters=rules))
+        monkeypatch.setattr(kind, "vision", reference.VISION)
 
 
 @pytest.fixture
