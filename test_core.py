@@ -346,6 +346,7 @@ def test_advantages_of_four_rewards_worked_out_by_hand():
     for p, norm in ((1, 6), (2, 3.7416573868), (0.8, 7.7568959268), (0.5, 17.1915099484)):
         assert_close(group_advantages(rewards, p), A / norm)      # p = 0.5: (1.4142 + 1 + 1.7321)^2
     assert_close(group_advantages(rewards), group_advantages(rewards, 0.8))         # Table 2
+    assert_close(group_advantages(torch.tensor([4.0, 7.0]), 1), torch.tensor([-0.5, 0.5]))
 
 
 def test_p2_is_grpos_z_score_over_sqrt_G():
