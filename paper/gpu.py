@@ -69,9 +69,10 @@ def random_pipeline(name, device):
 def load_random(spec, device, load=rewards.load):
     """rewards.load, but with random weights, and numbers as ImageReward's vocabulary."""
     def clip_model(kind, location, source, pin, vision):
-        text = clip(None, 1024, 24, 16, "gelu")[1].to_dict()
-        vision = dict(vision, intermediate_size=5120, num_attention_heads=16, hidden_act="gelu")
-        return kind(transformers.CLIPConfig(text, vision, 1024)).eval().requires_grad_(False)
+        net = kind(transformers.CLIPConfig(
+            text_config=clip(kind, 1024, 24, 16, "gelu")[1].to_dict(), projection_dim=1024,
+            vision_config=dict(vision, intermediate_size=5120, num_attention_heads=16)))
+        return net.eval().requires_grad_(False)
 
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file, mock.patch.multiple(
             rewards, fetch=lambda *_: Path(file.name), read_weights=lambda *_: {},

@@ -53,7 +53,7 @@ step() {    # step NAME SECONDS COMMAND...: run it, at most so long, and note ho
     if [ "$seconds" -lt 10 ]; then
         status="left out, no time" seconds=0
     else
-        timeout -k 5 "$seconds" "$@" > "$OUT/$name.txt" 2>&1 || status=$?
+        timeout -k 5 "$seconds" "$@" < /dev/null > "$OUT/$name.txt" 2>&1 || status=$?
         if [ "$status" = 124 ] || [ "$status" = 137 ]; then status="stopped by its limit"; fi
         tail -n 14 "$OUT/$name.txt" | cut -c 1-240
     fi
@@ -116,7 +116,9 @@ third)
     kind=$(sed -n "s/^fastest: //p" "$OUT/attention.txt")
     step fast 210 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5,7 --profile \
         --attention "${kind:-flash}" $MORE
-    step flash 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5 $MORE
+    if [ "${kind:-flash}" != flash ]; then      # to compare with
+        step flash 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5 $MORE
+    fi
     ;;
 fourth)
     step flux 170 "$PYTHON" -m paper.gpu flux offload,offload, "$OUT/results.jsonl" $WHOLE \
