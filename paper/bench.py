@@ -26,6 +26,7 @@ networks, in the same batches, without the loop. The methods take turns. Its col
     GB                   the peak memory of the bare calls, on a CPU without the weights; in
                          `ladder` that of the iterations
     gradient norm        in `ladder`: of the first iteration, before clipping
+    first ratio          in `ladder`: how far a ratio is from 1 before the first update, at most
 """
 import argparse, contextlib, dataclasses, gc, io, json, statistics, sys, tempfile, time
 from collections import namedtuple
@@ -34,7 +35,7 @@ import torch
 import rewards, train
 from eval import SOLVERS
 from inputs import read_prompts
-from paper import baselines, float8
+from paper import attention, baselines, float8
 from paper.counts import VAE, Live, memory, memory_of_klein, operations
 from run import Run
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -145,6 +146,7 @@ def measure(methods, repeats, flags=(), build=train.load, bare=True, warm=2, cha
                     found[name] = settings_of(s.cfg, calls, s.model.nfe)
                     found[name]["flops"] = flops_of(s.costs, calls)
                     found[name]["grad_norm"] = s.run.lines()[-1]["grad_norm"]
+                    found[name]["first_ratio"] = s.run.lines()[-1]["first_ratio"]
                 if bare:
                     began = now(s.model.device)
                     again()
@@ -346,6 +348,8 @@ LADDER = {                              # step: (settings of train.py, a change 
     "blocks as they are, nothing recomputed": ("--no-compile --checkpoint_blocks 0", None),
     "compiled, nothing recomputed": ("--compile --checkpoint_blocks 0", None),
     "compiled, 35 blocks recomputed": ("--compile --checkpoint_blocks 35", None),   # of FLUX's 57
+    "compiled, nothing recomputed, rollouts in one CUDA graph": ("--compile --checkpoint_blocks 0",
+                                                                 attention.in_one_graph),
 }
 
 def ladder(repeats, geometry, flags, steps=(), profile=False):
@@ -353,7 +357,8 @@ def ladder(repeats, geometry, flags, steps=(), profile=False):
     the numbers `steps`, from 1. On the small world, which has fewer than 35 blocks, the steps take
     turns. At other sizes they follow one another, because only one model may fit."""
     device = torch.device(parsed(TRAIN, flags).device)
-    head = ["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm"]
+    head = ["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm",
+            "first ratio"]
     print(markdown(head, []), flush=True)
     turns = [[list(LADDER)[number - 1]] for number in steps] or [[name] for name in LADDER]
     if geometry == "tiny" and not steps:
@@ -380,7 +385,7 @@ def ladder(repeats, geometry, flags, steps=(), profile=False):
             if name in found:
                 seconds = [f"{found[name][key]:.2f}" for key in ("iteration", *PHASES)]
                 row = [*seconds, *rates(found[name], rate), memory,
-                       f"{found[name]['grad_norm']:.2e}"]
+                       f"{found[name]['grad_norm']:.2e}", f"{found[name]['first_ratio']:.1e}"]
             print(line([name, *row]), flush=True)
             if profile and name in found:
                 print(f"\n{name}\n{found[name]['profile']}", flush=True)
@@ -392,6 +397,8 @@ def is_possible(name, device, flags):
         parsed(TRAIN, [*flags, *settings.split()])
         if change is float8.prepare:
             float8.check(device)
+        if change is attention.in_one_graph and device.type != "cuda":
+            raise ValueError("a CUDA graph needs a GPU")
     except SystemExit:                          # train.py has printed the reason
         return False
     except ValueError as error:
@@ -430,6 +437,8 @@ def parse_args(argv):
         + "; ".join(f"{number} {name}" for number, name in enumerate(LADDER, 1)))
     add("--profile", action="store_true", help="after each step a torch.profiler table: the ten "
         "kernels that take most of one more iteration")
+    add("--attention", choices=[*attention.KINDS], default="flash",
+        help="of paper/attention.py (default flash)")
     add = each["methods"].add_argument
     add("--only", default=",".join(METHODS), help="comma-separated: " + ", ".join(METHODS))
     add("--warm", type=int, default=2, help="iterations before those counted (default 2)")
@@ -468,6 +477,7 @@ def main(argv=None):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if args.command == "ladder":
+        attention.use(args.attention)
         return ladder(args.repeats, geometry, flags, args.steps, args.profile)
     found = measure({name: METHODS[name] for name in names}, args.repeats, flags,
                     lambda cfg: build(cfg, geometry), args.bare, args.warm)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rewards
 import train
 from model import Flux
-from paper import bench, counts, float8
+from paper import attention, bench, counts, float8
 from diffusers import FluxTransformer2DModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -259,6 +259,7 @@ def test_a_step_of_the_ladder_does_what_its_name_says():
         assert blocks == ("0" if "nothing" in name else "35" if "35" in name else "-1")
         assert name.startswith("compiled") == ("--compile" in words)
         assert ("float8" in name) == (change is float8.prepare)
+        assert ("CUDA graph" in name) == (change is attention.in_one_graph)
 
 
 @pytest.mark.slow
@@ -469,7 +470,7 @@ def test_without_torchao_float8_is_refused_in_one_sentence(monkeypatch, capsys, 
     ("memory --geometry flux", "unrecognized arguments: --geometry flux"),
     ("ladder --warm 3", "unrecognized arguments: --warm 3"),
     ("ladder --only dance", "unrecognized arguments: --only dance"),
-    ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 6"),
+    ("ladder --steps 1,9", "--steps has '9', but must be of 1 to 7"),
     ("ladder --json x.json", "unrecognized arguments: --json x.json"),
     ("methods --repeats 0", "--repeats must be at least 1"),
     ("methods --warm -1", "--warm at least 0"),
