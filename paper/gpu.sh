@@ -83,10 +83,10 @@ print(f"a matrix product: {matmul_rate(device) / 1e12:.3g} TFLOP/s")
 collect='
 import json, pathlib, sys
 out, path = pathlib.Path(sys.argv[1]), pathlib.Path("paper/results/gpu.json")
-output = {file.name: file.read_text() for file in sorted(out.iterdir()) if file.suffix == ".txt"}
+output = {file.name: file.read_text(encoding="utf-8") for file in sorted(out.iterdir()) if file.suffix == ".txt"}
 lines = [json.loads(line) for line in open(out / "results.jsonl")]
-runs = json.loads(path.read_text())
-path.write_text(json.dumps([*runs, dict(lines=lines, output=output)], indent=1) + "\n")
+runs = json.loads(path.read_text(encoding="utf-8"))
+path.write_text(json.dumps([*runs, dict(lines=lines, output=output)], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 '
 compiles='
 import sys, torch
