@@ -267,7 +267,7 @@ def explain_errors(work, *expected):
     except torch.OutOfMemoryError as error:
         said = ("out of memory. These take less of it, the cheapest first: --text_encoder_device "
                 "offload, --checkpoint_blocks -1, --batch 6 or less, --fsdp on more GPUs, "
-                f" --lora_rank 64, a smaller --resolution. {error}")
+                f"--lora_rank 64, a smaller --resolution. {error}")
     except torch._dynamo.exc.TorchDynamoException as error:
         said = f"the transformer could not be compiled; --no-compile runs without. {error}"
     except (*expected, ArithmeticError, OSError) as error:
