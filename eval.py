@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
-from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
-                    read_prompts)
-from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
+from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
+                     gather_objects, init_processes, is_lora, is_number, parse_call,
+                     parse_resolution, read_prompts)
 from pipeline import load_model
 from solvers import rollout, schedule
 

@@ -21,28 +21,17 @@ What train() asks of a model, FLUX or not (examples/own_model.py has another one
     save(path, weights)     write into the folder `path` what is needed to sample again
     blocks()                for several processes: the parts of `transformer` that FSDP2 divides
 """
-import contextlib, logging, shutil
+import contextlib, shutil
 from pathlib import Path
-import machine                                                  # noqa: F401  (before diffusers)
-import diffusers
 import torch
-import transformers
-from diffusers import FluxPipeline
 from torch.utils.checkpoint import checkpoint
-from inputs import add_lora, find_pipeline, load_lora, load_pipeline, parse_resolution
+from machine import add_lora, find_pipeline, load_lora, load_pipeline, parse_resolution
 from solvers import schedule
-
-diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
-transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
-# diffusers warns of every prompt that is cut. `cut` counts them once.
-logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
-
 
 def blocks(transformer):
     """What is gathered, recomputed and compiled one at a time: what its lists of modules hold."""
     return [block for part in transformer.children() if isinstance(part, torch.nn.ModuleList)
             for block in part]
-
 
 def recompute(transformer, count):
     """Recompute the activations of the first `count` blocks (-1: all) in the backward pass."""
@@ -50,7 +39,6 @@ def recompute(transformer, count):
         chosen = blocks(transformer)[: count if count > 0 else None]
         transformer.enable_gradient_checkpointing(lambda block, *inputs: (
             checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)))
-
 
 # ------------------------------------------------------------------------------------------------
 
@@ -78,13 +66,11 @@ class Weights:
         self.device, self.text_device, self.batch = torch.device(device), text_device, batch
         self.pipe, self.folder = path, None
         train_all = not (frozen or lora_rank or lora)
-        if not isinstance(path, diffusers.DiffusionPipeline):
+        if isinstance(path, (str, Path)):
             name, self.folder = find_pipeline(path)
             small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             dtype = {"transformer": torch.float32 if train_all else small, "default": small}
-            if not hasattr(diffusers, name):
-                raise ValueError(f"this version of diffusers has no {name}")
-            self.pipe = load_pipeline(getattr(diffusers, name), self.folder, dtype)
+            self.pipe = load_pipeline(name, self.folder, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         parts = {name: part for name, part in self.pipe.components.items()
                  if isinstance(part, torch.nn.Module)}
@@ -167,7 +153,6 @@ class Weights:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)       # not its mode, which may be read-only
 
-
 # ------------------------------------------------------------------------------------------------
 
 class Flux(Weights):
@@ -186,7 +171,7 @@ class Flux(Weights):
         step = 2 * self.pipe.vae_scale_factor                   # pixels per token: 8, packed 2 x 2
         self.height, self.width = (side // step for side in parse_resolution(resolution))
         self.latent_shape = (self.height * self.width, self.transformer.config.in_channels)
-        self.img_ids = FluxPipeline._prepare_latent_image_ids(                  # (N, 3)
+        self.img_ids = self.pipe._prepare_latent_image_ids(                     # (N, 3)
             1, self.height, self.width, self.device, torch.float32)
 
     def times(self, steps):

@@ -15,11 +15,10 @@ __call__ is decorated with no_grad, but the function inside is not, so the veloc
 import contextlib, functools, inspect
 from pathlib import Path
 from unittest.mock import patch
-import machine                                                  # noqa: F401  (before diffusers)
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from inputs import DECIDED, find_pipeline, parse_resolution
+from machine import DECIDED, find_pipeline, parse_resolution
 from model import Flux, Weights
 
 

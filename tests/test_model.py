@@ -17,7 +17,7 @@ import transformers
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 import train
-from inputs import check_model, check_parts, is_lora
+from machine import check_model, check_parts, is_lora
 from model import Flux
 from run import Run, read_log
 from solvers import rollout, schedule
