@@ -430,7 +430,7 @@ def parse_args(argv=None):
     """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
     options = dict(                     # {name: (default, help)}; None: as in SMALL or LARGE
         model=(str(HERE / "tiny/flux"), "the base: the folder of a flow pipeline, or a hub id"),
-        prompts=(None, "a file of prompts, see inputs.py; or hpdv2_test, hpdv2_train"),
+        prompts=(None, "a file of prompts, see machine.py; or hpdv2_test, hpdv2_train"),
         num_prompts=(0, "use only this many prompts, evenly spaced; 0: all"),
         scorers=(None, f"{', '.join(rewards.SCORERS)} or FILE.py:FUNCTION, comma-separated"),
         images_per_prompt=(None, "number of pictures of a prompt; diversity needs 2 or more"),

@@ -499,16 +499,6 @@ def is_lora(path):
     found = [path, path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"]
     return next((file for file in found if file.is_file() and file.suffix == ".safetensors"), None)
 
-def add_lora(transformer, rank):
-    """Add adapters of this rank to all linear layers of attention; klein's single blocks have its
-    feed-forward layers in the same matrices. They are zero at first, and nothing else is trained.
-    Alpha equals the rank, so programs that ignore alpha apply the same strength."""
-    from peft import LoraConfig
-    linear = [name for name, part in transformer.named_modules()
-              if ".att" in name and isinstance(part, torch.nn.Linear)]
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                       target_modules=linear))
-
 def load_lora(pipe, path):
     """Load adapters, in any layout that diffusers knows or in PEFT's own. ValueError for a file
     with anything else: it would act here and be missing from what is saved, or be left out here."""

@@ -25,7 +25,7 @@ import contextlib, shutil
 from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
-from machine import add_lora, find_pipeline, load_lora, load_pipeline, parse_resolution
+from machine import find_pipeline, load_lora, load_pipeline, parse_resolution
 from solvers import schedule
 
 def blocks(transformer):
@@ -39,6 +39,16 @@ def recompute(transformer, count):
         chosen = blocks(transformer)[: count if count > 0 else None]
         transformer.enable_gradient_checkpointing(lambda block, *inputs: (
             checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)))
+
+def add_lora(transformer, rank):
+    """Add adapters of this rank to all linear layers of attention; klein's single blocks have its
+    feed-forward layers in the same matrices. They are zero at first, and nothing else is trained.
+    Alpha equals the rank, so programs that ignore alpha apply the same strength."""
+    from peft import LoraConfig
+    linear = [name for name, part in transformer.named_modules()
+              if ".att" in name and isinstance(part, torch.nn.Linear)]
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                       target_modules=linear))
 
 # ------------------------------------------------------------------------------------------------
 

@@ -138,10 +138,11 @@ def check_resumed(cfg, path):
 
 def contents(cfg):
     """Hashes of the files that settings point to: prompts, and the code of your own rewards."""
-    files = {name: json.dumps(read_prompts(getattr(cfg, name)))
-             for name in ("prompts", "eval_prompts") if getattr(cfg, name)}
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    return hashes | rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
+    found = rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
+    for name, path in (("prompts", cfg.prompts), ("eval_prompts", cfg.eval_prompts)):
+        if path:
+            found[name] = hashlib.sha256(json.dumps(read_prompts(path)).encode()).hexdigest()
+    return found
 
 def broken(path, error):
     return (f"{path} is broken ({one_line(error)}); move it away, and --resume goes on from the "
@@ -218,6 +219,7 @@ class Run:
         self.prompts = read_prompts(cfg.eval_prompts or cfg.prompts)
         if not cfg.eval_prompts:
             self.prompts = [self.prompts[i] for i in evenly_spaced(len(self.prompts), 8)]
+        self.settings = json.dumps({**asdict(cfg), "contents": contents(cfg)}, indent=1)
         self.iteration, self.before, self.stop, self.skips = 0, None, False, 0
         self.resumed = (checkpoints(self.out) or [None])[-1] if cfg.resume else None
         if self.resumed:
@@ -245,14 +247,11 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)             # leftovers of a killed save
         kept = [line for line in self.lines() if line["iter"] <= self.iteration]
         write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        (self.out / "config.json").write_text(self.settings(), encoding="utf-8")
+        (self.out / "config.json").write_text(self.settings, encoding="utf-8")
         (self.out / "samples").mkdir(exist_ok=True)
         for name in self.cfg.code:              # keep the loss that this run was made with
             shutil.copyfile(HERE / name, self.out / Path(name).name)    # without its permissions
         self.send = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
-
-    def settings(self):
-        return json.dumps({**asdict(self.cfg), "contents": contents(self.cfg)}, indent=1)
 
     # ---------------------------------------------------------------------- the loop's frame
 
@@ -461,7 +460,7 @@ class Run:
                 if RANK == 0:
                     self.model.save(aside, weights)
             if RANK == 0:
-                (aside / "state/config.json").write_text(self.settings(), encoding="utf-8")
+                (aside / "state/config.json").write_text(self.settings, encoding="utf-8")
                 state = dict(iteration=self.iteration, before=self.before)
                 torch.save(state, aside / "state/state.pt")
                 discard(path)

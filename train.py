@@ -9,7 +9,7 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are in model.py. This
 file draws the random numbers and calls the others in order. run.py logs, evaluates and saves.
 """
-import argparse, math, os, sys
+import argparse, math, os
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 import numpy as np
@@ -83,8 +83,16 @@ def train(cfg, model, scorers, run):
         lap("update")
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
+def score(scorers, images, prompt):
+    """The scores of P groups' images (P G, 3, H, W): {name: (P, G)}."""
+    G = len(images) // len(prompt)
+    each = [c for c in prompt for _ in range(G)]
+    return {name: scorer(images, each).unflatten(0, (len(prompt), G))
+            for name, scorer in scorers.items()}
+
 MAX_GRAD_NORM = 1.0             # a gradient with a larger norm is cut to it
 
+@torch.no_grad()
 def update(cfg, model, run, decay=None):
     """One optimizer step with the gradients collected since the last one. It is left out if they
     are not finite on some process. It is also left out if all are 0: then all groups were flat, and
@@ -129,16 +137,6 @@ def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
     return chosen, torch.stack(eps_star), torch.stack(delta), torch.stack(anchors), steps
 
 # ------------------------------------------------------------------------------------------------
-# Scores and rewards
-
-def score(scorers, images, prompt):
-    """The scores of P groups' images (P G, 3, H, W): {name: (P, G)}."""
-    G = len(images) // len(prompt)
-    each = [c for c in prompt for _ in range(G)]
-    return {name: scorer(images, each).unflatten(0, (len(prompt), G))
-            for name, scorer in scorers.items()}
-
-# ------------------------------------------------------------------------------------------------
 # Settings: defaults < preset < command line
 
 def option(default, text, allowed=""):
@@ -146,17 +144,16 @@ def option(default, text, allowed=""):
     return field(default=default, metadata=dict(help=text, allowed=allowed))
 
 def check_option(name, value, allowed):
-    """Raise ValueError for a value that is not allowed."""
-    fits, must = True, f"lie in {allowed}"
+    """Raise ValueError for a number outside an interval, or a word that is not in a tuple."""
     if isinstance(allowed, tuple):
         fits, must = value in allowed, "be " + " or ".join(word or "empty" for word in allowed)
-    elif allowed:
+    else:
         low, high = map(float, allowed[1:-1].split(","))
-        fits = ((low <= value if allowed[0] == "[" else low < value)
-                and (value <= high if allowed[-1] == "]" else value < high))
+        above = low <= value if allowed[0] == "[" else low < value
+        below = value <= high if allowed[-1] == "]" else value < high
+        fits, must, value = above and below, f"lie in {allowed}", f"{value:g}"
     if not fits:
-        value = f"{value:g}" if isinstance(value, (int, float)) else value or "empty"
-        raise ValueError(f"{name} is {value}, but must {must}")
+        raise ValueError(f"{name} is {value or 'empty'}, but must {must}")
 
 @dataclass
 class Config:
@@ -176,8 +173,7 @@ class Config:
                            "FLUX.1; empty: FLUX.1's 3.5, or the pipeline's own")
     shift: float = option(0.0, "of the schedule; 0: FLUX.1's 3, or the pipeline's own times",
                           "[0, 100]")
-    call: str = option("", "more arguments of the pipeline's __call__, as JSON, such as "
-                       """'{"num_frames": 33}'""")
+    call: str = option("", "more arguments of the pipeline's __call__, as JSON")
     frames: int = option(4, "of a video, that a scorer of images sees", "[1, inf)")
     # method
     iterations: int = option(300, "of Algorithm 1 (Sec. 4)", "[1, inf)")
@@ -219,12 +215,10 @@ class Config:
     out_dir: str = option("", "where the run is written; empty: out/<preset>, or out/<method>")
     seed: int = option(0, "of prompts, noise, anchors, steps and new adapters", "[0, 1e18]")
     eval_every: int = option(25, "iterations between evaluations; 0: never", "[0, inf)")
-    eval_steps: int = option(0, "steps of DPM-Solver++ in evaluations; 0: solver and steps of the "
-                             "rollout", "[0, inf)")
+    eval_steps: int = option(0, "of DPM-Solver++ in evaluations; 0: as in rollouts", "[0, inf)")
     save_every: int = option(50, "iterations between checkpoints; 0: only at the end", "[0, inf)")
     keep: int = option(0, "number of the newest checkpoints that stay; 0: all", "[0, inf)")
-    resume: bool = option(False, "continue from the newest checkpoint in out_dir if there is one, "
-                          "otherwise begin")
+    resume: bool = option(False, "continue from the newest checkpoint in out_dir, if there is one")
     overwrite: bool = option(False, "delete the run that is in out_dir")
     wandb: str = option("", "Weights & Biases project for every line of the log; empty: none")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
@@ -306,7 +300,8 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
 
     def check_all():
         for f in fields(cfg):
-            check_option(f.name, getattr(cfg, f.name), f.metadata["allowed"])
+            if f.metadata["allowed"]:
+                check_option(f.name, getattr(cfg, f.name), f.metadata["allowed"])
         check(cfg)
 
     refuse(parser, check_all)
@@ -314,22 +309,23 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
 
 def announce(c, model, run, cut):
     """Say what will happen, and what it costs."""
-    count, groups = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
-    latent, kind = " x ".join(map(str, model.latent_shape)), "FSDP2" if c.fsdp else "a copy each"
-    print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters"
-          + " of adapters" * bool(c.lora_rank or c.init_lora) +
-          f", {c.resolution or 'own'} pixels, latent {latent}, on {c.device}\n"
-          f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
-          f"{'held out' if c.eval_prompts else 'of them to watch'}"
-          + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n) + "\n"
-          f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers) +
-          f"\niteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1) + "\n"
-          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
-          f"{c.out_dir}/" + f", {WORLD} processes ({kind}) with {groups} groups each" * (WORLD > 1))
+    size, P = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
+    lines = [
+        f"model      {c.model}: {size / 1e6:.3g} M trained parameters"
+        + " of adapters" * bool(c.lora_rank or c.init_lora) + f", {c.resolution or 'own'} pixels, "
+        f"latent {' x '.join(map(str, model.latent_shape))}, on {c.device}",
+        f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
+        f"{'held out' if c.eval_prompts else 'of them to watch'}"
+        + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n),
+        f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers),
+        f"iteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1),
+        f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
+        f"{c.out_dir}/" + (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} "
+                           "groups each") * (WORLD > 1)]
     if c.resume:
-        print("resume     " + (f"continues from {run.resumed}" if run.resumed else
-                               f"no checkpoint in {c.out_dir}, so the run begins"))
-    sys.stdout.flush()
+        lines += [f"resume     continues from {run.resumed}" if run.resumed else
+                  f"resume     no checkpoint in {c.out_dir}, so the run begins"]
+    print(*lines, sep="\n", flush=True)
 
 def load(cfg):
     return load_model(

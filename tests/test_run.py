@@ -534,7 +534,7 @@ def test_a_run_trains_on_its_rewards_watches_the_others_and_evaluates_the_base_o
     def algorithm(cfg, model, scorers, books):
         trained_on.append(list(scorers))
         assert list(books.scorers) == ["preference", "judge"]
-        books.iteration, books.before = cfg.iterations, books.before or dict(scores={}, images=[])
+        train.train(cfg, model, scorers, books)
 
     command = ["--rewards", "preference", "--eval_scorers", "judge", "--seed", "7", "--resume",
                "--out_dir", str(tmp_path)]
