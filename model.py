@@ -148,10 +148,7 @@ class Weights:
                 whole = type(self.transformer).from_config(self.transformer.config)
             whole.load_state_dict(weights, assign=True)
         whole.save_pretrained(Path(path) / "transformer")
-        self.copy_untrained(Path(path))
-
-    def copy_untrained(self, path):
-        """Copy the rest of the base byte for byte: what loads the base then loads this, too."""
+        # The rest is the base's, byte for byte: what loads the base then loads this, too.
         if self.folder is None:
             raise ValueError("a model that was not loaded from a folder cannot be saved")
         files = [self.folder / "model_index.json", self.folder / "transformer/config.json"]
@@ -159,7 +156,7 @@ class Weights:
             if name != "transformer":
                 files += (self.folder / name).rglob("*")
         for file in filter(Path.is_file, files):
-            target = path / file.relative_to(self.folder)
+            target = Path(path) / file.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)       # not its mode, which may be read-only
 

@@ -5,7 +5,7 @@ disk: --resume continues from the newest checkpoint, and on a CPU repeats the ru
 No formula of the method is in this file.
 """
 import atexit, contextlib, hashlib, importlib.util, json, math, os, shutil, sys, tempfile, warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
@@ -34,6 +34,9 @@ NOT_COMPARED = ("out_dir", "resume", "overwrite", "prompts", "eval_prompts")    
 
 def check(c):
     """Raise ValueError, in one sentence, for the first setting that cannot work."""
+    for f in fields(c):
+        if f.metadata["allowed"]:
+            check_option(f.name, getattr(c, f.name), f.metadata["allowed"])
     for holds, sentence in [
         *c.rules(),                             # of the method; these all methods share
         (c.prompts_per_iteration % WORLD == 0,
@@ -67,6 +70,18 @@ def check(c):
     parse_call(c.call)
     check_model(c.model)
     check_out_dir(c)
+
+def check_option(name, value, allowed):
+    """Raise ValueError for a number outside an interval, or a word that is not in a tuple."""
+    if isinstance(allowed, tuple):
+        fits, must = value in allowed, "be " + " or ".join(word or "empty" for word in allowed)
+    else:
+        low, high = map(float, allowed[1:-1].split(","))
+        above = low <= value if allowed[0] == "[" else low < value
+        below = value <= high if allowed[-1] == "]" else value < high
+        fits, must, value = above and below, f"lie in {allowed}", f"{value:g}"
+    if not fits:
+        raise ValueError(f"{name} is {value or 'empty'}, but must {must}")
 
 def check_out_dir(cfg):
     """Refuse a directory that holds another run or the model, or that cannot be written to."""
@@ -166,9 +181,8 @@ def discard(path):
         shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
 
 def start_watchers(out, project, settings, iteration):
-    """A function that sends numbers {name: value} of a step to TensorBoard, where it is installed,
-    and to Weights & Biases, if a project is named. Those that fail are left out: watching must not
-    end a run."""
+    """{name: a function that sends numbers {name: value} of a step} for TensorBoard, where it is
+    installed, and Weights & Biases, if a project is named. One that fails is left out."""
     def tensorboard():
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
@@ -182,13 +196,27 @@ def start_watchers(out, project, settings, iteration):
     wanted = [tensorboard] if importlib.util.find_spec("tensorboard") else []
     wanted += [wandb] if project else []
     found = {start.__name__: attempt(start.__name__, start) for start in wanted}
+    return {name: send for name, send in found.items() if send}
 
-    def send(numbers, step):
-        for name, watcher in found.items():
-            if watcher:
-                attempt(name, lambda: watcher(numbers, step=step), lambda: found.update({name: 0}))
-
-    return send
+def announce(c, model, run, cut):
+    """Say what will happen, and what it costs."""
+    size, P = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
+    lines = [
+        f"model      {c.model}: {size / 1e6:.3g} M trained parameters"
+        + " of adapters" * bool(c.lora_rank or c.init_lora) + f", {c.resolution or 'own'} pixels, "
+        f"latent {' x '.join(map(str, model.latent_shape))}, on {c.device}",
+        f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
+        f"{'held out' if c.eval_prompts else 'of them to watch'}"
+        + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n),
+        f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers),
+        f"iteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1),
+        f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
+        f"{c.out_dir}/" + (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} "
+                           "groups each") * (WORLD > 1)]
+    if c.resume:
+        lines += [f"resume     continues from {run.resumed}" if run.resumed else
+                  f"resume     no checkpoint in {c.out_dir}, so the run begins"]
+    print(*lines, sep="\n", flush=True)
 
 def merge(lines):
     """One line of the log out of those of all processes: means over groups, the sum of flat groups,
@@ -251,7 +279,7 @@ class Run:
         (self.out / "samples").mkdir(exist_ok=True)
         for name in self.cfg.code:              # keep the loss that this run was made with
             shutil.copyfile(HERE / name, self.out / Path(name).name)    # without its permissions
-        self.send = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
+        self.watchers = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
 
     # ---------------------------------------------------------------------- the loop's frame
 
@@ -339,7 +367,9 @@ class Run:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "iter" and value is not None}
-        self.send(numbers, line["iter"])
+        for name, send in [*self.watchers.items()]:
+            attempt(name, lambda: send(numbers, step=line["iter"]),
+                    otherwise=lambda: self.watchers.pop(name))
 
     def log(self, it, scores, A, log_rhos, seconds, nfe_old, nfe_theta):
         """One line for all processes, in log.jsonl and on the screen. It has no loss, which is 0

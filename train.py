@@ -22,7 +22,7 @@ from machine import (LOCAL_RANK, RANK, WORLD, average_gradients, exit_process, e
 from neighbor_grpo import combine_rewards, group_advantages, neighbor_grpo_loss, perturb_noise
 from pipeline import load_model
 from rewards import parse_weights
-from run import HERE, Run, check
+from run import HERE, Run, announce, check
 from solvers import ddim_step, rollout
 
 def train(cfg, model, scorers, run):
@@ -142,18 +142,6 @@ def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
 def option(default, text, allowed=""):
     """`allowed`: an interval such as "(0, 1]", or a tuple of words."""
     return field(default=default, metadata=dict(help=text, allowed=allowed))
-
-def check_option(name, value, allowed):
-    """Raise ValueError for a number outside an interval, or a word that is not in a tuple."""
-    if isinstance(allowed, tuple):
-        fits, must = value in allowed, "be " + " or ".join(word or "empty" for word in allowed)
-    else:
-        low, high = map(float, allowed[1:-1].split(","))
-        above = low <= value if allowed[0] == "[" else low < value
-        below = value <= high if allowed[-1] == "]" else value < high
-        fits, must, value = above and below, f"lie in {allowed}", f"{value:g}"
-    if not fits:
-        raise ValueError(f"{name} is {value or 'empty'}, but must {must}")
 
 @dataclass
 class Config:
@@ -297,35 +285,8 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
         del settings["resolution"], settings["shift"]           # another model has its own
     settings |= methods.get(method, {}) | given
     cfg = config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
-
-    def check_all():
-        for f in fields(cfg):
-            if f.metadata["allowed"]:
-                check_option(f.name, getattr(cfg, f.name), f.metadata["allowed"])
-        check(cfg)
-
-    refuse(parser, check_all)
+    refuse(parser, lambda: check(cfg))
     return cfg
-
-def announce(c, model, run, cut):
-    """Say what will happen, and what it costs."""
-    size, P = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
-    lines = [
-        f"model      {c.model}: {size / 1e6:.3g} M trained parameters"
-        + " of adapters" * bool(c.lora_rank or c.init_lora) + f", {c.resolution or 'own'} pixels, "
-        f"latent {' x '.join(map(str, model.latent_shape))}, on {c.device}",
-        f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
-        f"{'held out' if c.eval_prompts else 'of them to watch'}"
-        + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n),
-        f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers),
-        f"iteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1),
-        f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
-        f"{c.out_dir}/" + (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} "
-                           "groups each") * (WORLD > 1)]
-    if c.resume:
-        lines += [f"resume     continues from {run.resumed}" if run.resumed else
-                  f"resume     no checkpoint in {c.out_dir}, so the run begins"]
-    print(*lines, sep="\n", flush=True)
 
 def load(cfg):
     return load_model(

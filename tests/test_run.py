@@ -886,7 +886,7 @@ def test_a_stream_that_cannot_be_written_to_goes_silent(error):
 
 def test_a_run_that_diverges_ends_with_a_sentence_and_saves_no_broken_weights(
         five, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "check_option", lambda *_: None)     # it refuses lr above 1
+    monkeypatch.setattr(run, "check_option", lambda *_: None)     # it refuses lr above 1
     out = tmp_path / "run"
     command = [*SHORT, *five, "--iterations", "3", "--lr", "1e30", "--out_dir", str(out)]
     assert train.main(command) == 1
