@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
-from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
-                    read_prompts)
-from machine import LOCAL_RANK, RANK, WORLD, exit_process, gather_objects, init_processes
+from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
+                     gather_objects, init_processes, is_lora, is_number, parse_call,
+                     parse_resolution, read_prompts)
 from pipeline import load_model
 from solvers import rollout, schedule
 
@@ -430,7 +430,7 @@ def parse_args(argv=None):
     """Command line -> settings and rows; or one sentence and exit code 2, before a model loads."""
     options = dict(                     # {name: (default, help)}; None: as in SMALL or LARGE
         model=(str(HERE / "tiny/flux"), "the base: the folder of a flow pipeline, or a hub id"),
-        prompts=(None, "a file of prompts, see inputs.py; or hpdv2_test, hpdv2_train"),
+        prompts=(None, "a file of prompts, see machine.py; or hpdv2_test, hpdv2_train"),
         num_prompts=(0, "use only this many prompts, evenly spaced; 0: all"),
         scorers=(None, f"{', '.join(rewards.SCORERS)} or FILE.py:FUNCTION, comma-separated"),
         images_per_prompt=(None, "number of pictures of a prompt; diversity needs 2 or more"),

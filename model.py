@@ -21,28 +21,17 @@ What train() asks of a model, FLUX or not (examples/own_model.py has another one
     save(path, weights)     write into the folder `path` what is needed to sample again
     blocks()                for several processes: the parts of `transformer` that FSDP2 divides
 """
-import contextlib, logging, shutil
+import contextlib, shutil
 from pathlib import Path
-import machine                                                  # noqa: F401  (before diffusers)
-import diffusers
 import torch
-import transformers
-from diffusers import FluxPipeline
 from torch.utils.checkpoint import checkpoint
-from inputs import add_lora, find_pipeline, load_lora, load_pipeline, parse_resolution
+from machine import find_pipeline, load_lora, load_pipeline, parse_resolution
 from solvers import schedule
-
-diffusers.utils.logging.disable_progress_bar()                  # of loading and saving; train.py
-transformers.utils.logging.disable_progress_bar()               # and eval.py show their own
-# diffusers warns of every prompt that is cut. `cut` counts them once.
-logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
-
 
 def blocks(transformer):
     """What is gathered, recomputed and compiled one at a time: what its lists of modules hold."""
     return [block for part in transformer.children() if isinstance(part, torch.nn.ModuleList)
             for block in part]
-
 
 def recompute(transformer, count):
     """Recompute the activations of the first `count` blocks (-1: all) in the backward pass."""
@@ -51,6 +40,15 @@ def recompute(transformer, count):
         transformer.enable_gradient_checkpointing(lambda block, *inputs: (
             checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)))
 
+def add_lora(transformer, rank):
+    """Add adapters of this rank to all linear layers of attention; klein's single blocks have its
+    feed-forward layers in the same matrices. They are zero at first, and nothing else is trained.
+    Alpha equals the rank, so programs that ignore alpha apply the same strength."""
+    from peft import LoraConfig
+    linear = [name for name, part in transformer.named_modules()
+              if ".att" in name and isinstance(part, torch.nn.Linear)]
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                       target_modules=linear))
 
 # ------------------------------------------------------------------------------------------------
 
@@ -78,13 +76,11 @@ class Weights:
         self.device, self.text_device, self.batch = torch.device(device), text_device, batch
         self.pipe, self.folder = path, None
         train_all = not (frozen or lora_rank or lora)
-        if not isinstance(path, diffusers.DiffusionPipeline):
+        if isinstance(path, (str, Path)):
             name, self.folder = find_pipeline(path)
             small = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             dtype = {"transformer": torch.float32 if train_all else small, "default": small}
-            if not hasattr(diffusers, name):
-                raise ValueError(f"this version of diffusers has no {name}")
-            self.pipe = load_pipeline(getattr(diffusers, name), self.folder, dtype)
+            self.pipe = load_pipeline(name, self.folder, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         parts = {name: part for name, part in self.pipe.components.items()
                  if isinstance(part, torch.nn.Module)}
@@ -152,10 +148,7 @@ class Weights:
                 whole = type(self.transformer).from_config(self.transformer.config)
             whole.load_state_dict(weights, assign=True)
         whole.save_pretrained(Path(path) / "transformer")
-        self.copy_untrained(Path(path))
-
-    def copy_untrained(self, path):
-        """Copy the rest of the base byte for byte: what loads the base then loads this, too."""
+        # The rest is the base's, byte for byte: what loads the base then loads this, too.
         if self.folder is None:
             raise ValueError("a model that was not loaded from a folder cannot be saved")
         files = [self.folder / "model_index.json", self.folder / "transformer/config.json"]
@@ -163,10 +156,9 @@ class Weights:
             if name != "transformer":
                 files += (self.folder / name).rglob("*")
         for file in filter(Path.is_file, files):
-            target = path / file.relative_to(self.folder)
+            target = Path(path) / file.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)       # not its mode, which may be read-only
-
 
 # ------------------------------------------------------------------------------------------------
 
@@ -186,7 +178,7 @@ class Flux(Weights):
         step = 2 * self.pipe.vae_scale_factor                   # pixels per token: 8, packed 2 x 2
         self.height, self.width = (side // step for side in parse_resolution(resolution))
         self.latent_shape = (self.height * self.width, self.transformer.config.in_channels)
-        self.img_ids = FluxPipeline._prepare_latent_image_ids(                  # (N, 3)
+        self.img_ids = self.pipe._prepare_latent_image_ids(                     # (N, 3)
             1, self.height, self.width, self.device, torch.float32)
 
     def times(self, steps):

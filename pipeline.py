@@ -15,13 +15,11 @@ __call__ is decorated with no_grad, but the function inside is not, so the veloc
 import contextlib, functools, inspect
 from pathlib import Path
 from unittest.mock import patch
-import machine                                                  # noqa: F401  (before diffusers)
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from inputs import DECIDED, find_pipeline, parse_resolution
+from machine import DECIDED, find_pipeline, parse_resolution
 from model import Flux, Weights
-
 
 def load_model(path, resolution="", guidance="", steps=8, call=None, **settings):
     """FLUX.1 as model.Flux, at 720 pixels and guidance 3.5 if nothing else is given; every other
@@ -33,10 +31,8 @@ def load_model(path, resolution="", guidance="", steps=8, call=None, **settings)
         raise ValueError(f"call has {next(iter(call))}, but FLUX.1 has settings for all it takes")
     return Flux(path, resolution or 720, guidance=3.5 if guidance == "" else guidance, **settings)
 
-
 class Stop(Exception):
     """Ends a pipeline's __call__ early, and carries what it had reached."""
-
 
 class Pipeline(Weights):
     """
@@ -267,7 +263,6 @@ class Pipeline(Weights):
                 if torch.equal(graph, self.evaluate(prompts, x, ts[-2])):
                     raise ValueError(f"guidance has no effect on this {self.name}; leave it out")
         self.error = max(errors.values())
-
 
 def spread(found, two, three, rows):
     """What encode_prompt gave for each prompt, repeated for rows that name one each. What it gives

@@ -24,7 +24,7 @@ Scores are computed in float32, even inside the caller's autocast. Near 0.3, nei
 numbers differ by 0.002, while the HPSv2.1 scores of a group differ by about 0.01. On a GPU the two
 largest networks run in float16 (`half` in HPSv2 and ClipScore), but their scores are float32 too.
 """
-from machine import attempt, one_line           # before transformers and open_clip
+from machine import attempt, evenly_spaced, one_line            # before open_clip
 import contextlib, functools, hashlib, importlib, io, os, random, re, sys, traceback, types
 from pathlib import Path
 import numpy as np
@@ -34,7 +34,6 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from inputs import evenly_spaced
 
 HERE = Path(__file__).resolve().parent
 HUB = "https://huggingface.co/"

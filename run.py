@@ -4,21 +4,20 @@ before_after.png, curve.png and checkpoint-<n>/ into out_dir. It survives Ctrl-C
 disk: --resume continues from the newest checkpoint, and on a CPU repeats the run to the last bit.
 No formula of the method is in this file.
 """
-import contextlib, hashlib, importlib.util, json, math, os, shutil, sys, tempfile, warnings
-from dataclasses import asdict
+import atexit, contextlib, hashlib, importlib.util, json, math, os, shutil, sys, tempfile, warnings
+from dataclasses import asdict, fields
 from pathlib import Path
 import torch
-import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 import rewards
-from eval import draw_curve, evaluate, mean_and_stderr, picture_grid, read_log, times
-from inputs import (check_model, evenly_spaced, is_lora, is_number, parse_call, parse_resolution,
-                    read_prompts)
-from machine import (RANK, WORLD, attempt, cause_of, full_tensor, gather_objects, merge, one_line,
-                     restore, share_work, start_watchers, state_of, stopping, whole_weights)
+from eval import (draw_curve, evaluate, mean_and_stderr, picture_grid, read_log, times,
+                  write_text)
+from machine import (RANK, WORLD, attempt, check_model, evenly_spaced, exchange_state,
+                     gather_objects, is_lora, is_number, one_line, parse_call, parse_resolution,
+                     read_prompts, share_work, whole_weights)
 from neighbor_grpo import clip_fraction
-from rewards import ScorerError, parse_weights
+from rewards import parse_weights
 
 HERE = Path(__file__).resolve().parent
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process
@@ -33,24 +32,13 @@ NOT_COMPARED = ("out_dir", "resume", "overwrite", "prompts", "eval_prompts")    
 # ------------------------------------------------------------------------------------------------
 # Settings that are refused
 
-def check(cfg):
+def check(c):
     """Raise ValueError, in one sentence, for the first setting that cannot work."""
-    for holds, sentence in [*cfg.rules(), *general_rules(cfg)]:
-        if not holds:
-            raise ValueError(sentence)
-    parse_weights(cfg.reward_weights, rewards.parse(cfg.rewards))
-    rewards.parse(f"{cfg.rewards},{cfg.eval_scorers}")
-    for source in (cfg.prompts, cfg.eval_prompts or cfg.prompts):
-        read_prompts(source)
-    if cfg.resolution:
-        parse_resolution(cfg.resolution)
-    parse_call(cfg.call)
-    check_model(cfg.model)
-    check_out_dir(cfg)
-
-def general_rules(c):
-    """[(holds, the sentence if it does not)] for the settings that all methods share."""
-    return [
+    for f in fields(c):
+        if f.metadata["allowed"]:
+            check_option(f.name, getattr(c, f.name), f.metadata["allowed"])
+    for holds, sentence in [
+        *c.rules(),                             # of the method; these all methods share
         (c.prompts_per_iteration % WORLD == 0,
          f"prompts_per_iteration is {c.prompts_per_iteration}, but must be divisible among "
          f"{WORLD} processes, because a group is never split"),
@@ -70,7 +58,30 @@ def general_rules(c):
         (rewards.parse(c.rewards), f"rewards is empty; name some of {', '.join(rewards.SCORERS)}"),
         (c.out_dir, "out_dir is empty; name a directory for this run"),
         (not (c.resume and c.overwrite), "resume and overwrite exclude each other; give one"),
-    ]
+    ]:
+        if not holds:
+            raise ValueError(sentence)
+    parse_weights(c.reward_weights, rewards.parse(c.rewards))
+    rewards.parse(f"{c.rewards},{c.eval_scorers}")
+    for source in (c.prompts, c.eval_prompts or c.prompts):
+        read_prompts(source)
+    if c.resolution:
+        parse_resolution(c.resolution)
+    parse_call(c.call)
+    check_model(c.model)
+    check_out_dir(c)
+
+def check_option(name, value, allowed):
+    """Raise ValueError for a number outside an interval, or a word that is not in a tuple."""
+    if isinstance(allowed, tuple):
+        fits, must = value in allowed, "be " + " or ".join(word or "empty" for word in allowed)
+    else:
+        low, high = map(float, allowed[1:-1].split(","))
+        above = low <= value if allowed[0] == "[" else low < value
+        below = value <= high if allowed[-1] == "]" else value < high
+        fits, must, value = above and below, f"lie in {allowed}", f"{value:g}"
+    if not fits:
+        raise ValueError(f"{name} is {value or 'empty'}, but must {must}")
 
 def check_out_dir(cfg):
     """Refuse a directory that holds another run or the model, or that cannot be written to."""
@@ -82,12 +93,11 @@ def check_out_dir(cfg):
     elif others and not found and not (out / "log.jsonl").exists():
         raise ValueError(f"{out} is not a run, and holds {others[0]}, which a run would replace; "
                          "name another --out_dir")
-    elif found or others:
+    elif others:
         if not (cfg.overwrite or cfg.resume):
             raise ValueError(f"{out} already holds a run; use --resume, --overwrite or another "
                              "--out_dir")
-        for name in ("model", "init_lora"):
-            path = getattr(cfg, name)
+        for name, path in (("model", cfg.model), ("init_lora", cfg.init_lora)):
             if path and out.resolve() in Path(path).resolve().parents:
                 raise ValueError(f"{name} {path} lies in {out}, where a new run would delete it")
     try:
@@ -120,7 +130,7 @@ def check_resumed(cfg, path):
     """A run goes on with the settings that it began with, except MAY_CHANGE."""
     try:
         before = json.loads((path / "state/config.json").read_text(encoding="utf-8"))
-        began = before.get("contents")
+        began = before.get("contents") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(broken(path, error)) from None
     if cfg.method != before.get("method", "neighbor"):
@@ -143,17 +153,18 @@ def check_resumed(cfg, path):
 
 def contents(cfg):
     """Hashes of the files that settings point to: prompts, and the code of your own rewards."""
-    files = {name: json.dumps(read_prompts(getattr(cfg, name)))
-             for name in ("prompts", "eval_prompts") if getattr(cfg, name)}
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    return hashes | rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
+    found = rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
+    for name, path in (("prompts", cfg.prompts), ("eval_prompts", cfg.eval_prompts)):
+        if path:
+            found[name] = hashlib.sha256(json.dumps(read_prompts(path)).encode()).hexdigest()
+    return found
 
 def broken(path, error):
     return (f"{path} is broken ({one_line(error)}); move it away, and --resume goes on from the "
             "checkpoint before it")
 
 # ------------------------------------------------------------------------------------------------
-# Files and errors
+# Files
 
 def checkpoints(out):
     """The checkpoints in a run's directory, oldest first."""
@@ -169,6 +180,58 @@ def discard(path):
         os.replace(path, aside)
         shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
 
+def start_watchers(out, project, settings, iteration):
+    """{name: a function that sends numbers {name: value} of a step} for TensorBoard, where it is
+    installed, and Weights & Biases, if a project is named. One that fails is left out."""
+    def tensorboard():
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out / "tensorboard", purge_step=iteration + 1)
+        atexit.register(board.close)
+        return lambda numbers, step: [board.add_scalar(*pair, step) for pair in numbers.items()]
+
+    def wandb():
+        import wandb
+        return wandb.init(project=project, config=settings, dir=out).log
+
+    wanted = [tensorboard] if importlib.util.find_spec("tensorboard") else []
+    wanted += [wandb] if project else []
+    found = {start.__name__: attempt(start.__name__, start) for start in wanted}
+    return {name: send for name, send in found.items() if send}
+
+def announce(c, model, run, cut):
+    """Say what will happen, and what it costs."""
+    size, P = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
+    lines = [
+        f"model      {c.model}: {size / 1e6:.3g} M trained parameters"
+        + " of adapters" * bool(c.lora_rank or c.init_lora) + f", {c.resolution or 'own'} pixels, "
+        f"latent {' x '.join(map(str, model.latent_shape))}, on {c.device}",
+        f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
+        f"{'held out' if c.eval_prompts else 'of them to watch'}"
+        + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n),
+        f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers),
+        f"iteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1),
+        f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
+        f"{c.out_dir}/" + (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} "
+                           "groups each") * (WORLD > 1)]
+    if c.resume:
+        lines += [f"resume     continues from {run.resumed}" if run.resumed else
+                  f"resume     no checkpoint in {c.out_dir}, so the run begins"]
+    print(*lines, sep="\n", flush=True)
+
+def merge(lines):
+    """One line of the log out of those of all processes: means over groups, the sum of flat groups,
+    and the largest of everything else (the slowest clock, the ratio furthest from 1)."""
+    line = {}
+    for key, first in lines[0].items():
+        values = [each[key] for each in lines]
+        if isinstance(first, torch.Tensor):
+            line[key] = torch.cat(values).nanmean().item()
+        else:
+            line[key] = first if first is None else (sum if key == "flat_groups" else max)(values)
+    return line
+
+# ------------------------------------------------------------------------------------------------
+
 class Run:
     """The optimizer, the counters, and everything that is written.
 
@@ -178,23 +241,22 @@ class Run:
 
     def __init__(self, cfg, model, scorers):
         self.cfg, self.model, self.scorers, self.out = cfg, model, scorers, Path(cfg.out_dir)
-        self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+        self.opt = torch.optim.AdamW(model.trained(), lr=cfg.lr, weight_decay=1e-4,
                                      betas=(0.9, 0.999), fused=model.device.type == "cuda")
         self.ema = [w.detach().clone() for w in model.trained()] if cfg.ema else []
         self.prompts = read_prompts(cfg.eval_prompts or cfg.prompts)
         if not cfg.eval_prompts:
             self.prompts = [self.prompts[i] for i in evenly_spaced(len(self.prompts), 8)]
-        self.iteration, self.before = 0, None
-        self.stop, self.skips = False, 0
-        found = checkpoints(self.out) if cfg.resume else []
-        self.resumed = path = found[-1] if found else None
-        if path:
+        self.settings = json.dumps({**asdict(cfg), "contents": contents(cfg)}, indent=1)
+        self.iteration, self.before, self.stop, self.skips = 0, None, False, 0
+        self.resumed = (checkpoints(self.out) or [None])[-1] if cfg.resume else None
+        if self.resumed:
             try:
-                state = torch.load(path / "state/state.pt", map_location="cpu")
+                state = torch.load(self.resumed / "state/state.pt", map_location="cpu")
                 self.iteration, self.before = state["iteration"], state["before"]
-                restore(path / "state/sharded", model, self.opt, self.ema)
-            except (Exception, dcp.CheckpointException) as error:
-                raise OSError(broken(path, cause_of(error))) from error
+                exchange_state(self.resumed / "state/sharded", model, self.opt, self.ema, load=True)
+            except Exception as error:
+                raise OSError(broken(self.resumed, error)) from error
         self.saved = self.iteration
         gather_objects(None)                    # a barrier: all have read before one writes,
         if RANK == 0:
@@ -202,40 +264,28 @@ class Run:
         gather_objects(None)                    # and the files are there before any goes on
         done = [line["iter"] for line in self.lines() if "reward" not in line]
         self.evaluated = done[-1] if done else None
-        if RANK == 0 and cfg.init_lora:         # somebody else's: a first save, before all work
-            with tempfile.TemporaryDirectory(dir=self.out) as trial:
-                model.save(trial)
 
     def write_files(self):
         """The files of a new run; or those of a resumed one, as they were at its checkpoint."""
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.resumed:
-            kept = [line for line in self.lines() if line["iter"] <= self.iteration]
-            (self.out / "log.new").write_text("".join(json.dumps(line) + "\n" for line in kept),
-                                              encoding="utf-8")
-            os.replace(self.out / "log.new", self.out / "log.jsonl")
-        else:                                   # delete what a run wrote, and nothing else
+        if not self.resumed:                    # delete what a run wrote, and nothing else
             for path in [*checkpoints(self.out), *(self.out / name for name in RUN_FILES)]:
                 discard(path)
         for path in [*self.out.glob("checkpoint-*.old"), self.out / "checkpoint.new"]:
             shutil.rmtree(path, ignore_errors=True)             # leftovers of a killed save
-        (self.out / "log.jsonl").touch()
-        (self.out / "config.json").write_text(self.settings(), encoding="utf-8")
+        kept = [line for line in self.lines() if line["iter"] <= self.iteration]
+        write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        (self.out / "config.json").write_text(self.settings, encoding="utf-8")
         (self.out / "samples").mkdir(exist_ok=True)
         for name in self.cfg.code:              # keep the loss that this run was made with
             shutil.copyfile(HERE / name, self.out / Path(name).name)    # without its permissions
-        self.send = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
-
-    def settings(self):
-        return json.dumps({**asdict(self.cfg), "contents": contents(self.cfg)}, indent=1)
+        self.watchers = start_watchers(self.out, self.cfg.wandb, asdict(self.cfg), self.iteration)
 
     # ---------------------------------------------------------------------- the loop's frame
 
     def iterations(self):
-        """Count through the iterations that are left; evaluate and save between them."""
+        """Count through the iterations that are left, until one process was told to stop."""
         c = self.cfg
-        if c.eval_every and self.iteration % c.eval_every == 0 and self.evaluated != self.iteration:
-            self.evaluate()                     # before --resume a scorer failed in it
         with tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations,
                   desc="train", disable=True if RANK else None) as self.bar:
             for it in self.bar:
@@ -243,33 +293,19 @@ class Run:
                     return
                 self.norms, self.skipped = [], 0
                 yield it
-                self.iteration = done = it + 1
-                if c.eval_every and done % c.eval_every == 0 and done < c.iterations:
-                    self.evaluate()
-                if c.save_every and done % c.save_every == 0 and done < c.iterations:
-                    self.save()
+                self.iteration = it + 1
 
-    @contextlib.contextmanager
-    def interruptible(self):
-        """Inside, Ctrl-C lets the current iteration end, so that --resume repeats nothing."""
-        def stop():
-            self.stop = True
-            if RANK == 0:
-                tqdm.write("stopping after this iteration, with a checkpoint and pictures; "
-                           "press Ctrl-C again to stop at once, without them")
-        try:
-            with stopping(stop):
-                yield
-        except ScorerError:
-            # It comes before an update, so nothing is half done. Several processes save together.
-            if WORLD == 1:
-                self.save()
-            raise
+    def stop_soon(self):
+        """Let the current iteration end, so that --resume repeats nothing."""
+        self.stop = True
+        if RANK == 0:
+            tqdm.write("stopping after this iteration, with a checkpoint and pictures; press "
+                       "Ctrl-C again to stop at once, without them")
 
     def finish(self):
         """The last checkpoint and evaluation, and the curve."""
         self.save()
-        if self.cfg.eval_every and self.evaluated != self.iteration:
+        if self.cfg.eval_every:
             self.evaluate()
         if RANK == 0:
             attempt("curve.png", lambda: draw_curve(self.lines(), self.out / "curve.png"))
@@ -283,7 +319,7 @@ class Run:
         path = Path(self.cfg.eval_prompts or "none").with_suffix(".real.json")
         real = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         evaluations = [line for line in self.lines() if "reward" not in line]
-        first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+        first, last = evaluations[0], evaluations[-1]
         print(f"\n{'':14}    base  aligned" + "     real  share of the gap" * bool(real))
         for name in self.scorers:
             base, now = first.get(f"eval_{name}"), last.get(f"eval_{name}")
@@ -331,7 +367,9 @@ class Run:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "iter" and value is not None}
-        self.send(numbers, line["iter"])
+        for name, send in [*self.watchers.items()]:
+            attempt(name, lambda: send(numbers, step=line["iter"]),
+                    otherwise=lambda: self.watchers.pop(name))
 
     def log(self, it, scores, A, log_rhos, seconds, nfe_old, nfe_theta):
         """One line for all processes, in log.jsonl and on the screen. It has no loss, which is 0
@@ -374,15 +412,18 @@ class Run:
     def evaluate(self):
         """Sample the held-out prompts, always from the same noise. Scores go into the log, a few
         pictures into samples/, beside those of the base."""
+        if self.evaluated == self.iteration:
+            return
         n, c = len(self.prompts), self.cfg
         solver = "dpmpp_2m" if c.eval_steps else c.solver
-        steps = c.eval_steps or c.num_rollout_steps
-        ts = times(c.shift, self.model, steps)
+        ts = times(c.shift, self.model, c.eval_steps or c.num_rollout_steps)
         at_once = c.prompts_per_iteration // WORLD * c.group_size       # as many as in a rollout
+
         def sample_and_score(mine):
             images, scores, lengths = evaluate(self.model, self.scorers, self.prompts, ts, solver,
                                                seed=1_000_000, batch=at_once, chosen=mine)
             return {**scores, "images": images, "velocity lengths": lengths}
+
         with self.averaged():
             scores = share_work(n, sample_and_score)                    # {name: (n, 1)}
         images, show = scores.pop("images"), evenly_spaced(n, 12)       # (n, 1, 3, H, W)
@@ -406,12 +447,12 @@ class Run:
         # A checkpoint of an older version has no lengths.
         ratio = (lengths.mean() / self.before.get("lengths", torch.tensor(torch.nan)).mean()).item()
         line |= dict(velocity_ratio=ratio, fallen=len(fell) if rose else 0)
-        said.append(f"velocity {ratio:.3f} times the base's")
         if RANK:
             return
         self.write(line)
-        said.insert(0, f"{n} {'held-out' if c.eval_prompts else 'training'} prompts")
-        tqdm.write(" | ".join([f"eval {self.iteration:03d}", *said]))
+        tqdm.write(" | ".join([
+            f"eval {self.iteration:03d}", f"{n} {'held-out' if c.eval_prompts else 'training'} "
+            "prompts", *said, f"velocity {ratio:.3f} times the base's"]))
         if line["fallen"]:
             tqdm.write(f"eval {self.iteration:03d}: {', '.join(fell)} fell below the base while "
                        f"{', '.join(rose)} rose, each by more than three standard errors; the "
@@ -425,9 +466,10 @@ class Run:
             picture_grid(picture, rows, [self.prompts[i] for i in show])
             for file in picture.parent.glob(f"{picture.stem}.*"):
                 shutil.copyfile(file, self.out / f"before_after{file.suffix}")
+            if not self.iteration:
+                tqdm.write(f"pictures of the base: {picture}")
+
         attempt(picture, draw)
-        if not self.iteration and picture.exists():
-            tqdm.write(f"pictures of the base: {picture}")
 
     # ---------------------------------------------------------------------- checkpoints
 
@@ -436,23 +478,19 @@ class Run:
         needs. It is written under another name, synced to the disk, then renamed."""
         if self.saved == self.iteration:
             return
-        if not all(full_tensor(w.isfinite().all()) for w in self.weights()):
-            raise self.diverged("weights are no longer finite, so nothing is saved")
         path, aside = self.out / f"checkpoint-{self.iteration}", self.out / "checkpoint.new"
         try:
             if RANK == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 (aside / "state").mkdir(parents=True)
             gather_objects(None)
-            self.weights()
-            dcp.save(state_of(self.model, self.opt, self.ema),
-                     checkpoint_id=aside / "state/sharded")
+            exchange_state(aside / "state/sharded", self.model, self.opt, self.ema)
             with self.averaged():
                 weights = whole_weights(self.model) if self.cfg.fsdp else None
                 if RANK == 0:
                     self.model.save(aside, weights)
             if RANK == 0:
-                (aside / "state/config.json").write_text(self.settings(), encoding="utf-8")
+                (aside / "state/config.json").write_text(self.settings, encoding="utf-8")
                 state = dict(iteration=self.iteration, before=self.before)
                 torch.save(state, aside / "state/state.pt")
                 discard(path)
@@ -461,29 +499,27 @@ class Run:
                 os.replace(aside, path)
                 for old in checkpoints(self.out)[: -self.cfg.keep] if self.cfg.keep else ():
                     discard(old)
-        except (Exception, dcp.CheckpointException) as error:   # mostly a full disk
+        except Exception as error:              # mostly a full disk
             shutil.rmtree(aside, ignore_errors=True)
             free = shutil.disk_usage(self.out).free / 1e9
-            raise OSError(f"{path} could not be written ({one_line(cause_of(error))}), with "
-                          f"{free:.1f} GB free on the disk; {self.newest()}") from error
+            raise OSError(f"{path} could not be written ({one_line(error)}), with {free:.1f} GB "
+                          f"free on the disk; {self.newest()}") from error
         self.saved = self.iteration
         gather_objects(None)                    # a barrier: nobody goes on before it is whole
-
-    def weights(self):
-        """The trained weights; with FSDP this process's shards."""
-        return self.model.trained()
 
     @contextlib.contextmanager
     def averaged(self):
         """Inside, the model has the average of its weights, if one is kept."""
-        kept = [w.detach().clone() for w in self.weights()] if self.ema else []
-        self.copy_weights(self.ema)
+        weights = self.model.trained() if self.ema else []      # with FSDP this process's shards
+        kept = [w.detach().clone() for w in weights]
+
+        @torch.no_grad()
+        def put(values):
+            for w, value in zip(weights, values):
+                w.copy_(value)
+
+        put(self.ema)
         try:
             yield
         finally:
-            self.copy_weights(kept)
-
-    @torch.no_grad()
-    def copy_weights(self, values):
-        for w, value in zip(self.weights(), values):
-            w.copy_(value)
+            put(kept)

@@ -9,22 +9,20 @@ Time t runs from 1 (noise) to 0 (image): x_t = (1-t) x_0 + t eps, v ~ eps - x_0.
 The formulas are in neighbor_grpo.py, the ODE is in solvers.py, the networks are in model.py. This
 file draws the random numbers and calls the others in order. run.py logs, evaluates and saves.
 """
-import argparse, math, os, sys
+import argparse, math, os
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 import numpy as np
 import torch
-from tqdm import tqdm
 import rewards
 from eval import is_small, times
-from inputs import parse_call, read_prompts
 from machine import (LOCAL_RANK, RANK, WORLD, average_gradients, exit_process, explain_errors,
-                     full_tensor, gather_objects, init_processes, one_line, stopwatch,
-                     wrap_for_processes)
+                     init_processes, is_number, one_line, parse_call, read_prompts, refuse,
+                     stopping, stopwatch, wrap_for_processes)
 from neighbor_grpo import combine_rewards, group_advantages, neighbor_grpo_loss, perturb_noise
 from pipeline import load_model
 from rewards import parse_weights
-from run import HERE, Run, check
+from run import HERE, Run, announce, check
 from solvers import ddim_step, rollout
 
 def train(cfg, model, scorers, run):
@@ -36,7 +34,13 @@ def train(cfg, model, scorers, run):
     tau = math.prod(shape) if cfg.tau == "dim" else float(cfg.tau)
     row = torch.arange(P, device=model.device)[:, None]                 # (P, 1)  indexes groups
 
-    for it in run.iterations():                     # which evaluates and saves in between
+    for it in run.iterations():
+        # Save and evaluate, first of all the base
+        if cfg.save_every and it % cfg.save_every == 0:
+            run.save()
+        if cfg.eval_every and it % cfg.eval_every == 0:
+            run.evaluate()
+
         # Draw prompts, noise, anchors and steps
         seconds, lap = stopwatch(model.device)
         prompt, eps_star, delta, anchors, steps = draw(cfg, it, prompts, shape)
@@ -53,8 +57,8 @@ def train(cfg, model, scorers, run):
 
         # Score them, and turn scores into advantages
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
-        A = known * group_advantages(combine_rewards(r, weights), cfg.p)    # (P, G)  Eq. 3, 11
+        r = torch.stack(list(scores.values()), 1)                       # (P, M, G)
+        A = group_advantages(combine_rewards(r, weights), cfg.p)        # (P, G)        Eq. 3, 11
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
@@ -79,18 +83,28 @@ def train(cfg, model, scorers, run):
         lap("update")
         run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels), nfe_theta=trained / (P * G))
 
+def score(scorers, images, prompt):
+    """The scores of P groups' images (P G, 3, H, W): {name: (P, G)}."""
+    G = len(images) // len(prompt)
+    each = [c for c in prompt for _ in range(G)]
+    return {name: scorer(images, each).unflatten(0, (len(prompt), G))
+            for name, scorer in scorers.items()}
+
+MAX_GRAD_NORM = 1.0             # a gradient with a larger norm is cut to it
+
+@torch.no_grad()
 def update(cfg, model, run, decay=None):
     """One optimizer step with the gradients collected since the last one. It is left out if they
     are not finite on some process. It is also left out if all are 0: then all groups were flat, and
     momentum alone would move the weights. `decay` replaces cfg.ema."""
     average_gradients(cfg, model)                   # all that the processes exchange
-    norm = torch.nn.utils.clip_grad_norm_(model.trained(), cfg.max_grad_norm)
-    norm = full_tensor(norm)                        # of the averaged gradient: equal everywhere
+    norm = torch.nn.utils.clip_grad_norm_(model.trained(), MAX_GRAD_NORM)
+    norm = getattr(norm, "full_tensor", lambda: norm)()         # FSDP's; the same on all processes
     if norm.isfinite() and norm > 0:
         run.opt.step()
         if run.ema:
             weight = 1 - (cfg.ema if decay is None else decay)
-            torch._foreach_lerp_(run.ema, run.weights(), weight)
+            torch._foreach_lerp_(run.ema, model.trained(), weight)
     run.opt.zero_grad()
     run.count_update(norm)
 
@@ -123,43 +137,11 @@ def draw(cfg, it, prompts, latent_shape, rank=RANK, world=WORLD):
     return chosen, torch.stack(eps_star), torch.stack(delta), torch.stack(anchors), steps
 
 # ------------------------------------------------------------------------------------------------
-# Scores and rewards
-
-def score(scorers, images, prompt):
-    """The scores of P groups' images (P G, 3, H, W): {name: (P, G)}."""
-    G = len(images) // len(prompt)
-    each = [c for c in prompt for _ in range(G)]
-    return {name: scorer(images, each).unflatten(0, (len(prompt), G))
-            for name, scorer in scorers.items()}
-
-def stack_rewards(scores, prompt):
-    """The M rewards of P groups, (P, M, G), and a factor for their advantages, (P, 1): 1, or nan
-    for a group that has a reward which is not finite. Its gradient is then nan on all processes, so
-    all skip the update, and none raises alone."""
-    rewards = torch.stack(list(scores.values()), 1)                     # (P, M, G)
-    bad = ~rewards.isfinite().all(2).all(1)                             # (P,)
-    for g in bad.nonzero()[:, 0].tolist():
-        tqdm.write(f"a reward for {prompt[g]!r} is not finite")
-    return rewards.nan_to_num(0, 0, 0), torch.where(bad, torch.nan, 1.0)[:, None]
-
-# ------------------------------------------------------------------------------------------------
 # Settings: defaults < preset < command line
 
 def option(default, text, allowed=""):
     """`allowed`: an interval such as "(0, 1]", or a tuple of words."""
     return field(default=default, metadata=dict(help=text, allowed=allowed))
-
-def check_option(name, value, allowed):
-    """Raise ValueError for a value that is not allowed."""
-    if isinstance(allowed, tuple) and value not in allowed:
-        raise ValueError(f"{name} is {value or 'empty'}, but must be "
-                         + " or ".join(word or "empty" for word in allowed))
-    if isinstance(allowed, str) and allowed:
-        low, high = map(float, allowed[1:-1].split(","))
-        above = value >= low if allowed[0] == "[" else value > low
-        below = value <= high if allowed[-1] == "]" else value < high
-        if not (above and below):
-            raise ValueError(f"{name} is {value:g}, but must lie in {allowed}")
 
 @dataclass
 class Config:
@@ -179,8 +161,7 @@ class Config:
                            "FLUX.1; empty: FLUX.1's 3.5, or the pipeline's own")
     shift: float = option(0.0, "of the schedule; 0: FLUX.1's 3, or the pipeline's own times",
                           "[0, 100]")
-    call: str = option("", "more arguments of the pipeline's __call__, as JSON, such as "
-                       """'{"num_frames": 33}'""")
+    call: str = option("", "more arguments of the pipeline's __call__, as JSON")
     frames: int = option(4, "of a video, that a scorer of images sees", "[1, inf)")
     # method
     iterations: int = option(300, "of Algorithm 1 (Sec. 4)", "[1, inf)")
@@ -203,8 +184,6 @@ class Config:
     clip_eps: float = option(1e-4, "half width of the trust region of rho (Eq. 9)", "(0, inf)")
     # optimizer
     lr: float = option(1e-5, "AdamW's learning rate (Sec. 4)", "(0, 1]")
-    weight_decay: float = option(1e-4, "AdamW's weight decay", "[0, 1]")
-    max_grad_norm: float = option(1.0, "gradients with a larger norm are cut to it", "(0, inf)")
     lora_rank: int = option(0, "train only LoRA adapters of this rank; 0: all weights", "[0, 1024]")
     init_lora: str = option("", "adapters to start from, and to train further: a file or a folder")
     ema: float = option(0.0, "decay of an exponential average of the trained weights; the average "
@@ -224,12 +203,10 @@ class Config:
     out_dir: str = option("", "where the run is written; empty: out/<preset>, or out/<method>")
     seed: int = option(0, "of prompts, noise, anchors, steps and new adapters", "[0, 1e18]")
     eval_every: int = option(25, "iterations between evaluations; 0: never", "[0, inf)")
-    eval_steps: int = option(0, "steps of DPM-Solver++ in evaluations; 0: solver and steps of the "
-                             "rollout", "[0, inf)")
+    eval_steps: int = option(0, "of DPM-Solver++ in evaluations; 0: as in rollouts", "[0, inf)")
     save_every: int = option(50, "iterations between checkpoints; 0: only at the end", "[0, inf)")
     keep: int = option(0, "number of the newest checkpoints that stay; 0: all", "[0, inf)")
-    resume: bool = option(False, "continue from the newest checkpoint in out_dir if there is one, "
-                          "otherwise begin")
+    resume: bool = option(False, "continue from the newest checkpoint in out_dir, if there is one")
     overwrite: bool = option(False, "delete the run that is in out_dir")
     wandb: str = option("", "Weights & Biases project for every line of the log; empty: none")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
@@ -259,7 +236,7 @@ class Config:
         """[(holds, the sentence if it does not)] for the settings of the method."""
         G, T, B, K = self.group_size, self.num_rollout_steps, self.num_anchors, self.num_train_steps
         return [
-            (self.tau == "dim" or is_positive(self.tau),
+            (self.tau == "dim" or is_number(self.tau) and float(self.tau) > 0,
              f"tau is {self.tau}, but must be a number above 0, or dim"),
             (B <= G, f"num_anchors (B) is {B}, but must lie between 1 and group_size (G), {G}"),
             (K <= T - 1, f"num_train_steps (K) is {K}, but must lie between 1 and T-1, {T - 1}: "
@@ -268,12 +245,6 @@ class Config:
              f"updates_per_iteration is {self.updates_per_iteration}, but must divide "
              f"num_anchors (B), {B}"),
         ]
-
-def is_positive(text):
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 PRESETS = {
     "tiny": dict(model=str(HERE / "tiny/flux"), prompts=str(HERE / "tiny/prompts/train.txt"),
@@ -288,17 +259,12 @@ PRESETS = {
 
 def help_of(f, methods):
     """A setting's help: what it is, what is allowed, its defaults."""
-    def shown(value):
-        inside = str(value).startswith(str(HERE))
-        value = os.path.relpath(value, HERE) if inside else value
-        return "empty" if value == "" else value
-
-    allowed, tiny = f.metadata["allowed"], PRESETS["tiny"].get(f.name, f.default)
-    notes = [allowed if isinstance(allowed, str) else " or ".join(filter(None, allowed))]
-    notes += [f"default {shown(f.default)}"]
-    notes += [f"tiny: {shown(tiny)}"] if tiny != f.default else []
-    notes += [f"{method}: {row[f.name]}" for method, row in methods.items() if f.name in row]
-    return f"{f.metadata['help']} ({'; '.join(filter(None, notes))})".replace("%", "%%")
+    allowed, rows = f.metadata["allowed"], dict(tiny=PRESETS["tiny"], **methods)
+    notes = [allowed if isinstance(allowed, str) else " or ".join(filter(None, allowed)),
+             f"default {'empty' if f.default == '' else f.default}",
+             *(f"{name}: {row[f.name]}" for name, row in rows.items() if f.name in row)]
+    text = f"{f.metadata['help']} ({'; '.join(filter(None, notes))})"
+    return text.replace("%", "%%").replace(f"{HERE}/", "")
 
 def parse_config(argv=None, config=Config, methods={}, about=__doc__):
     """Command line -> settings; or one sentence and exit code 2, before any model is loaded.
@@ -319,36 +285,8 @@ def parse_config(argv=None, config=Config, methods={}, about=__doc__):
         del settings["resolution"], settings["shift"]           # another model has its own
     settings |= methods.get(method, {}) | given
     cfg = config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
-    try:
-        for f in fields(cfg):
-            check_option(f.name, getattr(cfg, f.name), f.metadata["allowed"])
-        refused = check(cfg)
-    except (ValueError, OSError) as error:                      # OSError: a name that is too long
-        refused = str(error)
-    for sentence in filter(None, gather_objects(refused)):      # by any process
-        if RANK == 0:
-            parser.error(sentence)
-        sys.exit(2)
+    refuse(parser, lambda: check(cfg))
     return cfg
-
-def announce(c, model, run, cut):
-    """Say what will happen, and what it costs."""
-    count, groups = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
-    latent, kind = " x ".join(map(str, model.latent_shape)), "FSDP2" if c.fsdp else "DDP"
-    print(f"model      {c.model}: {count / 1e6:.3g} M trained parameters"
-          + " of adapters" * bool(c.lora_rank or c.init_lora) +
-          f", {c.resolution or 'own'} pixels, latent {latent}, on {c.device}\n"
-          f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
-          f"{'held out' if c.eval_prompts else 'of them to watch'}"
-          + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n) + "\n"
-          f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers) +
-          f"\niteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1) + "\n"
-          f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
-          f"{c.out_dir}/" + f", {WORLD} processes ({kind}) with {groups} groups each" * (WORLD > 1))
-    if c.resume:
-        print("resume     " + (f"continues from {run.resumed}" if run.resumed else
-                               f"no checkpoint in {c.out_dir}, so the run begins"))
-    sys.stdout.flush()
 
 def load(cfg):
     return load_model(
@@ -362,8 +300,8 @@ def start(cfg, algorithm):
         torch.set_num_threads(cfg.threads)
     if cfg.device != "cpu":
         torch.cuda.set_device(cfg.device)
-    prompts = read_prompts(cfg.prompts) + read_prompts(cfg.eval_prompts or cfg.prompts)
-    prompts = list(dict.fromkeys(prompts))
+    prompts = list(dict.fromkeys(read_prompts(cfg.prompts)
+                                 + read_prompts(cfg.eval_prompts or cfg.prompts)))
     names, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_scorers)
     try:
         scorers = rewards.load_all(names | watched, cfg.device, prompts)
@@ -377,11 +315,14 @@ def start(cfg, algorithm):
     run = Run(cfg, model, scorers)
     if RANK == 0:
         announce(cfg, model, run, model.cut(prompts))
-    with run.interruptible():
-        if run.before is None and cfg.eval_every:
-            run.evaluate()                                      # the base
-        algorithm(cfg, model, {name: scorers[name] for name in names}, run)
-        run.finish()
+    try:
+        with stopping(run.stop_soon):
+            algorithm(cfg, model, {name: scorers[name] for name in names}, run)
+            run.finish()
+    except rewards.ScorerError:         # it comes before an update, so nothing is half done
+        if WORLD == 1:                  # several processes save together
+            run.save()
+        raise
 
 def main(argv=None, parse_config=parse_config, algorithm=train):
     init_processes()

@@ -21,12 +21,11 @@ from typing import ClassVar
 import torch
 import train
 from eval import times
-from inputs import read_prompts
-from machine import RANK, WORLD, exit_process, gather_objects, stopwatch
+from machine import RANK, WORLD, exit_process, gather_objects, read_prompts, stopwatch
 from neighbor_grpo import clipped_objective, combine_rewards, is_flat
 from rewards import parse_weights
 from solvers import ddim_step, dpmpp_2m_step, rollout, schedule
-from train import generator, option, pick, score, stack_rewards, update
+from train import generator, option, pick, score, update
 
 # ------------------------------------------------------------------------------------------------
 # The SDE. Its extra drift offsets the noise that it adds, so x_t keeps the ODE's distribution.
@@ -308,7 +307,7 @@ def train_sde(cfg, model, scorers, run):
     row = torch.arange(P)[:, None]                                      # (P, 1)  goes with chosen
     own = times(cfg.shift, model, cfg.num_rollout_steps)                # (T+1,)
 
-    for it in run.iterations():
+    for it in iterations(cfg, run):
         # Draw prompts, noise to begin with, the SDE's noise, and K of its steps per candidate
         seconds, lap = stopwatch(model.device)
         ts, start, end, levels = sde_times(cfg, own, it)                # (T+1,), ..., (T,)
@@ -362,7 +361,7 @@ def train_branch(cfg, model, scorers, run):
     ts = times(cfg.shift, model, T)                                     # (T+1,)
     levels, splits = LEVELS[cfg.noise](ts, cfg.eta), split_steps(cfg)   # (T,)
 
-    for it in run.iterations():
+    for it in iterations(cfg, run):
         # Draw prompts. The noise is drawn in the rollout, node by node.
         seconds, lap = stopwatch(model.device)
         widths, edges = tree(cfg, it)
@@ -391,8 +390,8 @@ def train_branch(cfg, model, scorers, run):
 
         # Score the leaves, and turn the scores into advantages of all nodes
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
-        leaves = known * combine_rewards(r, weights.to(r))              # (P, G)        Eq. 3
+        r = torch.stack(list(scores.values()), 1)                       # (P, M, G)
+        leaves = combine_rewards(r, weights.to(r))                      # (P, G)        Eq. 3
         A = [tree_advantages(leaves, width) for width in widths]        # T+1 of (P, w)
         lap("reward")
 
@@ -431,7 +430,7 @@ def train_nft(cfg, model, scorers, run):
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
 
-    for it in run.iterations():
+    for it in iterations(cfg, run):
         # Draw prompts, G independent noises for each, and K times with fresh noise per image
         seconds, lap = stopwatch(model.device)
         prompt, x1, noise, steps = draw_matching(cfg, it, prompts, model.latent_shape)
@@ -478,7 +477,7 @@ def train_awm(cfg, model, scorers, run):
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
 
-    for it in run.iterations():
+    for it in iterations(cfg, run):
         # Draw prompts, G independent noises for each, and K times with fresh noise per image
         seconds, lap = stopwatch(model.device)
         prompt, x1, noise, steps = draw_matching(cfg, it, prompts, model.latent_shape)
@@ -534,7 +533,7 @@ def train_fdfo(cfg, model, scorers, run):
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
     ts = times(cfg.shift, model, T)                                     # (T+1,)
 
-    for it in run.iterations():
+    for it in iterations(cfg, run):
         # Draw prompts, one noise for each pair, and fresh noise for each step
         seconds, lap = stopwatch(model.device)
         prompt, x1, noise = draw_fdfo(cfg, it, prompts, model.latent_shape)
@@ -551,8 +550,8 @@ def train_fdfo(cfg, model, scorers, run):
 
         # Score them, and take the half differences of scores and of end points
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
-        A = known * pair_advantages(weights.to(r) @ r)                  # (P, G)
+        r = torch.stack(list(scores.values()), 1)                       # (P, M, G)
+        A = pair_advantages(weights.to(r) @ r)                          # (P, G)
         d = end_point_direction(x0).unflatten(0, (P, G))                # (P, G, N, C)
         lap("reward")
 
@@ -583,6 +582,15 @@ def train_fdfo(cfg, model, scorers, run):
 
 # ------------------------------------------------------------------------------------------------
 # What the loops call. The draws depend on the seed, the iteration and the group, as in train.py.
+
+def iterations(cfg, run):
+    """The iterations that are left, with the saves and evaluations that train.py's loop shows."""
+    for it in run.iterations():
+        if cfg.save_every and it % cfg.save_every == 0:
+            run.save()
+        if cfg.eval_every and it % cfg.eval_every == 0:
+            run.evaluate()
+        yield it
 
 def groups(cfg, it, prompts):
     """The prompts of this process's P groups, and a generator for the draws of each."""
@@ -671,8 +679,8 @@ def standardised(cfg, scores, prompt, weights):
     """Advantages (P, G) in [-5, 5]: the weighted mean of Eq. 3 on each reward, as in MixGRPO. With
     global_std: `global_advantages` of the weighted sum of the rewards."""
     if not cfg.global_std:
-        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
-        return (known * combine_rewards(r, weights.to(r))).clamp(-5, 5)         # (P, G)    Eq. 3
+        r = torch.stack(list(scores.values()), 1)                       # (P, M, G)
+        return combine_rewards(r, weights.to(r)).clamp(-5, 5)           # (P, G)        Eq. 3
     total = sum(w * s for w, s in zip(weights, scores.values()))        # (P, G)
     everywhere = torch.cat(gather_objects(total.cpu()))
     return global_advantages(total, everywhere.to(total.device))

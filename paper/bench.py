@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import rewards, train
 from eval import SOLVERS
-from inputs import read_prompts
+from machine import read_prompts
 from paper import attention, baselines, float8
 from paper.counts import VAE, Live, memory, memory_of_klein, operations
 from run import Run

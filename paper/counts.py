@@ -10,8 +10,7 @@ from diffusers import (AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from inputs import add_lora
-from model import recompute
+from model import add_lora, recompute
 
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

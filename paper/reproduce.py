@@ -41,7 +41,7 @@ import torch
 from PIL import Image
 import rewards, train
 from eval import as_bytes, diversity, label_of, picture_grid, sample
-from inputs import evenly_spaced, read_prompts
+from machine import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import group_advantages, perturb_noise
 from paper import baselines, bench

@@ -10,7 +10,7 @@ The page is one HTML file, pairs.html, with the pictures inside. It needs no ser
 import argparse, base64, hashlib, io, json, random, sys
 from pathlib import Path
 from PIL import Image
-from inputs import evenly_spaced
+from machine import evenly_spaced
 
 HERE = Path(__file__).resolve().parent
 Z_95 = 1.959964                         # 95 % of a normal distribution lies within +- Z_95

@@ -16,7 +16,7 @@ import rewards
 from diffusers import FluxPipeline
 from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_stderr, picture_grid,
                   sample, wrap_text)
-from inputs import read_prompts
+from machine import read_prompts
 from model import Flux
 from solvers import schedule
 

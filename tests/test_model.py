@@ -17,7 +17,7 @@ import transformers
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 import train
-from inputs import check_model, check_parts, is_lora
+from machine import check_model, find_variant, is_lora
 from model import Flux
 from run import Run, read_log
 from solvers import rollout, schedule
@@ -362,23 +362,30 @@ def in_shards(path):
 
 
 @pytest.mark.parametrize("damage, file", [
-    (remove, "tokenizer/vocab.json"), (remove, "tokenizer/merges.txt"),
-    (remove, "tokenizer_2/tokenizer.json"), (remove, "tokenizer"),
-    (remove, "tokenizer/tokenizer_config.json"), (remove, "vae/config.json"),
-    (remove, "scheduler/scheduler_config.json"), (remove, "text_encoder_2/model.safetensors"),
     (pointer, "text_encoder/model.safetensors"), (pointer, "tokenizer/vocab.json"),
     (pointer, "tokenizer/merges.txt"), (pointer, "model_index.json"),
     (cut_off, "text_encoder/model.safetensors"), (cut_off, "tokenizer_2/tokenizer.json"),
-    (remove, "transformer/diffusion_pytorch_model-00002-of-00012.safetensors"),
-    (remove, "transformer/diffusion_pytorch_model.safetensors.index.json")])
-def test_a_folder_that_lacks_a_file_or_has_half_of_it_is_refused_by_name_before_anything_is_loaded(
-        damage, file, tmp_path):
+    (remove, "transformer/config.json")])
+def test_half_a_file_is_refused_by_name_before_anything_is_loaded(damage, file, tmp_path):
     shutil.copytree(FLUX, tmp_path / "flux")
-    if "transformer/" in file:
-        in_shards(tmp_path / "flux")
     damage(tmp_path / "flux" / file)
     with pytest.raises(ValueError, match=f"{file}.* is missing or not whole"):
         check_model(tmp_path / "flux")
+
+
+@pytest.mark.parametrize("file", [
+    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json", "tokenizer",
+    "tokenizer/tokenizer_config.json", "vae/config.json", "scheduler/scheduler_config.json",
+    "text_encoder_2/model.safetensors",
+    "transformer/diffusion_pytorch_model-00002-of-00012.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors.index.json"])
+def test_a_folder_that_lacks_a_file_is_refused_in_a_sentence_that_names_its_part(file, tmp_path):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    if "transformer/" in file:
+        in_shards(tmp_path / "flux")
+    remove(tmp_path / "flux" / file)
+    with pytest.raises(ValueError, match=f"could not be loaded: .*{file.split('/')[0]}"):
+        Flux(tmp_path / "flux", 64)
 
 
 @torch.no_grad()
@@ -396,7 +403,7 @@ def test_shards_variants_null_parts_and_tokenizers_of_one_file_are_whole(flux, t
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     index |= dict(image_encoder=[None, None], feature_extractor=[None, None], _name_or_path="x")
     (path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    assert check_parts(path) == "fp16"
+    assert find_variant(path) == "fp16"
     ours, x = Flux(path, 64), torch.randn(2, *flux.latent_shape)
     for model in (ours, flux):
         model.images = model.decode(model.velocity(x, 0.5, model.encode(PROMPTS)))

@@ -1551,7 +1551,7 @@ def test_a_list_of_specs_is_divided_at_commas_that_are_not_in_a_path():
 def test_rewards_are_found_in_a_folder_with_separators_in_its_name(own, tmp_path, capsys):
     clone = tmp_path / "k=v,a:b" / "clone"
     (clone / "tiny").mkdir(parents=True)
-    for name in ("rewards.py", "machine.py", "inputs.py", "tiny/scorers.py", "tiny/judge",
+    for name in ("rewards.py", "machine.py", "tiny/scorers.py", "tiny/judge",
                  "tiny/preference"):
         link = clone / name
         shutil.copytree(HERE / name, link) if (HERE / name).is_dir() else shutil.copy(
