@@ -23,24 +23,21 @@ compares it with, and four more.
     comparisons        how many differences the tables judge
 
 Call them in this order. A stopped command continues (paper/jobs.py). Equal seconds are those of
---iterations of Neighbor GRPO with 8 steps. The seconds in the committed results/table3.json turn
-them into iterations, so other work on the machine does not matter during a run. Tables 4 to 6,
-settings and rewards have equal iterations. Each method comes twice: as published, but with the
-search's learning rate and clip; and "searched", with all of the search's settings. Evaluations use
-DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains on the judge. --quick
-has a few iterations, prompts and rows, and seconds by a fit. Its numbers are meaningless.
+--iterations of Neighbor GRPO with 8 steps. The seconds in results/table3.json turn them into
+iterations, so other work on the machine does not matter during a run. Tables 4 to 6, settings and
+rewards have equal iterations. Each method comes twice: as published, but with the search's learning
+rate and clip; and "searched", with all of the search's settings. Evaluations use DPM-Solver++ with
+16 steps. The reward is `preference`. Only `rewards` trains on the judge. paper/README.md explains
+the columns. --quick has few iterations and prompts. Its numbers are meaningless.
 """
 import argparse, functools, hashlib, itertools, json, math, random, re, shutil, signal
 import subprocess, sys, time
 from pathlib import Path
-import matplotlib
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
 import rewards, train
-from eval import as_bytes, diversity, label_of, picture_grid, sample
+from eval import as_bytes, diversity, import_matplotlib, label_of, picture_grid, sample
 from inputs import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import group_advantages, perturb_noise
@@ -86,8 +83,6 @@ BEST = [*(label + SEARCHED for label in list(FAMILIES.values())[1:]), OURS_BEST]
 TABLE1 = [*PUBLISHED, *BEST]
 TABLE2 = [label + end for label in ("DanceGRPO", "MixGRPO", "BranchGRPO")
           for end in ("", SEARCHED)] + [OURS_2, OURS_08]
-ERRORS = "± is the standard error over seeds."
-PAIRED = "\"Over\" is the difference of runs of the same seed."
 # The learning rate and clip of Tables 4 to 6, settings and rewards: those of the first search
 # (results/tune.md of commit 3da3e69)
 AROUND = "--lr 5e-5 --clip_eps 1e-3".split()
@@ -169,7 +164,6 @@ def job(args, label, script, flags, iterations, seed, every=None):
     name = name.replace("*", "").replace(", ", "-").replace(" ", "_")
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]
     every = math.ceil(iterations / 5) if every is None else every
-    every = iterations if args.quick and every else every
     return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (script, [
         *flags, "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
         "--eval_every", str(every), "--save_every", "10", "--keep", "1", *args.more])
@@ -205,24 +199,18 @@ def timed(args, label):
     words = tuned(args)[METHODS[label.removesuffix(SEARCHED)][2]]["searched"].split("--")
     return "--".join(word for word in words if not word.startswith(("lr ", "clip_eps "))).strip()
 
-def costs():
-    """The rows of the committed Table 3, {label: dict}."""
-    path = RESULTS / "table3.json"
+def costs(args):
+    """The rows of Table 3, {label: dict}, or none before it was made."""
+    path = args.results / "table3.json"
     return json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}
 
 def cost_of(args, label):
-    """The row of Table 3. Variants of ours do the same work, so they share a timing. With --quick,
-    seconds are estimated."""
+    """The row of Table 3. Variants of ours do the same work, so they share a timing."""
     label = OURS if "sigma" in label else label
-    found = costs().get(label, {})
-    if args.quick:
-        script = METHODS[label.removesuffix(SEARCHED)][0]
-        old, theta, images = evaluations(script, timed(args, label))
-        return dict(seconds=estimated(script, timed(args, label)), nfe_old=old / images,
-                    nfe_theta=theta / images, solver="")
+    found = costs(args).get(label, {})
     if found.get("settings") != timed(args, label):
-        raise SystemExit(f"results/table3.json has no seconds for {label} with these settings; "
-                         "python -m paper.reproduce table3")
+        raise SystemExit(f"{args.results}/table3.json has no seconds for {label} with these "
+                         "settings; python -m paper.reproduce table3")
     return found
 
 @functools.cache
@@ -235,10 +223,9 @@ def evaluations(script, flags):
         old, theta = cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size
     return cfg.prompts_per_iteration * cfg.group_size * np.array([old, theta, 1.0])
 
-def estimated(script, flags, rows=None):
+def estimated(script, flags, rows):
     """The seconds of an iteration, by a fit of the published rows of Table 3: so many for an
     evaluation, for a trained one, and for an image."""
-    rows = costs() if rows is None else rows
     known = {label: rows[label]["seconds"] for label in PUBLISHED if label in rows}
     y = np.array(list(known.values()))
     x = np.array([evaluations(*METHODS[label][:2]) for label in known])
@@ -246,17 +233,18 @@ def estimated(script, flags, rows=None):
     return float(evaluations(script, flags) @ each)
 
 def table3(args):
+    """Rows that were added later are scaled by the seconds of ours, which is timed with them."""
     wanted = {label: (label, METHODS[label.removesuffix(SEARCHED)][0], timed(args, label))
               for label in [*PUBLISHED, *(f"Neighbor GRPO, {T} steps" for T in STEPS[1:]), *BEST]
               if not label.endswith(SEARCHED) or (args.results / "tune.json").exists()}
-    found = {} if args.quick else {label: row for label, row in costs().items()
-                                   if label in wanted and row.get("settings") == wanted[label][2]}
+    found = {label: row for label, row in costs(args).items()
+             if label in wanted and row.get("settings") == wanted[label][2]}
     missing = {label: method for label, method in wanted.items() if label not in found}
     if missing:
         all_threads = torch.get_num_threads()
         torch.set_num_threads(threads(args))
         timings = bench.measure({OURS: wanted[OURS], **missing}, args.repeats, args.more[:4],
-                                bare=False, warm=not args.quick)
+                                warm=1)
         torch.set_num_threads(all_threads)
         scale = found[OURS]["seconds"] / timings[OURS]["iteration"] if OURS in found else 1
         kept = ("nfe_old", "nfe_theta", "G", "B", "K", "solver")
@@ -272,33 +260,19 @@ def table3(args):
                      f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}",
                      f"{estimated(wanted[label][1], wanted[label][2], found):.2f}",
                      f"{c['seconds'] / found[RIVAL]['seconds']:.2f}", *published])
-    caption = (f"Medians of {args.repeats} iterations of each method, in turn, in one process. "
-               f"Rows that were added later are scaled by the seconds of {OURS}, which was timed "
-               "with them. \"Fit\": estimated from the published rows, as for the search. The "
-               "paper counts 14 trained steps for MixGRPO, whose code and paper have 4; for "
-               "BranchGRPO it has NFE_old 20, K 4 and NFE_theta 13.68. DiffusionNFT's NFE_old "
-               "includes the old policy's velocity at the 9 trained points. FDFO trains all of its "
-               "40 steps.")
     head = ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", "fit", f"of {RIVAL}'s",
             "paper: s / iter.", f"of {RIVAL}'s"]
-    return head, rows, found, caption
+    return head, rows, found, ""
 
 # ------------------------------------------------------------------------------------------------
 # The search
 
 def tuned(args):
-    """{method: dict(published, searched)}: flags, from results/tune.json. With --quick, the last of
-    each axis for what is not there."""
-    path, found = args.results / "tune.json", {}
-    if args.quick:
-        found = {family: dict(published=" ".join(axis[-1] for axis in grid[:2]),
-                              searched=flags_of(family, [axis[-1] for axis in grid]))
-                 for family, grid in GRIDS.items()}
-    elif not path.exists():
-        raise SystemExit("there is no results/tune.json; python -m paper.reproduce tune")
-    if path.exists():
-        found |= json.loads(path.read_text(encoding="utf-8"))["data"]
-    return found
+    """{method: dict(published, searched)}: flags, from results/tune.json."""
+    path = args.results / "tune.json"
+    if not path.exists():
+        raise SystemExit(f"there is no {path}; python -m paper.reproduce tune")
+    return json.loads(path.read_text(encoding="utf-8"))["data"]
 
 def flags_of(family, choice):
     method = f"--method {family} " * (family != "neighbor")
@@ -329,8 +303,8 @@ def sweep(args):
     by turns the best of all and the best of the published, until another budget is spent.
     -> {method: [dict(choice, published, seconds, half, whole)]}; half and whole: dict(iterations,
     preference, judge), the gains, or -1 for a run that diverged."""
-    run_seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    prompts = [] if args.quick else ["--eval_prompts", "tiny/prompts/test_pair.txt"]
+    run_seconds, rows = args.iterations * cost_of(args, OURS)["seconds"], costs(args)
+    prompts = ["--eval_prompts", "tiny/prompts/test_pair.txt"]          # which no table uses
 
     def attempt(part, seed, chosen):
         jobs = [(trial, job(args, f"tune-{FAMILIES[family]}", METHODS[FAMILIES[family]][0],
@@ -356,12 +330,12 @@ def sweep(args):
         return taken
 
     found = {}
-    for family in ("dance", "fdfo", "neighbor") if args.quick else GRIDS:
+    for family in GRIDS:
         script = METHODS[FAMILIES[family]][0]
-        cost = lambda choice: estimated(script, flags_of(family, choice))
+        cost = lambda choice: estimated(script, flags_of(family, choice), rows)
         trials = (dict(choice=choice, published=published, seconds=cost(choice))
                   for choice, published in in_order(
-                      family, lambda choice: args.quick or 4 * cost(choice) <= run_seconds))
+                      family, lambda choice: 4 * cost(choice) <= run_seconds))
         found[family] = within(args.search[0], trials, "half", 1 / 2)
     attempt("half", 1000, found)
     again = {}
@@ -394,17 +368,9 @@ def tune(args):
                      sum("whole" in trial for trial in trials), f"{spent:.0f}",
                      data[family]["published"], told(plain),
                      " ".join(filter(None, best["choice"])), told(best)])
-    seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption = (f"Trials take half of {seconds:.0f} s, but at least {args.least} iterations, until "
-               f"{args.search[0] * seconds:.0f} s are spent (seed 1000). The best of them, and the "
-               f"best with the published settings, take {seconds:.0f} s once more, until "
-               f"{args.search[1] * seconds:.0f} s are spent (seed 1001). Only this second reward "
-               "gain decides. In parentheses: the judge's. Seconds are estimated by the fit of "
-               "table3, gains are those on tiny/prompts/test_pair.txt. No table uses these prompts "
-               "or seeds.")
     return ["method", "settings in the grid", "trials", "of them as published", "tried again",
             "seconds", "as published: learning rate, clip", "reward gain", "searched",
-            "reward gain"], rows, data, caption
+            "reward gain"], rows, data, ""
 
 # ------------------------------------------------------------------------------------------------
 # The methods
@@ -424,10 +390,10 @@ def finals(args, logs, steps=16, pictures=4):
                            "delete their lines in runs.jsonl to make these runs again")
     if newest:
         out = args.out / f"eval-{steps}-{pictures}"
-        some = ["--num_prompts", "4"] if args.quick else []
-        subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, newest.values()),
-                        "--steps", str(steps), "--images_per_prompt", str(pictures), "--out_dir",
-                        str(out), *some], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
+        words = ["eval.py", "--checkpoint", *newest.values(), "--steps", steps, "--out_dir", out,
+                 "--images_per_prompt", pictures, "--num_prompts", args.scored]
+        subprocess.run([sys.executable, *map(str, words)], cwd=HERE, check=True,
+                       stdout=subprocess.DEVNULL)
         rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
         apart = {row["label"]: between_flawless(out / row["label"]) for row in rows}
         has_two = np.isfinite(apart[rows[0]["label"]])
@@ -488,15 +454,9 @@ def ahead(ours, theirs):
     (a, a_error), (b, b_error) = over_seeds(ours), over_seeds(theirs)
     return f"{a - b:+.4f} ± {math.hypot(a_error, b_error):.4f}"
 
-def some(args, labels):
-    """With --quick, only a rival's rows and ours."""
-    few = RIVAL, OURS, RIVAL + SEARCHED, OURS_BEST, OURS_2
-    return [label for label in labels if not args.quick or label in few]
-
-def compare(args, name, labels, best, caption):
+def compare(args, name, labels, best):
     """A table that compares methods at equal seconds. `best`: our row, from which the searched
-    methods' differences are. Also Figure 5, if its rows are there."""
-    labels = some(args, labels)
+    methods' differences are. -> what a table returns, and the logs {label: {folder: lines}}"""
     jobs = {label: jobs_of(args, label) for label in labels}
     logs = run_all(args, *jobs.values())
     ends, data, rows = finals(args, logs), {}, []
@@ -519,12 +479,9 @@ def compare(args, name, labels, best, caption):
         data[label] = [ends[folder] for folder in runs]
     draw_pictures(args, name, jobs)
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption += (f" All methods have the same seconds, {seconds:.0f}, by those of table3, in whole "
-                f"iterations. \"0.2\" is after that share of them, by the runs' own evaluations, "
-                f"one picture of each prompt. The last gains are from four new ones. The base has "
-                f"reward {base['preference']:.4f}, judge {base['judge']:.4f}, diversity "
-                f"{base['diversity']:.3f}, of flawless pictures {base['between_flawless']:.3f}. "
-                f"\"Over it\": {best} less the row. {ERRORS} The paper's columns are gains too.")
+    caption = (f"All methods have {seconds:.0f} s. The base has reward {base['preference']:.4f}, "
+               f"judge {base['judge']:.4f}, diversity {base['diversity']:.3f}, of flawless "
+               f"pictures {base['between_flawless']:.3f}.")
     head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "settings",
             "reward gain after 0.2", "0.6", f"after {count} iterations", "reward gain",
             "judge gain", "ours over it", "judge, over it", "diversity", "of flawless pictures",
@@ -548,9 +505,9 @@ def draw_pictures(args, name, jobs):
     picture_grid(args.results / f"{name}.png", strips, chosen)
 
 def table1(args):
-    *table, logs = compare(args, "table1", TABLE1, OURS_BEST, "One reward, `preference`; the "
-                           "paper's Table 1 has three, one of them HPSv2.1.")
-    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharey="col")
+    """Also Figure 5, from the runs' own evaluations."""
+    *table, logs = compare(args, "table1", TABLE1, OURS_BEST)
+    figure, panels = draw(2, 3, sharey="col")
     for label, runs in logs.items():
         mine, seconds = "Neighbor" in label, cost_of(args, label)["seconds"]
         for panel, unit, name in zip(panels[0 if SEARCHED in label else 1], (1, seconds, seconds),
@@ -562,14 +519,12 @@ def table1(args):
     for row, kind in zip(panels, ("searched", "as published")):
         for panel, (x, y) in zip(row, axes):
             panel.set(xlabel=x, ylabel=f"held-out {y}", title=kind)
-            panel.grid(alpha=0.3)
         row[0].legend(fontsize=7)
-    finish(figure, args.results / "figure5.png")
+    figure.savefig(args.results / "figure5.png", dpi=120)
     return table
 
 def table2(args):
-    return compare(args, "table2", TABLE2, OURS_2,
-                   "One reward, `preference`; in the paper HPSv2.1.")[:4]
+    return compare(args, "table2", TABLE2, OURS_2)[:4]
 
 def changed(args, name, row):
     """The runs of Neighbor GRPO with 8 steps and a row's other settings; equal iterations."""
@@ -577,8 +532,7 @@ def changed(args, name, row):
 
 def one_at_a_time(args, name):
     """A table of one setting, or of one reward, with the others fixed and equal iterations."""
-    labels = list(CHANGES[name])[: 2 if args.quick else None]
-    jobs = {row: changed(args, name, row) for row in labels}
+    jobs = {row: changed(args, name, row) for row in CHANGES[name]}
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
             "diversity": "", "between_flawless": ""}
@@ -591,32 +545,28 @@ def one_at_a_time(args, name):
         rows.append([row, *(shown([ends[folder][key] for folder in each], 4, sign)
                             for key, sign in keys.items()), *over, *published])
     draw_pictures(args, name, jobs)
-    around = ", around (sigma, B, p) = (0.5, 4, 2)" * (name in SWEEPS)
-    caption = (f"{OURS}, except as named{around}; {args.iterations} iterations each, "
-               f"{' '.join(AROUND)}. {ERRORS} {PAIRED} The paper's columns are gains too. The "
-               "picture: the same held-out prompts and noises, seed 0.")
     head = [SWEEPS[name][0] if name in SWEEPS else "", "reward gain", "judge gain",
             "gain of `named`", "flawless", "diversity", "of flawless pictures",
             f"reward over \"{first}\"", "judge over it", "paper: HPSv2.1", "paper: CLIP"]
     data = {row: [ends[folder] for folder in each] for row, each in jobs.items()}
-    return head, rows, data, caption
+    return head, rows, data, ""
 
 def again(args):
-    """Make one row of each table that `one_at_a_time` wrote again, and compare."""
-    wanted = {name: next(iter(CHANGES[name])) if args.quick else AGAIN[name] for name in AGAIN}
-    jobs, rows = {name: changed(args, name, row) for name, row in wanted.items()}, []
+    """Make one row of each table that `one_at_a_time` wrote again, and compare. Two means agree
+    if they are within the root of both squared standard errors."""
+    jobs, rows = {name: changed(args, name, row) for name, row in AGAIN.items()}, []
     ends = finals(args, run_all(args, *jobs.values()))
-    for name, row in wanted.items():
+    for name, row in AGAIN.items():
         table = json.loads((args.results / f"{name}.json").read_text(encoding="utf-8"))
-        cells = dict(zip(table["head"], next(each for each in table["rows"] if each[0] == row)))
-        for column, key in (("reward gain", "preference_gain"), ("judge gain", "judge_gain")):
-            before, _, error = cells[column].partition(" ± ")
-            now, its_error = over_seeds([ends[folder][key] for folder in jobs[name]])
-            far = abs(now - float(before)) / math.hypot(float(error or "nan"), its_error)
-            rows.append([name, row, column, cells[column], f"{now:+.4f} ± {its_error:.4f}",
-                         f"{far:.1f}", "yes" if far <= 1 else "no"])
+        now = [ends[folder] for folder in jobs[name]]
+        for key in ("preference_gain", "judge_gain"):
+            pair = [[end[key] for end in each] for each in (table["data"][row], now)]
+            (a, a_error), (b, b_error) = map(over_seeds, pair)
+            far = abs(a - b) / math.hypot(a_error, b_error)
+            rows.append([name, row, key, *(shown(each, sign="+") for each in pair), f"{far:.1f}",
+                         "yes" if far <= 1 else "no"])
     return ["table", "row", "what", "in the table", "again", "standard errors apart",
-            "within one"], rows, {}, "The same seeds. " + ERRORS
+            "within one"], rows, {}, ""
 
 # ------------------------------------------------------------------------------------------------
 # Fewer steps
@@ -624,17 +574,16 @@ def again(args):
 def steps(args):
     """Equal iterations and equal seconds are two places of the same run, because nothing in a run
     depends on its length."""
-    jobs, held_out = {}, 4 if args.quick else 16
-    for T in STEPS[::5] if args.quick else STEPS:
+    jobs, counts = {}, (4, 8, 16, 50)
+    for T in STEPS:
         label = f"Neighbor GRPO, {T} steps"
         jobs[T] = dict(job(args, label, bench.TRAIN, METHODS[label][1].split(),
                            lasting(args, label), seed, every=math.ceil(args.iterations / 4))
                        for seed in range(args.seeds))
     logs = run_all(args, *jobs.values())
-    counts = (4, 8) if args.quick else (4, 8, 16, 50)
     ends = {count: finals(args, logs, count, 2) for count in counts}
-    correlation, rows, data = order(jobs, held_out), [], {}
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    correlation, rows, data = order(jobs, count=16), [], {}
+    figure, panels = draw(1, 2)
     for T, runs in jobs.items():
         c, its = cost_of(args, f"Neighbor GRPO, {T} steps"), {}
         for name, panel in zip(("preference", "judge"), panels):
@@ -654,16 +603,10 @@ def steps(args):
                        for count in counts), f"{correlation[T]:.2f}"])
     for name, panel in zip(("reward", "judge"), panels):
         panel.set(xlabel="seconds", ylabel=f"held-out {name} gain")
-        panel.grid(alpha=0.3)
     panels[0].legend()
-    finish(figure, args.results / "steps.png")
+    figure.savefig(args.results / "steps.png", dpi=120)
     base = ", ".join(f"{ends[count]['base']['preference']:.3f}" for count in counts)
-    caption = (f"`train.py` with T steps and K = min(4, T - 1), B = 4, its own learning rate and "
-               f"clip. \"N\": after N iterations; \"end\": after the seconds of "
-               f"{args.iterations} iterations with 8 steps. Gains in training are those with 16 "
-               f"steps; the last ones, over the base's {base} with the same steps, are of two "
-               "pictures of each prompt, at the end. Order: Spearman's correlation of the rewards "
-               f"in a group with those of 32 steps, base, {held_out} groups. {ERRORS} {PAIRED}")
+    caption = f"The base's reward, drawn with {counts} steps: {base}."
     N = args.iterations
     head = ["T", "K", "s / iter.", "iterations", f"reward gain, {N // 4}", f"{N}", "end",
             f"judge gain, {N}", "end", f"reward over 8 steps, {N}", "over, end",
@@ -692,16 +635,14 @@ def spread(args):
     jobs = {(label, scorer): dict(job(args, f"spread-{label}", script, [
         *flags.split(), "--rewards", scorer, "--eval_scorers="], 1, seed, every=0)
         for seed in range(args.seeds))
-        for label, (script, flags) in list(SPREAD.items())[: 2 if args.quick else None]
-        for scorer in scorers}
+        for label, (script, flags) in SPREAD.items() for scorer in scorers}
     logs, rows, data = run_all(args, *jobs.values()), [], {}
     for label, _ in list(jobs)[::2]:
         data[label] = {scorer: [next(line["reward_std"] for line in logs[folder]
                                      if "reward_std" in line) for folder in jobs[label, scorer]]
                        for scorer in scorers}
         rows.append([label, *(shown(data[label][scorer], 3) for scorer in scorers)])
-    caption = f"The base's rollouts of eight training prompts for each seed. {ERRORS}"
-    return ["rollout", "spread of the reward", "of `flawless`"], rows, data, caption
+    return ["rollout", "spread of the reward", "of `flawless`"], rows, data, ""
 
 @torch.no_grad()
 def group_of(path, prompts, seed, sigma=0.3, G=12, T=8):
@@ -732,9 +673,9 @@ def figure4(args):
     """A'_i of real groups. The effect of p on a group is the length |A'|_2. At p = 2 it is 1 for
     every group. At a smaller p, even groups become shorter."""
     prompts = read_prompts(TRAINED_ON)
-    some = evenly_spaced(len(prompts), 8 if args.quick else 64)
+    some = evenly_spaced(len(prompts), 64)
     groups = before_and_after(args, [prompts[i] for i in some])
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, panels = draw(1, 2, sharey=True)
     rows, data = [], {}
     for panel, (label, (_, r)) in zip(panels, groups.items()):
         A = r - r.mean(1, keepdim=True)                                 # (P, G)
@@ -751,10 +692,9 @@ def figure4(args):
         panel.set(title=label, xlabel="evenness of the group, |A|_1 / (sqrt(G) |A|_2)",
                   ylabel="length of A' over the mean of all groups")
         panel.legend()
-    finish(figure, args.results / "figure4.png")
-    caption = f"{len(some)} rollout groups of training prompts; weight: |A'|_2 over its mean."
+    figure.savefig(args.results / "figure4.png", dpi=120)
     return ["model", "p", "weight of the most peaked quarter of the groups",
-            "weight of the most even quarter", "ratio"], rows, data, caption
+            "weight of the most even quarter", "ratio"], rows, data, ""
 
 def figure8(args):
     known = read_prompts(TRAINED_ON)
@@ -766,9 +706,8 @@ def figure8(args):
             rows.append([prompt, label, f"{r[i].mean():.4f}", f"{r[i].std():.4f}",
                          f"{diversity(images)[i].item():.4f}"])
     picture_grid(args.results / "figure8.png", strips, [f"candidate {i + 1}" for i in range(12)])
-    caption = f"Groups of 12, sigma 0.3, from the same noises; {OURS}, seed 0."
     return ["prompt", "model", "mean reward", "its standard deviation in the group",
-            "distance of two pictures"], sorted(rows, key=lambda row: row[0]), {}, caption
+            "distance of two pictures"], sorted(rows, key=lambda row: row[0]), {}, ""
 
 def comparisons(args):
     """Count the cells of columns that give a difference: "over" is in the column's name."""
@@ -777,21 +716,21 @@ def comparisons(args):
         path = args.results / f"{name}.json"
         if path.exists():
             table = json.loads(path.read_text(encoding="utf-8"))
-            is_over = [bool(re.search(r"\bover\b", title)) for title in table["head"]]
-            columns = [k for k, title in enumerate(table["head"])       # older tables: "judge"
-                       if is_over[k] or title == "judge" and is_over[k - 1]]
+            columns = [k for k, title in enumerate(table["head"]) if re.search(r"\bover\b", title)]
             cells = sum(bool(row[k]) for row in table["rows"] for k in columns)
             rows.append([name, cells]) if cells else None
-    rows.append(["all", total := sum(cells for _, cells in rows)])
-    caption = ("Differences with a standard error that the tables give. For five seeds, paired, "
-               "chance alone brings 4.0 % of them beyond three standard errors (Student's t with 4 "
-               f"degrees of freedom), {0.040 * total:.0f} of {total}; for independent runs of five "
-               f"and five, at most so many, and 1.7 % if the spreads are equal.")
-    return ["table", "differences"], rows, {}, caption
+    rows.append(["all", sum(cells for _, cells in rows)])
+    return ["table", "differences"], rows, {}, ""
 
-def finish(figure, path):
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(rows, columns, **more):
+    """A figure, and its panels, (rows, columns) or one row of them."""
+    import_matplotlib()
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5 * columns, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, **more)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    return figure, panels
 
 # ------------------------------------------------------------------------------------------------
 # The command line
@@ -824,8 +763,9 @@ def main(argv=None):
     for folder in (args.out, args.results):
         folder.mkdir(parents=True, exist_ok=True)
     # The search: the fewest iterations of a trial, and the budgets of its two parts, in runs
-    args.least, args.search, args.more = (1, (0, 0), []) if args.quick else (8, (15, 5), [])
+    args.least, args.search, args.more, args.scored = 8, (15, 5), [], 0
     if args.quick:
+        args.least, args.search, args.scored = 1, (0, 0), 4             # prompts; 0: all
         (args.out / "four.txt").write_text("\n".join(read_prompts(HELD_OUT)[:4]), encoding="utf-8")
         args.more = ["--prompts_per_iteration", "4", "--resolution", "32", "--eval_prompts",
                      str(args.out / "four.txt")]
@@ -837,11 +777,9 @@ def main(argv=None):
         head, rows, found, caption = RESULT_OF[name](args)
         command = (f"python -m paper.reproduce {name} --seeds {args.seeds} --iterations "
                    f"{args.iterations} --jobs {args.jobs}" + " --quick" * args.quick)
-        if args.quick:
-            caption += " Quick: so the numbers are meaningless."
         text = (f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, "
-                f"{threads(args)} per run, {made_by()['cpu']}). {caption}\n\n"
-                f"{bench.markdown(head, rows)}\n")
+                f"{threads(args)} per run, {made_by()['cpu']}). {caption}".rstrip()
+                + f"\n\n{bench.markdown(head, rows)}\n")
         (args.results / f"{name}.md").write_text(text, encoding="utf-8")
         data = json.dumps(dict(command=command, head=head, rows=rows, data=found), indent=1)
         (args.results / f"{name}.json").write_text(data, encoding="utf-8")

@@ -14,10 +14,9 @@ import train
 from neighbor_grpo import clipped_objective, log_ratio, perturb_noise
 from paper import baselines
 from paper.baselines import (
-    METHODS, Config, awm_log_prob, awm_steps, churn, dance_level, drift_residual,
-    end_point_direction, fdfo_log_ratio, flow_level, half_difference, log_prob, nft_loss,
-    noise_estimate, pair_advantages, sde_mean, sde_rollout, sde_std, spo_objective, tree_advantages,
-    tree_widths)
+    METHODS, Config, awm_log_prob, awm_steps, churn, dance_level, end_point_direction,
+    fdfo_log_ratio, flow_level, half_difference, log_prob, nft_loss, noise_estimate,
+    pair_advantages, sde_mean, sde_rollout, sde_std, spo_objective, tree_advantages, tree_widths)
 from run import HERE, Run
 from solvers import ddim_step, rollout, schedule
 
@@ -111,14 +110,14 @@ def an_sde_step(level=0.8):
 def test_equation_6_the_log_probability_is_a_squared_distance_with_a_drift_residual():
     x, v, v_old, eps, t, t_next, std, x_next = an_sde_step()
     perturbed = ddim_step(x, v_old, t, t_next) + std * eps      # x tilde
-    residual = drift_residual(noise_estimate(x, v, t), noise_estimate(x, v_old, t), t, std)
+    moved = noise_estimate(x, v, t) - noise_estimate(x, v_old, t)
+    residual = std**2 / (2 * t) * moved                         # Eq. 24
     distance = (perturbed - ddim_step(x, v, t, t_next) + residual).pow(2).sum(1) / (2 * std**2)
     density = Independent(Normal(sde_mean(x, v, t, t_next, 0.8), std), 1)
     zero = torch.zeros(5).double()
     constant = Independent(Normal(zero, std), 1).log_prob(zero)
     assert_close(-density.log_prob(x_next) + constant, distance)
     assert residual.abs().min() > 0                             # but it is 0 at theta_old
-    assert not drift_residual(noise_estimate(x, v, t), noise_estimate(x, v, t), t, std).any()
 
 
 def test_section_3_2_the_sde_policy_gradient_is_advantage_weighted_contrastive_regression():
