@@ -33,29 +33,38 @@ from paper.counts import VAE, memory, memory_of_klein, operations
 from run import Run
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
-TRAIN, BASELINES = "train.py", "-m paper.baselines"             # what follows `python`
-METHODS = {                                                     # name: (label, script, settings)
-    "dance": ("DanceGRPO", BASELINES, "--method dance"),
-    "dance16": ("DanceGRPO, 16 steps", BASELINES,
-                "--method dance --num_rollout_steps 16 --num_train_steps 9"),   # as in its own code
-    "flow": ("Flow-GRPO", BASELINES, "--method flow"),
-    "mix": ("MixGRPO", BASELINES, "--method mix"),
-    "flash": ("MixGRPO-Flash*", BASELINES, "--method flash"),
-    "branch": ("BranchGRPO", BASELINES, "--method branch"),
-    "prune": ("BranchGRPO, pruned", BASELINES, "--method branch --prune 5"),
-    "nft": ("DiffusionNFT", BASELINES, "--method nft"),
-    "awm": ("AWM", BASELINES, "--method awm"),
-    "fdfo": ("FDFO", BASELINES, "--method fdfo"),
-    "ddim25": ("Neighbor GRPO, 25 steps", TRAIN,
+METHODS = {                                                     # name: (label, settings)
+    "dance": ("DanceGRPO", "--method dance"),
+    "dance16": ("DanceGRPO, 16 steps",                          # as in its own code
+                "--method dance --num_rollout_steps 16 --num_train_steps 9"),
+    "flow": ("Flow-GRPO", "--method flow"),
+    "mix": ("MixGRPO", "--method mix"),
+    "flash": ("MixGRPO-Flash*", "--method flash"),
+    "branch": ("BranchGRPO", "--method branch"),
+    "prune": ("BranchGRPO, pruned", "--method branch --prune 5"),
+    "nft": ("DiffusionNFT", "--method nft"),
+    "awm": ("AWM", "--method awm"),
+    "fdfo": ("FDFO", "--method fdfo"),
+    "ddim25": ("Neighbor GRPO, 25 steps",
                "--solver ddim --num_rollout_steps 25 --num_anchors 12 --num_train_steps 4"),
-    "dpm16": ("Neighbor GRPO, 16 steps", TRAIN, "--num_rollout_steps 16 --num_train_steps 9"),
-    "dpm8": ("Neighbor GRPO, 8 steps", TRAIN, ""),
+    "dpm16": ("Neighbor GRPO, 16 steps", "--num_rollout_steps 16 --num_train_steps 9"),
+    "dpm8": ("Neighbor GRPO, 8 steps", ""),
 }
+TRAIN, BASELINES = "train.py", "-m paper.baselines"             # what follows `python`
 SCRIPTS = {TRAIN: (train.parse_config, train.train),
            BASELINES: (baselines.parse_config, baselines.loop)}
 PHASES = ("rollout", "decode", "reward", "update", "optimizer")
 BUILT = ("resolution", "lora_rank", "checkpoint_blocks", "compile")     # settings of a model
 Setup = namedtuple("Setup", "label cfg model costs scorers run loop")
+
+def script_of(settings):
+    """train.py, or paper.baselines if the settings, a text or words, name another method."""
+    return BASELINES if "--method" in settings else TRAIN
+
+def parsed(words):
+    """The settings of a command line, without a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        return SCRIPTS[script_of(words)][0]([*words, "--out_dir", folder])
 
 # ------------------------------------------------------------------------------------------------
 # Iterations
@@ -91,7 +100,7 @@ def watched(model, opt):
         yield latents, seconds
 
 def measure(methods, repeats, flags=(), build=train.load, warm=2, profile=False):
-    """Time iterations of each method, {name: (label, script, settings)}, in turn.
+    """Time iterations of each method, {name: (label, settings)}, in turn.
     -> {name: dict(Table 3's columns, operations, median seconds, tries)}
 
     build(cfg) makes a model. Methods with equal models share one. `warm`: iterations of each method
@@ -120,8 +129,8 @@ def measure(methods, repeats, flags=(), build=train.load, warm=2, profile=False)
 def set_up(methods, flags, build, folder):
     """{name: Setup}. The runs are in subfolders of `folder`."""
     setups, models = {}, {}
-    for name, (label, script, own) in methods.items():
-        parse, loop = SCRIPTS[script]
+    for name, (label, own) in methods.items():
+        parse, loop = SCRIPTS[script_of(own)]
         cfg = parse(["--lr", "1e-12", *flags, *own.split(), "--out_dir", f"{folder}/{name}",
                      "--eval_every", "0", "--save_every", "0"])
         key = tuple(getattr(cfg, setting) for setting in BUILT)
@@ -164,11 +173,6 @@ def busiest(s):
         return profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=70)
     except RuntimeError as error:               # a container may forbid it; the seconds still count
         return f"torch.profiler failed: {error}"
-
-def parsed(script, words):
-    """The settings of a script's command line, without a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        return SCRIPTS[script][0]([*words, "--out_dir", folder])
 
 # ------------------------------------------------------------------------------------------------
 # What is counted, and the table
@@ -277,7 +281,7 @@ LADDER = [                              # (name, settings of train.py, what is d
 def ladder(repeats, geometry, flags, steps, profile=False):
     """Time iterations of Neighbor GRPO with 8 steps, at the steps of the ladder with the numbers
     `steps`, from 1. They follow one another, because only one model may fit."""
-    device = torch.device(parsed(TRAIN, flags).device)
+    device = torch.device(parsed(flags).device)
     print(markdown(["step", "s / iter.", *PHASES, *RATES, "GB", "gradient norm", "first ratio"],
                    []), flush=True)
     for name, settings, change in (LADDER[number - 1] for number in steps):
@@ -292,8 +296,7 @@ def ladder(repeats, geometry, flags, steps, profile=False):
             return change(model) if change else model
 
         try:
-            found = measure({name: (name, TRAIN, settings)}, repeats, flags, changed, 1,
-                            profile)[name]
+            found = measure({name: (name, settings)}, repeats, flags, changed, 1, profile)[name]
         except (Exception, SystemExit) as error:    # such as too little memory, or no compiler: go
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)  # on with the others
             print(line([name, "not possible here, see above"]), flush=True)
@@ -367,8 +370,8 @@ def main(argv=None):
         return print(markdown(*memory_of_klein()))
     methods = {name: METHODS[name] for name in getattr(args, "only", ["dpm8"])}
     flags = [*SIZES[args.geometry].split(), *settings]
-    for _, script, own in methods.values():
-        cfg = parsed(script, [*flags, *own.split()])            # bad settings end here
+    for _, own in methods.values():
+        cfg = parsed([*flags, *own.split()])                    # bad settings end here
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if args.command == "ladder":

@@ -66,19 +66,22 @@ CHANGES = {             # table: {row: settings of Neighbor GRPO with 8 steps}
     "rewards": {"preference": "", "judge": "--rewards judge --eval_scorers preference",
                 "both": "--rewards preference,judge --eval_scorers flawless"}}
 OURS_BEST = "Neighbor GRPO" + SEARCHED          # which may have other than 8 steps
-METHODS = {             # label: (script, settings, the method whose search it takes)
-    **{label: (script, flags, flags.split()[1] if script == bench.BASELINES else "neighbor")
-       for label, script, flags in bench.METHODS.values()},
-    **{f"Neighbor GRPO, {T} steps": (bench.TRAIN, f"--num_rollout_steps {T} --num_train_steps "
-       f"{min(4, T - 1)}", "neighbor") for T in STEPS[1:]},
-    "Neighbor GRPO": (bench.TRAIN, "", "neighbor"),
-    OURS_2: (bench.TRAIN, CHANGES["table6"]["2"], "neighbor"),
-    OURS_08: (bench.TRAIN, CHANGES["table6"]["0.8"], "neighbor"),
+METHODS = {             # label: settings
+    **dict(bench.METHODS.values()),
+    **{f"Neighbor GRPO, {T} steps": f"--num_rollout_steps {T} --num_train_steps {min(4, T - 1)}"
+       for T in STEPS[1:]},
+    "Neighbor GRPO": "", OURS_2: CHANGES["table6"]["2"], OURS_08: CHANGES["table6"]["0.8"],
 }
-PUBLISHED = [label for label, _, _ in bench.METHODS.values()]
+PUBLISHED = [label for label, _ in bench.METHODS.values()]
+
+def family_of(label):
+    """The method whose search a row takes."""
+    flags = METHODS[label.removesuffix(SEARCHED)]
+    return flags.split()[1] if "--method" in flags else "neighbor"
+
 FAMILIES = {"neighbor": "Neighbor GRPO"}        # method: the first of its labels
 for label in PUBLISHED:
-    FAMILIES.setdefault(METHODS[label][2], label)
+    FAMILIES.setdefault(family_of(label), label)
 BEST = [*(label + SEARCHED for label in list(FAMILIES.values())[1:]), OURS_BEST]
 TABLE1 = [*PUBLISHED, *BEST]
 TABLE2 = [label + end for label in ("DanceGRPO", "MixGRPO", "BranchGRPO")
@@ -125,17 +128,16 @@ GRIDS = {
 }
 
 AGAIN = {"table4": "0.3", "table5": "8", "table6": "1", "settings": "1 update", "rewards": "judge"}
-SPREAD = {label: (script, flags) for label, script, flags in (
-    ("Neighbor GRPO, sigma 0.3, 8 steps", bench.TRAIN, ""),
-    ("Neighbor GRPO, sigma 0.3, 4 steps", bench.TRAIN, "--num_rollout_steps 4 --num_train_steps 3"),
-    ("MixGRPO's first window", bench.BASELINES, "--method mix"),
-    ("a noise of its own for each, ODE (DiffusionNFT)", bench.BASELINES, "--method nft"),
-    ("the same, with noise at every step (Flow-GRPO)", bench.BASELINES, "--method flow"),
-    *((f"DanceGRPO, eta {eta}, {T} steps", bench.BASELINES, f"--method dance --eta {eta} "
-       f"--num_rollout_steps {T} --num_train_steps 4") for eta, T in ((0.3, 25), (0.3, 8), (0.7, 8),
-                                                                      (1.0, 8))),
-    *((f"BranchGRPO, eta {eta} x {factor}", bench.BASELINES, f"--method branch --eta {eta} "
-       f"--split_noise {factor}") for eta, factor in ((0.3, 4), (0.5, 4), (1.0, 2))))}
+SPREAD = {              # label: settings
+    "Neighbor GRPO, sigma 0.3, 8 steps": "",
+    "Neighbor GRPO, sigma 0.3, 4 steps": "--num_rollout_steps 4 --num_train_steps 3",
+    "MixGRPO's first window": "--method mix",
+    "a noise of its own for each, ODE (DiffusionNFT)": "--method nft",
+    "the same, with noise at every step (Flow-GRPO)": "--method flow",
+    **{f"DanceGRPO, eta {eta}, {T} steps": f"--method dance --eta {eta} --num_rollout_steps {T} "
+       "--num_train_steps 4" for eta, T in ((0.3, 25), (0.3, 8), (0.7, 8), (1.0, 8))},
+    **{f"BranchGRPO, eta {eta} x {factor}": f"--method branch --eta {eta} --split_noise {factor}"
+       for eta, factor in ((0.3, 4), (0.5, 4), (1.0, 2))}}
 PAPER_BASE = 0.310, 0.389
 PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one of three
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382),
@@ -154,7 +156,7 @@ PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one 
 # ------------------------------------------------------------------------------------------------
 # The runs of a method
 
-def job(args, label, script, flags, iterations, seed, every=None):
+def job(args, label, flags, iterations, seed, every=None):
     """One run -> (folder, (script, flags)). `every`: iterations between evaluations, 0 for none; by
     default a fifth of all."""
     text, name = " ".join(flags), OURS if label in (OURS_2, OURS_08) else label
@@ -164,25 +166,23 @@ def job(args, label, script, flags, iterations, seed, every=None):
     name = name.replace("*", "").replace(", ", "-").replace(" ", "_")
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]
     every = math.ceil(iterations / 5) if every is None else every
-    return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (script, [
+    return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (bench.script_of(flags), [
         *flags, "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
         "--eval_every", str(every), "--save_every", "10", "--keep", "1", *args.more])
 
 def settings_of(args, label):
-    """A row's script and flags."""
-    script, flags, family = METHODS[label.removesuffix(SEARCHED)]
+    """A row's flags."""
     if label.endswith(SEARCHED):
-        return script, tuned(args)[family]["searched"].split()
+        return tuned(args)[family_of(label)]["searched"].split()
     if "sigma" in label:
-        return script, [*AROUND, *flags.split()]
-    return script, [*flags.split(), *tuned(args)[family]["published"].split()]
+        return [*AROUND, *METHODS[label].split()]
+    return [*METHODS[label].split(), *tuned(args)[family_of(label)]["published"].split()]
 
 def jobs_of(args, label, flags=None):
     """A row's runs, {folder: (script, flags)}, one for each seed. They last as long as
     args.iterations of ours."""
-    script, own = settings_of(args, label) if flags is None else (bench.TRAIN, flags)
-    return dict(job(args, label, script, own, lasting(args, label), seed)
-                for seed in range(args.seeds))
+    flags = settings_of(args, label) if flags is None else flags
+    return dict(job(args, label, flags, lasting(args, label), seed) for seed in range(args.seeds))
 
 def lasting(args, label):
     """The number of iterations of a method that take the seconds of args.iterations of ours."""
@@ -195,8 +195,8 @@ def lasting(args, label):
 def timed(args, label):
     """The settings that Table 3 times: without learning rate and clip, which cost nothing."""
     if not label.endswith(SEARCHED):
-        return METHODS[label][1]
-    words = tuned(args)[METHODS[label.removesuffix(SEARCHED)][2]]["searched"].split("--")
+        return METHODS[label]
+    words = tuned(args)[family_of(label)]["searched"].split("--")
     return "--".join(word for word in words if not word.startswith(("lr ", "clip_eps "))).strip()
 
 def costs(args):
@@ -214,31 +214,31 @@ def cost_of(args, label):
     return found
 
 @functools.cache
-def evaluations(script, flags):
+def evaluations(flags):
     """An iteration's network evaluations without and with gradients, and its images -> (3,)"""
-    cfg = bench.parsed(script, flags.split())
-    if script == bench.BASELINES:
+    cfg = bench.parsed(flags.split())
+    if cfg.method != "neighbor":
         old, theta = baselines.nfe(cfg)
     else:
         old, theta = cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size
     return cfg.prompts_per_iteration * cfg.group_size * np.array([old, theta, 1.0])
 
-def estimated(script, flags, rows):
+def estimated(flags, rows):
     """The seconds of an iteration, by a fit of the published rows of Table 3: so many for an
     evaluation, for a trained one, and for an image."""
     known = {label: rows[label]["seconds"] for label in PUBLISHED if label in rows}
     y = np.array(list(known.values()))
-    x = np.array([evaluations(*METHODS[label][:2]) for label in known])
+    x = np.array([evaluations(METHODS[label]) for label in known])
     each, *_ = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)
-    return float(evaluations(script, flags) @ each)
+    return float(evaluations(flags) @ each)
 
 def table3(args):
     """Rows that were added later are scaled by the seconds of ours, which is timed with them."""
-    wanted = {label: (label, METHODS[label.removesuffix(SEARCHED)][0], timed(args, label))
+    wanted = {label: (label, timed(args, label))
               for label in [*PUBLISHED, *(f"Neighbor GRPO, {T} steps" for T in STEPS[1:]), *BEST]
               if not label.endswith(SEARCHED) or (args.results / "tune.json").exists()}
     found = {label: row for label, row in costs(args).items()
-             if label in wanted and row.get("settings") == wanted[label][2]}
+             if label in wanted and row.get("settings") == wanted[label][1]}
     missing = {label: method for label, method in wanted.items() if label not in found}
     if missing:
         all_threads = torch.get_num_threads()
@@ -249,7 +249,7 @@ def table3(args):
         scale = found[OURS]["seconds"] / timings[OURS]["iteration"] if OURS in found else 1
         kept = ("nfe_old", "nfe_theta", "G", "B", "K", "solver")
         found |= {label: dict(seconds=scale * timings[label]["iteration"],
-                              settings=wanted[label][2], cpu=made_by()["cpu"],
+                              settings=wanted[label][1], cpu=made_by()["cpu"],
                               **{key: timings[label][key] for key in kept}) for label in missing}
     found, paper, rows = {label: found[label] for label in wanted}, PAPER["table3"], []
     for label, c in found.items():
@@ -258,7 +258,7 @@ def table3(args):
             published = [f"{paper[label]:.2f}", f"{paper[label] / paper[RIVAL]:.2f}"]
         rows.append([label, f"{c['nfe_old']:.2f}".removesuffix(".00"), c["G"], c["B"], c["K"],
                      f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}",
-                     f"{estimated(wanted[label][1], wanted[label][2], found):.2f}",
+                     f"{estimated(wanted[label][1], found):.2f}",
                      f"{c['seconds'] / found[RIVAL]['seconds']:.2f}", *published])
     head = ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", "fit", f"of {RIVAL}'s",
             "paper: s / iter.", f"of {RIVAL}'s"]
@@ -307,7 +307,7 @@ def sweep(args):
     prompts = ["--eval_prompts", "tiny/prompts/test_pair.txt"]          # which no table uses
 
     def attempt(part, seed, chosen):
-        jobs = [(trial, job(args, f"tune-{FAMILIES[family]}", METHODS[FAMILIES[family]][0],
+        jobs = [(trial, job(args, f"tune-{FAMILIES[family]}",
                             [*flags_of(family, trial["choice"]).split(), *prompts],
                             trial[part]["iterations"], seed, every=trial[part]["iterations"]))
                 for family, trials in chosen.items() for trial in trials]
@@ -331,8 +331,7 @@ def sweep(args):
 
     found = {}
     for family in GRIDS:
-        script = METHODS[FAMILIES[family]][0]
-        cost = lambda choice: estimated(script, flags_of(family, choice), rows)
+        cost = lambda choice: estimated(flags_of(family, choice), rows)
         trials = (dict(choice=choice, published=published, seconds=cost(choice))
                   for choice, published in in_order(
                       family, lambda choice: 4 * cost(choice) <= run_seconds))
@@ -469,7 +468,7 @@ def compare(args, name, labels, best):
         has_over = label != best and (SEARCHED in label or "sigma" in label)
         rows.append([
             label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
-            f"{last:.0f}", " ".join(settings_of(args, label)[1]),
+            f"{last:.0f}", " ".join(settings_of(args, label)),
             *(shown([one[1][k] for one in on_the_way], 3, "+") for k in (2, 6)),
             shown([np.interp(count, *one) for one in on_the_way], 3, "+") * bool(last >= count),
             *(shown(gains[label][key], sign="+") for key in scores),
@@ -577,9 +576,8 @@ def steps(args):
     jobs, counts = {}, (4, 8, 16, 50)
     for T in STEPS:
         label = f"Neighbor GRPO, {T} steps"
-        jobs[T] = dict(job(args, label, bench.TRAIN, METHODS[label][1].split(),
-                           lasting(args, label), seed, every=math.ceil(args.iterations / 4))
-                       for seed in range(args.seeds))
+        jobs[T] = dict(job(args, label, METHODS[label].split(), lasting(args, label), seed,
+                           every=math.ceil(args.iterations / 4)) for seed in range(args.seeds))
     logs = run_all(args, *jobs.values())
     ends = {count: finals(args, logs, count, 2) for count in counts}
     correlation, rows, data = order(jobs, count=16), [], {}
@@ -632,10 +630,10 @@ def order(steps, count):
 def spread(args):
     """The standard deviation inside a group of the base, from the first iteration of runs."""
     scorers = ("preference", "flawless")
-    jobs = {(label, scorer): dict(job(args, f"spread-{label}", script, [
+    jobs = {(label, scorer): dict(job(args, f"spread-{label}", [
         *flags.split(), "--rewards", scorer, "--eval_scorers="], 1, seed, every=0)
         for seed in range(args.seeds))
-        for label, (script, flags) in SPREAD.items() for scorer in scorers}
+        for label, flags in SPREAD.items() for scorer in scorers}
     logs, rows, data = run_all(args, *jobs.values()), [], {}
     for label, _ in list(jobs)[::2]:
         data[label] = {scorer: [next(line["reward_std"] for line in logs[folder]

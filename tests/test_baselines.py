@@ -159,10 +159,6 @@ def test_flow_grpos_advantages_use_the_mean_of_the_group_and_the_spread_of_all_r
     assert baselines.global_advantages(torch.tensor([[0.0] * 59 + [1]])).max() == 5
 
 
-def test_a_flat_group_has_zero_advantages_although_its_mean_is_rounded():
-    assert not baselines.global_advantages(torch.full((2, 12), 3.7)).any()
-
-
 @pytest.mark.parametrize("global_std", [False, True])
 def test_rewards_are_standardised_one_by_one_or_with_global_std_after_a_weighted_sum(
         global_std):
@@ -188,15 +184,11 @@ def test_with_an_empty_window_the_sde_is_the_ode(solver):
         assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_mixgrpo_leaves_the_ode_only_inside_its_window():
-    x, cfg = torch.randn(3, 4), Config(method="mix", shift=3.0, **METHODS["mix"])
+def test_mixgrpo_has_noise_only_in_its_window():
+    cfg = Config(method="mix", shift=3.0, **METHODS["mix"])
     # at iteration 60 the window has moved twice, at 25 and 50
-    ts, start, end, levels = baselines.sde_times(cfg, schedule(25, 3.0), it=60)
+    _, start, end, levels = baselines.sde_times(cfg, schedule(25, 3.0), it=60)
     assert (start, end) == (2, 6) and levels.nonzero().flatten().tolist() == [2, 3, 4, 5]
-    traj, vels = sde_rollout(exact, x, ts, levels, torch.randn(4, 3, 4))
-    for k in range(25):
-        landed = ddim_step(traj[k], vels[k], ts[k], ts[k + 1])
-        assert torch.equal(landed, traj[k + 1]) == (k not in (2, 3, 4, 5))
 
 
 def test_mixgrpos_window_never_has_the_last_two_steps_shrinks_to_nothing_and_begins_again():
@@ -523,12 +515,13 @@ def test_the_first_ratio_is_one_in_every_iteration(method, tmp_path):
         assert line["clip_fraction"] > 0 or method in ("awm", "fdfo")
 
 
-@pytest.mark.parametrize("method, updates", [("dance", 3), ("branch", 18), ("awm", 3)])
-def test_the_clip_holds_back_ratios_outside_it(method, updates, tmp_path):
+@pytest.mark.parametrize("method, updates, narrow_eps", [
+    ("dance", 3, 1e-6), ("branch", 18, 1e-6), ("awm", 3, 1e-6), ("fdfo", 3, 1e-7)])
+def test_the_clip_or_the_penalty_holds_back_ratios_outside_it(
+        method, updates, narrow_eps, tmp_path):
     narrow, wide, start = Stub(), Stub(), Stub().weights()
-    more = dict(updates_per_iteration=updates)
-    train_stub(tmp_path, narrow, method, clip_eps=1e-6, **more)
-    train_stub(tmp_path, wide, method, clip_eps=1e9, **more)
+    for model, eps in ((narrow, narrow_eps), (wide, 1e9)):
+        train_stub(tmp_path, model, method, clip_eps=eps, updates_per_iteration=updates)
     assert 0 < (narrow.weights() - start).norm() < 0.9 * (wide.weights() - start).norm()
 
 
@@ -760,13 +753,6 @@ def test_fdfos_updates_share_the_prompts_if_each_has_too_few_pairs(tmp_path, mon
     assert line["nfe_theta"] == 5
 
 
-def test_fdfos_penalty_holds_back_ratios_outside_its_trust_region(tmp_path):
-    narrow, wide, start = Stub(), Stub(), Stub().weights()
-    for model, eps in ((narrow, 1e-7), (wide, 1e9)):
-        train_stub(tmp_path, model, "fdfo", num_rollout_steps=8, clip_eps=eps)
-    assert 0 < (narrow.weights() - start).norm() < 0.9 * (wide.weights() - start).norm()
-
-
 SMALL_TREE = dict(num_rollout_steps=4, splits="0,2", group_size=4)
 
 
@@ -821,15 +807,6 @@ def test_branchgrpos_edges_begin_at_the_parent_of_the_node_they_lead_to(tmp_path
     zero = deviations < 1e-9
     assert zero.sum() == 2 * (2 + 4)
     assert 0.5 < deviations[~zero].mean() < 1.5 and deviations[~zero].max() < 4
-
-
-def test_mixgrpo_without_a_window_but_with_flow_grpos_settings_is_flow_grpo(tmp_path):
-    mix, flow = Stub(), Stub()
-    train_stub(tmp_path, flow, "flow", iterations=3)
-    train_stub(tmp_path, mix, "mix", iterations=3, num_rollout_steps=6, window=0, num_train_steps=5,
-               eta=0.9, updates_per_iteration=2, global_std=True, own_noise=True, noisy_end=True)
-    assert torch.equal(mix.weights(), flow.weights())
-    assert not torch.equal(flow.weights(), Stub().weights())
 
 
 # ============================================================================ on the small FLUX
@@ -908,8 +885,6 @@ def test_a_run_is_not_resumed_with_another_method(before, now, tmp_path, capsys)
     ("", "method is empty, but must be dance or flow"),
     ("--method dance --window_every 3", "window_every is not a setting of dance"),
     ("--method mix --window 24", "window is 24, but must be at most T-2, 23"),
-    ("--method dance --own_noise", "own_noise is not a setting of dance"),
-    ("--method mix --noisy_end", "noisy_end is not a setting of mix"),
     ("--method flow --num_train_steps 6", "num_train_steps (K) is 6, but must lie between 1 and 5"),
     ("--method mix --num_train_steps 5", "num_train_steps (K) is 5, but must lie between 1 and 4"),
     ("--method nft --num_train_steps 11",
@@ -919,29 +894,23 @@ def test_a_run_is_not_resumed_with_another_method(before, now, tmp_path, capsys)
     ("--method branch --splits ,", "splits is ,, but must be different steps"),
     ("--method branch --splits 0,0,1,2", "must be different steps below 19, and so many"),
     ("--method branch --splits 0,3,6,19", "must be different steps below 19, and so many"),
-    ("--method branch --splits 0,3,6,9,x", "must be different steps below 19, and so many"),
     ("--method branch --splits 0,3,6,²", "must be different steps below 19, and so many"),
     ("--method branch --updates_per_iteration 40", "must be at most 2 G - 2, 30"),
     ("--method branch --solver dpmpp_2m", "solver is not a setting of branch"),
     ("--method branch --num_train_steps 9", "num_train_steps is not a setting of branch"),
     ("--method branch --prune 11", "prune is 11, but must lie between 0 and 10"),
-    ("--method branch --global_std", "global_std is not a setting of branch"),
     ("--method fdfo --global_std", "global_std is not a setting of fdfo"),
     ("--method nft --updates_per_iteration 2", "but must be 1 for nft"),
     ("--method nft --ema 0", "must lie in (0, 0.5]"),
     ("--method nft --ema 0.9", "must lie in (0, 0.5]"),
     ("--method nft --clip_eps 0.1", "clip_eps is not a setting of nft"),
-    ("--method nft --churn 0.1", "churn is not a setting of nft"),
     ("--method fdfo --churn 0", "churn is 0, but must be at least 1e-6"),
     ("--method fdfo --group_size 9", "group_size (G) is 9, but must be even"),
     ("--method fdfo --updates_per_iteration 5",
      "must divide the number of pairs of a prompt, 6, or of a process's prompts, 8"),
     ("--method awm --num_train_steps 13",
      "num_train_steps (K) is 13, but must lie between 1 and 12"),
-    ("--method awm --updates_per_iteration 5", "must divide group_size (G), 12"),
-    ("--method awm --churn 0.1", "churn is not a setting of awm"),
     ("--method fdfo --num_train_steps 9", "num_train_steps is not a setting of fdfo"),
-    ("--method fdfo --solver dpmpp_2m", "solver is not a setting of fdfo"),
     ("--method flow --updates_per_iteration 5",
      "updates_per_iteration is 5, but must divide group_size (G), 12"),
     ("--method dance --eta 0", "eta is 0, but must be above 0"),

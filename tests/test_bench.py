@@ -105,7 +105,7 @@ def test_evaluations_counted_at_the_network_give_the_columns_of_the_paper(
 
 def test_methods_with_equal_models_share_one(load):
     built, few = [], "--num_rollout_steps 2 --num_train_steps 1"
-    methods = {name: (name, bench.TRAIN, flags) for name, flags in (
+    methods = {name: (name, flags) for name, flags in (
         ("one", few), ("again", few), ("other", f"{few} --checkpoint_blocks -1"))}
     bench.measure(methods, 1, SMALL, lambda cfg: built.append(cfg) or load(cfg), warm=0)
     assert [cfg.checkpoint_blocks for cfg in built] == [0, -1]

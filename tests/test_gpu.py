@@ -372,7 +372,7 @@ def test_memory_is_what_was_computed_within_a_fifth(what):
     geometry, resolution, many, rank = (("flux", 720, 12, 64) if CUDA else
                                         ("flux-narrow", 128, 4, 4))
     settings = f"--resolution {resolution} --lora_rank {rank} --checkpoint_blocks -1 --no-compile"
-    cfg = bench.parsed("train.py", [*settings.split(), "--device", DEVICE])
+    cfg = bench.parsed([*settings.split(), "--device", DEVICE])
     gc.collect()                                # of the last case's model
     model = bench.random_flux(cfg, geometry)
     x = noise(model, 2 if what == "update" else many).to(model.device)

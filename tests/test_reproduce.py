@@ -17,7 +17,7 @@ from paper.reproduce import HERE, OURS, between_flawless, curve, group_of, over_
 
 def settings(tmp_path, **more):
     args = dict(out=tmp_path, results=tmp_path, jobs=1, seeds=1, iterations=60, repeats=1,
-                quick=False, kept=False, more=[], least=8, search=(15, 5))
+                kept=False, more=[], least=8, search=(15, 5), scored=0)
     return argparse.Namespace(**{**args, **more})
 
 
@@ -62,12 +62,6 @@ def chosen(monkeypatch, published="--lr 3e-5"):
         for family, grid in reproduce.GRIDS.items()})
 
 
-def test_runs_last_equal_seconds(tmp_path, monkeypatch):
-    same_cost(monkeypatch, 8.0)
-    args = settings(tmp_path)
-    assert reproduce.lasting(args, "DanceGRPO") == 15 and reproduce.lasting(args, OURS) == 60
-
-
 def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours_share_them(
         tmp_path, monkeypatch):
     chosen(monkeypatch)
@@ -77,7 +71,7 @@ def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours
                      "--updates_per_iteration 4")               # lr and clip cost nothing
     rows = {OURS: dict(seconds=2.0, settings=""), searched: dict(seconds=1.0, settings=timed),
             "DanceGRPO": dict(seconds=9.0, settings="--method dance --eta 0.5")}
-    monkeypatch.setattr(reproduce, "costs", lambda: rows)
+    monkeypatch.setattr(reproduce, "costs", lambda args: rows)
     seconds = lambda label: reproduce.cost_of(settings(tmp_path), label)["seconds"]
     assert [seconds(label) for label in (OURS, reproduce.OURS_2, searched)] == [2, 2, 1]
     for label in ("DanceGRPO", "AWM"):
@@ -87,15 +81,15 @@ def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours
 
 def test_the_fit_finds_the_seconds_of_an_evaluation_of_a_trained_one_and_of_an_image():
     true = np.array([0.003, 0.008, 0.006])
-    rows = {label: dict(seconds=reproduce.evaluations(*reproduce.METHODS[label][:2]) @ true)
+    rows = {label: dict(seconds=reproduce.evaluations(reproduce.METHODS[label]) @ true)
             for label in reproduce.PUBLISHED[::2]}
-    found = reproduce.estimated("train.py", "--num_rollout_steps 4 --num_train_steps 3", rows)
+    found = reproduce.estimated("--num_rollout_steps 4 --num_train_steps 3", rows)
     assert found == pytest.approx(8 * 12 * (4 * 0.003 + 1 * 0.008 + 0.006))
 
 
 def test_table_3_measures_only_what_is_missing_and_scales_it_by_ours(tmp_path, monkeypatch):
     chosen(monkeypatch)
-    known = {label: dict(seconds=4.0, settings=reproduce.METHODS[label][1], nfe_old=1.0, G=12,
+    known = {label: dict(seconds=4.0, settings=reproduce.METHODS[label], nfe_old=1.0, G=12,
                          B=4, K=4, nfe_theta=1.0, solver="") for label in reproduce.PUBLISHED}
     asked = []
 
@@ -104,7 +98,7 @@ def test_table_3_measures_only_what_is_missing_and_scales_it_by_ours(tmp_path, m
         return {label: dict(known[OURS], iteration=6.0 if label == OURS else 3.0)
                 for label in methods}
 
-    monkeypatch.setattr(reproduce, "costs", lambda: known)
+    monkeypatch.setattr(reproduce, "costs", lambda args: known)
     monkeypatch.setattr(reproduce.bench, "measure", measure)
     _, rows, found, _ = reproduce.table3(settings(tmp_path))
     few = [f"Neighbor GRPO, {T} steps" for T in (6, 5, 4, 3, 2)]
@@ -118,7 +112,6 @@ def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_pat
     same_cost(monkeypatch, 1.2)                                 # 100 iterations of each rival
     found = {}
     for label in [*reproduce.PUBLISHED, reproduce.OURS_2, reproduce.OURS_08]:
-        script, _, family = reproduce.METHODS[label]
         (folder, (its, flags)), = reproduce.jobs_of(settings(tmp_path), label).items()
         parse = train.parse_config if its == "train.py" else baselines.parse_config
         cfg = parse([*flags, "--out_dir", str(folder)])
@@ -127,7 +120,7 @@ def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_pat
         else:
             old, theta = baselines.nfe(cfg)
         found[label] = old, round(theta, 3), getattr(cfg, "window_every", cfg.p)
-        assert its == script and cfg.method == family and (cfg.eval_steps, cfg.seed) == (16, 0)
+        assert cfg.method == reproduce.family_of(label) and (cfg.eval_steps, cfg.seed) == (16, 0)
         assert cfg.lr == (5e-5 if "sigma" in label else 3e-5)
     assert found == {   # published: the window moves 12 times, the pruned depths 10 times
         "DanceGRPO": (25, 14, 0), "DanceGRPO, 16 steps": (16, 9, 0), "Flow-GRPO": (6, 5, 0),
@@ -217,10 +210,9 @@ def test_the_distance_of_flawless_pictures_leaves_out_flawed_ones_and_prompts_wi
 
 
 def config_of(family, choice, folder):
-    script, words = reproduce.METHODS[reproduce.FAMILIES[family]][0], reproduce.flags_of(family,
-                                                                                        choice)
-    parse = train.parse_config if script == "train.py" else baselines.parse_config
-    return parse([*words.split(), "--out_dir", str(folder / "new")])
+    words = reproduce.flags_of(family, choice).split()
+    parse = train.parse_config if family == "neighbor" else baselines.parse_config
+    return parse([*words, "--out_dir", str(folder / "new")])
 
 
 @pytest.mark.parametrize("family", reproduce.GRIDS)
@@ -270,8 +262,8 @@ def test_every_method_searches_for_the_same_seconds_and_the_second_reward_decide
     seconds = dict(fdfo=40.0, neighbor=2.0)
     same_cost(monkeypatch, 8.0)
     monkeypatch.setattr(reproduce, "run_all", run_all)
-    monkeypatch.setattr(reproduce, "estimated", lambda script, flags: seconds.get(
-        flags.split()[1] if script != "train.py" else "neighbor", 8.0))
+    monkeypatch.setattr(reproduce, "estimated", lambda flags, rows: seconds.get(
+        flags.split()[1] if "--method" in flags else "neighbor", 8.0))
     head, rows, found, _ = reproduce.tune(settings(tmp_path))
     assert set(found) == set(reproduce.GRIDS)
     for (family, one), row in zip(found.items(), rows, strict=True):
@@ -350,9 +342,8 @@ def test_the_same_runs_of_two_tables_are_made_once(tmp_path, monkeypatch):
 def test_a_row_that_is_made_again_agrees_within_the_root_of_both_squared_errors(
         tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "AGAIN", {"table4": "0.3"})
-    head = ["sigma", "reward gain", "judge gain"]
-    table = dict(head=head, rows=[["1", "+9", "+9"], ["0.3", "+0.200 ± 0.003", "+0.100 ± 0.003"]])
-    (tmp_path / "table4.json").write_text(json.dumps(table))
+    before = [dict(preference_gain=0.2 + off, judge_gain=0.1 + off) for off in (-0.003, 0.003)]
+    (tmp_path / "table4.json").write_text(json.dumps(dict(data={"1": [], "0.3": before})))
     same_cost(monkeypatch, 8.0)
     gains = {"preference_gain": (0.2, 0.208), "judge_gain": (0.106, 0.114)}     # errors of 0.004
     monkeypatch.setattr(reproduce, "run_all", lambda args, group: group)
@@ -360,8 +351,8 @@ def test_a_row_that_is_made_again_agrees_within_the_root_of_both_squared_errors(
         folder: {key: each[k] for key, each in gains.items()} for k, folder in enumerate(logs)})
     _, rows, _, _ = reproduce.again(settings(tmp_path, seeds=2))
     assert [row[3:] for row in rows] == [
-        ["+0.200 ± 0.003", "+0.2040 ± 0.0040", "0.8", "yes"],
-        ["+0.100 ± 0.003", "+0.1100 ± 0.0040", "2.0", "no"]]
+        ["+0.2000 ± 0.0030", "+0.2040 ± 0.0040", "0.8", "yes"],
+        ["+0.1000 ± 0.0030", "+0.1100 ± 0.0040", "2.0", "no"]]
 
 
 def test_comparisons_are_the_cells_of_columns_that_say_over(tmp_path):
@@ -476,10 +467,6 @@ def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs_and_curve
     assert column("ours over it") == ["", "", "+0.1000 ± 0.1414", ""]   # of searched methods
     assert column("judge, over it") == ["", "", "-0.1000 ± 0.1414", ""]
     assert "reward 0.5000, judge 0.6000" in caption and (tmp_path / "figure5.png").exists()
-
-
-def test_the_error_of_a_difference_of_independent_runs_is_the_root_of_both_squared_errors():
-    assert reproduce.ahead([1.0, 7.0], [0.0, 8.0]) == "+0.0000 ± 5.0000"
 
 
 def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
@@ -706,7 +693,7 @@ def test_the_printed_command_makes_a_real_run_from_the_root(tmp_path):
     prompts = tmp_path / "two.txt"
     prompts.write_text("a dog\na cat\n")
     args = settings(tmp_path, more=["--eval_prompts", str(prompts)])
-    folder, job = reproduce.job(args, "MixGRPO", "-m paper.baselines", words, 1, 0)
+    folder, job = reproduce.job(args, "MixGRPO", words, 1, 0)
     lines = jobs.run_all(args, {folder: job})[folder]
     assert [line["iter"] for line in lines] == [0, 1, 1] and "reward_std" in lines[1]
     assert (folder / "baselines.py").exists() and (folder / "checkpoint-1").is_dir()
