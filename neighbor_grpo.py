@@ -66,7 +66,7 @@ def combine_rewards(rewards, weights):
     """
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     check_precision(rewards=rewards)
-    if (rewards.ndim < 2 or weights.shape != rewards.shape[-2:-1]
+    if (weights.ndim != 1 or weights.shape != rewards.shape[-2:-1]
             or not (weights >= 0).all() or not weights.sum() > 0):
         raise ValueError(f"rewards {tuple(rewards.shape)} must be (..., M, G), and weights "
                          f"{weights.tolist()} M numbers >= 0, not all 0")

@@ -414,7 +414,7 @@ def test_combined_reward_is_the_weighted_mean_of_sample_z_scores():
     expected = torch.tensor([-1 - 3 / r3, -3 / r3, 1 + 6 / r3]) / 4     # weights 1/4 and 3/4
     weights, in_other_units = torch.tensor([1.0, 3.0]), rewards * torch.tensor([[100], [0.01]]) - 7
     assert_close(combine_rewards(rewards, weights), expected)
-    assert_close(combine_rewards(rewards, 10 * weights), expected)
+    assert_close(combine_rewards(rewards, 1e5 * weights), expected)
     assert_close(combine_rewards(rewards, torch.tensor([1.0, 0.0])), torch.tensor([-1.0, 0, 1]))
     assert_close(combine_rewards(in_other_units, weights), expected, rtol=1e-4, atol=1e-4)
 
