@@ -455,10 +455,10 @@ def ahead(ours, theirs):
 
 def compare(args, name, labels, best):
     """A table that compares methods at equal seconds. `best`: our row, from which the searched
-    methods' differences are. -> what a table returns, and the logs {label: {folder: lines}}"""
+    methods' differences are. table1 also draws Figure 5."""
     jobs = {label: jobs_of(args, label) for label in labels}
     logs = run_all(args, *jobs.values())
-    ends, data, rows = finals(args, logs), {}, []
+    ends, rows = finals(args, logs), []
     base, count, scores = ends["base"], lasting(args, RIVAL), ("preference", "judge")
     gains = {label: {key: [ends[folder][f"{key}_gain"] for folder in runs] for key in scores}
              for label, runs in jobs.items()}
@@ -475,8 +475,10 @@ def compare(args, name, labels, best):
             *(ahead(gains[best][key], gains[label][key]) * has_over for key in scores),
             *(shown([ends[folder][key] for folder in runs], 3)
               for key in ("diversity", "between_flawless")), *paper_gains(name, label)])
-        data[label] = [ends[folder] for folder in runs]
     draw_pictures(args, name, jobs)
+    if name == "table1":
+        draw_figure5(args, {label: [logs[folder] for folder in runs]
+                            for label, runs in jobs.items()})
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
     caption = (f"All methods have {seconds:.0f} s. The base has reward {base['preference']:.4f}, "
                f"judge {base['judge']:.4f}, diversity {base['diversity']:.3f}, of flawless "
@@ -485,8 +487,8 @@ def compare(args, name, labels, best):
             "reward gain after 0.2", "0.6", f"after {count} iterations", "reward gain",
             "judge gain", "ours over it", "judge, over it", "diversity", "of flawless pictures",
             "paper: HPSv2.1", "paper: CLIP"]
-    return head, rows, data, caption, {label: {folder: logs[folder] for folder in runs}
-                                       for label, runs in jobs.items()}
+    data = {label: [ends[folder] for folder in runs] for label, runs in jobs.items()}
+    return head, rows, data, caption
 
 def draw_pictures(args, name, jobs):
     """A picture of twelve held-out prompts by the base, and by the first run of each label that
@@ -503,15 +505,14 @@ def draw_pictures(args, name, jobs):
         strips[label] = as_bytes(sample(model, chosen, places, schedule(16), "dpmpp_2m"))
     picture_grid(args.results / f"{name}.png", strips, chosen)
 
-def table1(args):
-    """Also Figure 5, from the runs' own evaluations."""
-    *table, logs = compare(args, "table1", TABLE1, OURS_BEST)
+def draw_figure5(args, logs):
+    """The runs' own evaluations, {label: [lines of each run]}, over iterations and seconds."""
     figure, panels = draw(2, 3, sharey="col")
     for label, runs in logs.items():
         mine, seconds = "Neighbor" in label, cost_of(args, label)["seconds"]
         for panel, unit, name in zip(panels[0 if SEARCHED in label else 1], (1, seconds, seconds),
                                      ("preference", "preference", "judge")):
-            grid, gains = np.mean([curve(lines, name) for lines in runs.values()], 0)
+            grid, gains = np.mean([curve(lines, name) for lines in runs], 0)
             panel.plot(unit * grid, gains, "-" if mine else "--", label=label,
                        linewidth=2.5 if mine else 1.2)
     axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
@@ -520,10 +521,6 @@ def table1(args):
             panel.set(xlabel=x, ylabel=f"held-out {y}", title=kind)
         row[0].legend(fontsize=7)
     figure.savefig(args.results / "figure5.png", dpi=120)
-    return table
-
-def table2(args):
-    return compare(args, "table2", TABLE2, OURS_2)[:4]
 
 def changed(args, name, row):
     """The runs of Neighbor GRPO with 8 steps and a row's other settings; equal iterations."""
@@ -552,17 +549,18 @@ def one_at_a_time(args, name):
 
 def again(args):
     """Make one row of each table that `one_at_a_time` wrote again, and compare. Two means agree
-    if they are within the root of both squared standard errors."""
+    within the root of both squared standard errors."""
     jobs, rows = {name: changed(args, name, row) for name, row in AGAIN.items()}, []
     ends = finals(args, run_all(args, *jobs.values()))
     for name, row in AGAIN.items():
         table = json.loads((args.results / f"{name}.json").read_text(encoding="utf-8"))
-        now = [ends[folder] for folder in jobs[name]]
-        for key in ("preference_gain", "judge_gain"):
-            pair = [[end[key] for end in each] for each in (table["data"][row], now)]
-            (a, a_error), (b, b_error) = map(over_seeds, pair)
-            far = abs(a - b) / math.hypot(a_error, b_error)
-            rows.append([name, row, key, *(shown(each, sign="+") for each in pair), f"{far:.1f}",
+        cells = dict(zip(table["head"], next(each for each in table["rows"] if each[0] == row)))
+        for column, key in (("reward gain", "preference_gain"), ("judge gain", "judge_gain")):
+            before, _, error = cells[column].partition(" ± ")
+            found = [ends[folder][key] for folder in jobs[name]]
+            now, its_error = over_seeds(found)
+            far = abs(now - float(before)) / math.hypot(float(error or "nan"), its_error)
+            rows.append([name, row, column, cells[column], shown(found, sign="+"), f"{far:.1f}",
                          "yes" if far <= 1 else "no"])
     return ["table", "row", "what", "in the table", "again", "standard errors apart",
             "within one"], rows, {}, ""
@@ -714,7 +712,9 @@ def comparisons(args):
         path = args.results / f"{name}.json"
         if path.exists():
             table = json.loads(path.read_text(encoding="utf-8"))
-            columns = [k for k, title in enumerate(table["head"]) if re.search(r"\bover\b", title)]
+            is_over = [bool(re.search(r"\bover\b", title)) for title in table["head"]]
+            columns = [k for k, title in enumerate(table["head"])       # older tables: "judge"
+                       if is_over[k] or title == "judge" and is_over[k - 1]]
             cells = sum(bool(row[k]) for row in table["rows"] for k in columns)
             rows.append([name, cells]) if cells else None
     rows.append(["all", sum(cells for _, cells in rows)])
@@ -733,7 +733,9 @@ def draw(rows, columns, **more):
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-RESULT_OF = {"table3": table3, "steps": steps, "tune": tune, "table1": table1, "table2": table2,
+RESULT_OF = {"table3": table3, "steps": steps, "tune": tune,
+             "table1": lambda args: compare(args, "table1", TABLE1, OURS_BEST),
+             "table2": lambda args: compare(args, "table2", TABLE2, OURS_2),
              **{name: functools.partial(one_at_a_time, name=name) for name in CHANGES},
              "spread": spread, "figure4": figure4, "figure8": figure8,
              "again": again, "comparisons": comparisons}

@@ -342,8 +342,9 @@ def test_the_same_runs_of_two_tables_are_made_once(tmp_path, monkeypatch):
 def test_a_row_that_is_made_again_agrees_within_the_root_of_both_squared_errors(
         tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "AGAIN", {"table4": "0.3"})
-    before = [dict(preference_gain=0.2 + off, judge_gain=0.1 + off) for off in (-0.003, 0.003)]
-    (tmp_path / "table4.json").write_text(json.dumps(dict(data={"1": [], "0.3": before})))
+    head = ["sigma", "reward gain", "judge gain"]
+    table = dict(head=head, rows=[["1", "+9", "+9"], ["0.3", "+0.200 ± 0.003", "+0.100 ± 0.003"]])
+    (tmp_path / "table4.json").write_text(json.dumps(table))
     same_cost(monkeypatch, 8.0)
     gains = {"preference_gain": (0.2, 0.208), "judge_gain": (0.106, 0.114)}     # errors of 0.004
     monkeypatch.setattr(reproduce, "run_all", lambda args, group: group)
@@ -351,8 +352,8 @@ def test_a_row_that_is_made_again_agrees_within_the_root_of_both_squared_errors(
         folder: {key: each[k] for key, each in gains.items()} for k, folder in enumerate(logs)})
     _, rows, _, _ = reproduce.again(settings(tmp_path, seeds=2))
     assert [row[3:] for row in rows] == [
-        ["+0.2000 ± 0.0030", "+0.2040 ± 0.0040", "0.8", "yes"],
-        ["+0.1000 ± 0.0030", "+0.1100 ± 0.0040", "2.0", "no"]]
+        ["+0.200 ± 0.003", "+0.2040 ± 0.0040", "0.8", "yes"],
+        ["+0.100 ± 0.003", "+0.1100 ± 0.0040", "2.0", "no"]]
 
 
 def test_comparisons_are_the_cells_of_columns_that_say_over(tmp_path):
@@ -453,8 +454,7 @@ def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs_and_curve
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
         "base": row(0), **{folder: row(gains[folder]) for folder in logs}})
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(reproduce, "TABLE1", labels)
-    head, rows, _, caption = reproduce.table1(args)
+    head, rows, _, caption = reproduce.compare(args, "table1", labels, best)
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     column = lambda name: [found[label][name] for label in labels]
     assert list(found) == labels and column("iterations") == ["10", "5", "10", "40"]
