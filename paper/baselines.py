@@ -307,10 +307,10 @@ def train_sde(cfg, model, scorers, run):
         # Draw prompts, noise to begin with, the SDE's noise, and K of its steps per candidate
         seconds, lap = stopwatch(model.device)
         ts, start, end, levels = sde_times(cfg, own, it)                # (T+1,), ..., (T,)
-        last = min(end, cfg.num_rollout_steps - 1)                      # is never trained
+        count = min(end, cfg.num_rollout_steps - 1) - start             # never trains the last step
         prompt, x1, noise, steps = draw(
             cfg, it, prompts, model.latent_shape, G if cfg.own_noise else 1, end - start,
-            lambda rng: start + torch.randperm(last - start, generator=rng)[: cfg.num_train_steps])
+            lambda rng: start + torch.randperm(count, generator=rng)[: cfg.num_train_steps])
         steps = steps.sort(1).values.view(P, G, -1)                     # (P, G, K)
         K = steps.shape[2]                                              # fewer in a short window
 
@@ -555,11 +555,9 @@ def train_fdfo(cfg, model, scorers, run):
 
         # Update at every step of both trajectories, along the difference of their end points
         log_rhos, trained = [], 0
-        all_of = torch.arange(P), torch.arange(G)
-        if G // 2 % U == 0:
-            parts = [(all_of[0], chosen) for chosen in all_of[1].chunk(U)]
-        else:
-            parts = [(mine, all_of[1]) for mine in all_of[0].chunk(U)]
+        rows, pairs = torch.arange(P), torch.arange(G)
+        parts = ([(rows, some) for some in pairs.chunk(U)] if G // 2 % U == 0 else
+                 [(some, pairs) for some in rows.chunk(U)])
         for mine, chosen in parts:                                      # (p,), (g,)
             its_cond = {name: of[mine.to(of.device)] for name, of in cond.items()}
             row = mine[:, None]                                         # (p, 1)  goes with chosen
