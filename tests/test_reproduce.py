@@ -4,7 +4,7 @@ per sentence.
 
     python -m pytest -q tests/test_reproduce.py
 """
-import argparse, json, math, os, shutil, signal, subprocess, sys, threading, time
+import argparse, dataclasses, json, math, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -115,11 +115,8 @@ def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_pat
         (folder, (its, flags)), = reproduce.jobs_of(settings(tmp_path), label).items()
         parse = train.parse_config if its == "train.py" else baselines.parse_config
         cfg = parse([*flags, "--out_dir", str(folder)])
-        if its == "train.py":
-            old, theta = cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / 12
-        else:
-            old, theta = baselines.nfe(cfg)
-        found[label] = old, round(theta, 3), getattr(cfg, "window_every", cfg.p)
+        old, theta, images = reproduce.evaluations(" ".join(flags))
+        found[label] = old / images, round(theta / images, 3), getattr(cfg, "window_every", cfg.p)
         assert cfg.method == reproduce.family_of(label) and (cfg.eval_steps, cfg.seed) == (16, 0)
         assert cfg.lr == (5e-5 if "sigma" in label else 3e-5)
     assert found == {   # published: the window moves 12 times, the pruned depths 10 times
@@ -209,24 +206,19 @@ def test_the_distance_of_flawless_pictures_leaves_out_flawed_ones_and_prompts_wi
     assert_allclose(between_flawless(tmp_path), [0.2, math.nan], rtol=1e-6)
 
 
-def config_of(family, choice, folder):
-    words = reproduce.flags_of(family, choice).split()
-    parse = train.parse_config if family == "neighbor" else baselines.parse_config
-    return parse([*words, "--out_dir", str(folder / "new")])
+def config_of(family, choice):
+    cfg = reproduce.bench.parsed(reproduce.flags_of(family, choice).split())
+    return dataclasses.replace(cfg, out_dir="")
 
 
 @pytest.mark.parametrize("family", reproduce.GRIDS)
-def test_the_first_values_of_a_grid_are_the_published_ones_and_all_values_go_together(
-        family, tmp_path):
+def test_the_first_values_of_a_grid_are_the_published_ones_and_all_values_go_together(family):
     """Of all pairs of values, that is; a choice has one value of each axis."""
     grid = reproduce.GRIDS[family]
     first = [axis[0] for axis in grid]
-    published = config_of(family, [*first[:2]], tmp_path)
-    assert config_of(family, first, tmp_path) == published
-    longest = max(map(len, grid))
-    for shift in range(longest):
-        config_of(family, [axis[(k * shift + shift) % len(axis)] for k, axis in enumerate(grid)],
-                  tmp_path)
+    assert config_of(family, first) == config_of(family, first[:2])
+    for shift in range(max(map(len, grid))):
+        config_of(family, [axis[(k * shift + shift) % len(axis)] for k, axis in enumerate(grid)])
 
 
 def test_a_third_of_the_trials_is_as_published_but_for_learning_rate_and_clip():
@@ -415,9 +407,8 @@ def test_the_spread_of_a_rollout_is_that_of_the_first_iteration_under_each_score
         tmp_path, monkeypatch):
     def run_all(args, *groups):
         found = {}
-        for folder, (script, flags) in [what for group in groups for what in group.items()]:
-            parse = train.parse_config if script == "train.py" else baselines.parse_config
-            cfg = parse([*flags, "--out_dir", str(folder)])
+        for folder, (_, flags) in [what for group in groups for what in group.items()]:
+            cfg = reproduce.bench.parsed(flags)
             assert cfg.iterations == 1
             std = 0.25 if cfg.rewards == "flawless" else 0.5
             found[folder] = [dict(iter=0, eval_preference=1), dict(iter=1, reward_std=std)]
