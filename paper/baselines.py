@@ -49,10 +49,6 @@ def flow_level(ts, eta=0.7):
     below_1 = torch.where(t == 1, ts[1], t)
     return eta * (t / (1 - below_1)).sqrt()
 
-def noise_estimate(x, v, t):
-    """eps_hat = x + (1 - t) v: the noise that v sees in x_t. It is -t times the score."""
-    return x + (1 - t) * v
-
 def sde_std(t, t_next, level):
     """sigma_t of Eq. 5: the standard deviation of the noise that a step adds."""
     return level * (t - t_next).sqrt()
@@ -60,8 +56,8 @@ def sde_std(t, t_next, level):
 def sde_mean(x, v, t, t_next, level):
     """The mean of one Euler-Maruyama step (Eq. 15): the ODE's step less sigma_t^2 / (2 t) eps_hat.
     At level 0 it is the ODE's step."""
-    drift = sde_std(t, t_next, level) ** 2 / (2 * t) * noise_estimate(x, v, t)
-    return ddim_step(x, v, t, t_next) - drift
+    eps_hat = x + (1 - t) * v           # the noise that v sees in x_t, which is -t times the score
+    return ddim_step(x, v, t, t_next) - sde_std(t, t_next, level) ** 2 / (2 * t) * eps_hat
 
 def log_prob(x_next, mean, std):
     """Eq. 16 with its constant: the log density of N(mean, std^2) at x_next.

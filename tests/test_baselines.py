@@ -15,8 +15,8 @@ from neighbor_grpo import clipped_objective, log_ratio, perturb_noise
 from paper import baselines
 from paper.baselines import (
     METHODS, Config, awm_log_prob, awm_steps, churn, dance_level, end_point_direction,
-    fdfo_log_ratio, flow_level, half_difference, log_prob, nft_loss, noise_estimate,
-    pair_advantages, sde_mean, sde_rollout, sde_std, spo_objective, tree_advantages, tree_widths)
+    fdfo_log_ratio, flow_level, half_difference, log_prob, nft_loss, pair_advantages, sde_mean,
+    sde_rollout, sde_std, spo_objective, tree_advantages, tree_widths)
 from run import HERE, Run
 from solvers import ddim_step, rollout, schedule
 
@@ -99,29 +99,11 @@ def test_log_prob_is_the_mean_over_dimensions_of_the_normal_log_density():
     assert_close(log_prob(x, mean, std), Normal(mean, std).log_prob(x).flatten(1).mean(1))
 
 
-def an_sde_step(level=0.8):
-    """An old and a new velocity at the same x, and the end of the old one's SDE step."""
-    x, v, v_old, eps = normal(12, 5), normal(12, 5), normal(12, 5), normal(12, 5)
-    t, t_next = torch.tensor(0.7).double(), torch.tensor(0.6).double()
-    std = sde_std(t, t_next, torch.tensor(level).double())
-    return x, v, v_old, eps, t, t_next, std, sde_mean(x, v_old, t, t_next, level) + std * eps
-
-
-def test_equation_6_the_log_probability_is_a_squared_distance_with_a_drift_residual():
-    x, v, v_old, eps, t, t_next, std, x_next = an_sde_step()
-    perturbed = ddim_step(x, v_old, t, t_next) + std * eps      # x tilde
-    moved = noise_estimate(x, v, t) - noise_estimate(x, v_old, t)
-    residual = std**2 / (2 * t) * moved                         # Eq. 24
-    distance = (perturbed - ddim_step(x, v, t, t_next) + residual).pow(2).sum(1) / (2 * std**2)
-    density = Independent(Normal(sde_mean(x, v, t, t_next, 0.8), std), 1)
-    zero = torch.zeros(5).double()
-    constant = Independent(Normal(zero, std), 1).log_prob(zero)
-    assert_close(-density.log_prob(x_next) + constant, distance)
-    assert residual.abs().min() > 0                             # but it is 0 at theta_old
-
-
 def test_section_3_2_the_sde_policy_gradient_is_advantage_weighted_contrastive_regression():
-    x, _, v_old, eps, t, t_next, std, x_next = an_sde_step()
+    x, v_old, eps = normal(12, 5), normal(12, 5), normal(12, 5)
+    t, t_next = torch.tensor(0.7).double(), torch.tensor(0.6).double()
+    std = sde_std(t, t_next, 0.8)
+    x_next = sde_mean(x, v_old, t, t_next, 0.8) + std * eps
     A, v = normal(12), v_old.clone().requires_grad_()
     log_rho = (log_prob(x_next, sde_mean(x, v, t, t_next, 0.8), std)
                - log_prob(x_next, sde_mean(x, v_old, t, t_next, 0.8), std))
