@@ -296,18 +296,14 @@ def test_a_row_differs_from_the_starting_point_by_its_own_settings_and_is_averag
         **{folder: dict.fromkeys(keys, i // 2 + i % 2 / 4) for i, folder in enumerate(asked)}})
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *got: drawn.append(got[1:]))
     _, rows, _, _ = reproduce.one_at_a_time(settings(tmp_path, seeds=2), table)
-    start = "--sigma 0.5 --num_anchors 4 --p 2" if table in reproduce.SWEEPS else ""
-    plain = train.parse_config([*reproduce.AROUND, *start.split()])
-    first = list(reproduce.CHANGES[table]).index("0.5") if table == "table4" else (
-        1 if table == "table5" else 0)
+    first = dict(table4=1, table5=1).get(table, 0)              # sigma 0.5, B 4, and p 2
     for i, (label, flags) in enumerate(reproduce.CHANGES[table].items()):
         for seed, (_, words) in enumerate(list(asked.values())[2 * i : 2 * i + 2]):
-            cfg, own = train.parse_config(words), train.parse_config(flags.split())
-            names = [word.removeprefix("--") for word in flags.split() if word[:2] == "--"]
-            assert (cfg.seed, cfg.iterations) == (seed, 60) and all(
-                getattr(cfg, name) == getattr(own if name in names else plain, name)
-                for name in ("rewards", "tau", "updates_per_iteration", "old_anchor", "lr", "sigma",
-                             "p", "num_anchors", "clip_eps", "num_rollout_steps"))
+            cfg = train.parse_config(words)
+            wanted = vars(train.parse_config([*reproduce.AROUND, *flags.split()]))
+            others = {name for name, value in wanted.items() if getattr(cfg, name) != value}
+            assert (cfg.seed, cfg.iterations) == (seed, 60) and others <= {
+                "seed", "iterations", "eval_steps", "eval_every", "save_every", "keep", "lock"}
             if table in reproduce.SWEEPS:
                 flag = reproduce.SWEEPS[table][0]
                 assert {**reproduce.START, flag: float(label)} == {
@@ -614,13 +610,12 @@ def test_what_was_kept_of_a_run_outlives_its_folder_and_with_kept_other_code_and
     assert stub.run("3") == THREE and stub.calls() == ["--overwrite"]
     with pytest.raises(RuntimeError, match="does not have the run"):
         stub.run("4")
-    text = (stub.out / "runs.jsonl").read_text()
-    other = json.loads(text) | dict(run="other", made_by=dict(code="a", cpu="two"))
+    text, job = (stub.out / "runs.jsonl").read_text(), (str(stub.out / "stub.py"),
+                                                        ["--iterations", "3"])
+    other = json.loads(text) | dict(run="other", made_by=dict(code="a", cpu="two"),
+                                    command=jobs.command_line(*job, stub.out / "other"))
     (stub.out / "runs.jsonl").write_text(text + json.dumps(other) + "\n")
-    script = str(stub.out / "stub.py")
-    what = {stub.out / name: (script, ["--iterations", "3"]) for name in ("run-1e-05", "other")}
-    other["command"] = jobs.command_line(script, ["--iterations", "3"], stub.out / "other")
-    (stub.out / "runs.jsonl").write_text(text + json.dumps(other) + "\n")
+    what = {stub.folder: job, stub.out / "other": job}
     with pytest.raises(RuntimeError, match="different kinds of CPU"):
         jobs.run_all(stub.args, what)
 
