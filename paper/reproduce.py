@@ -244,7 +244,7 @@ def table3(args):
         all_threads = torch.get_num_threads()
         torch.set_num_threads(threads(args))
         timings = bench.measure({OURS: wanted[OURS], **missing}, args.repeats, args.more[:4],
-                                warm=1)
+                                warm=min(1, args.repeats - 1))
         torch.set_num_threads(all_threads)
         scale = found[OURS]["seconds"] / timings[OURS]["iteration"] if OURS in found else 1
         kept = ("nfe_old", "nfe_theta", "G", "B", "K", "solver")
