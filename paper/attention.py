@@ -49,6 +49,8 @@ def use(kind):
 
 def in_one_graph(model):
     """Let rollouts replay one CUDA graph of the whole transformer, for each shape of its inputs."""
+    if model.device.type != "cuda":
+        raise ValueError("a CUDA graph needs a GPU")
     call, recorded = model.transformer.forward, {}
 
     def forward(**inputs):

@@ -48,10 +48,6 @@ def flow_level(ts, eta=0.7):
     below_1 = torch.where(t == 1, ts[1], t)
     return eta * (t / (1 - below_1)).sqrt()
 
-def noise_estimate(x, v, t):
-    """eps_hat = x + (1 - t) v: the noise that v sees in x_t. It is -t times the score."""
-    return x + (1 - t) * v
-
 def sde_std(t, t_next, level):
     """sigma_t of Eq. 5: the standard deviation of the noise that a step adds."""
     return level * (t - t_next).sqrt()
@@ -59,8 +55,8 @@ def sde_std(t, t_next, level):
 def sde_mean(x, v, t, t_next, level):
     """The mean of one Euler-Maruyama step (Eq. 15): the ODE's step less sigma_t^2 / (2 t) eps_hat.
     At level 0 it is the ODE's step."""
-    drift = sde_std(t, t_next, level) ** 2 / (2 * t) * noise_estimate(x, v, t)
-    return ddim_step(x, v, t, t_next) - drift
+    eps_hat = x + (1 - t) * v           # the noise that v sees in x_t, which is -t times the score
+    return ddim_step(x, v, t, t_next) - sde_std(t, t_next, level) ** 2 / (2 * t) * eps_hat
 
 def log_prob(x_next, mean, std):
     """Eq. 16 with its constant: the log density of N(mean, std^2) at x_next.
@@ -81,11 +77,6 @@ def sde_log_ratio(x_next, x_t, v, v_old, t, t_next, level):
     log_pi = log_prob(x_next, sde_mean(x_t, v, t, t_next, level), std)
     log_pi_old = log_prob(x_next, sde_mean(x_t, v_old, t, t_next, level), std)
     return log_pi - log_pi_old                                          # (M,)
-
-def drift_residual(eps_hat, eps_hat_old, t, std):
-    """Eq. 24: the term that Eq. 6 has in its squared norm in addition to the difference of two ODE
-    steps. It is 0 at theta_old."""
-    return std**2 / (2 * t) * (eps_hat - eps_hat_old)
 
 def sde_rollout(velocity, x, ts, levels, noise, solver="ddim"):
     """solvers.rollout, with noise in the steps whose level is above 0.
@@ -311,8 +302,12 @@ def train_sde(cfg, model, scorers, run):
         # Draw prompts, noise to begin with, the SDE's noise, and K of its steps per candidate
         seconds, lap = stopwatch(model.device)
         ts, start, end, levels = sde_times(cfg, own, it)                # (T+1,), ..., (T,)
-        prompt, x1, noise, steps = draw_sde(cfg, it, prompts, model.latent_shape, start, end)
-        K = steps.shape[-1]                                             # fewer in a short window
+        count = min(end, cfg.num_rollout_steps - 1) - start             # never trains the last step
+        prompt, x1, noise, steps = draw(
+            cfg, it, prompts, model.latent_shape, G if cfg.own_noise else 1, end - start,
+            lambda rng: start + torch.randperm(count, generator=rng)[: cfg.num_train_steps])
+        steps = steps.sort(1).values.view(P, G, -1)                     # (P, G, K)
+        K = steps.shape[2]                                              # fewer in a short window
 
         # Roll out G candidates. The noise drives them apart.
         x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (S, P G, ...)
@@ -421,28 +416,33 @@ def train_branch(cfg, model, scorers, run):
         run.log(it, scores, leaves, log_rhos, seconds,
                 nfe_old=sum(v.shape[1] for v in vels) / G, nfe_theta=trained / G)
 
+def images_and_times(cfg, model, run, it, prompts, ts, steps_of):
+    """How DiffusionNFT and AWM begin: draw prompts and G independent noises for each, and roll out
+    by any ODE solver; then K times of the rollout, with fresh noise, for each image, to be trained.
+    -> prompts, cond, x_0 (P G, N, C), images, times (K, P G, 1, 1), noise (K, P G, N, C)"""
+    prompt, x1, noise, steps = draw(cfg, it, prompts, model.latent_shape, cfg.group_size,
+                                    cfg.num_train_steps, steps_of)
+    cond = model.encode(prompt)
+    traj, _ = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
+    x0 = run.finite(traj[-1])                                           # (P G, N, C)
+    t = ts[steps.T][..., None, None]                                    # (K, P G, 1, 1)
+    return prompt, cond, x0, model.decode(x0), t.to(model.device), noise.to(model.device)
+
 def train_nft(cfg, model, scorers, run):
     """DiffusionNFT: the old policy, a slow average of the trained one, rolls out by any ODE solver.
     Then the loss is flow matching on its images, towards those with a positive advantage and away
     from the others. The average is run.ema, which is also evaluated and saved. Their code evaluates
     a second average with decay 0.9, about ten iterations behind. Here a run has only one."""
-    K = cfg.num_train_steps
+    T, K = cfg.num_rollout_steps, cfg.num_train_steps
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
-    ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
+    ts = times(cfg.shift, model, T)                                     # (T+1,)
 
     for it in iterations(cfg, run):
-        # Draw prompts, G independent noises for each, and K times with fresh noise per image
-        seconds, lap = stopwatch(model.device)
-        prompt, x1, noise, steps = draw_matching(cfg, it, prompts, model.latent_shape)
-
         # Roll out with the old policy, and compute its velocity at the points that are trained
-        x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (K, P G, ...)
-        t = ts[steps][..., None, None].to(model.device)                 # (K, P G, 1, 1)
+        seconds, lap = stopwatch(model.device)
         with torch.no_grad(), run.averaged():
-            cond = model.encode(prompt)
-            traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.solver)
-            x0 = run.finite(traj[-1])                                   # (P G, N, C)
-            images = model.decode(x0)                                   # (P G, 3, H, W)
+            prompt, cond, x0, images, t, noise = images_and_times(
+                cfg, model, run, it, prompts, ts, lambda rng: torch.randperm(T, generator=rng)[:K])
             lap("rollout")
             x_t = (1 - t) * x0 + t * noise                              # (K, P G, N, C)
             v_old = [model.velocity(x_t[j], t[j].flatten(), cond) for j in range(K)]
@@ -461,7 +461,7 @@ def train_nft(cfg, model, scorers, run):
             loss.backward()
         update(cfg, model, run, decay=min(nft_decay(it + 1), cfg.ema))
         lap("update")
-        run.log(it, scores, A, [], seconds, nfe_old=len(vels) + K, nfe_theta=float(K))
+        run.log(it, scores, A, [], seconds, nfe_old=T + K, nfe_theta=float(K))
 
 def train_awm(cfg, model, scorers, run):
     """AWM: as in DiffusionNFT, rollouts by any ODE solver and flow matching on their images, but by
@@ -473,22 +473,16 @@ def train_awm(cfg, model, scorers, run):
     keeps at most 0.001 of itself for each iteration that was made, so in runs as short as ours it
     is the policy."""
     P, G = cfg.prompts_per_iteration // WORLD, cfg.group_size
-    K, U = cfg.num_train_steps, cfg.updates_per_iteration
+    T, K, U = cfg.num_rollout_steps, cfg.num_train_steps, cfg.updates_per_iteration
     prompts, weights = read_prompts(cfg.prompts), parse_weights(cfg.reward_weights, scorers)
-    ts = times(cfg.shift, model, cfg.num_rollout_steps)                 # (T+1,)
+    ts = times(cfg.shift, model, T)                                     # (T+1,)
 
     for it in iterations(cfg, run):
-        # Draw prompts, G independent noises for each, and K times with fresh noise per image
-        seconds, lap = stopwatch(model.device)
-        prompt, x1, noise, steps = draw_matching(cfg, it, prompts, model.latent_shape)
-
         # Roll out
-        x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (K, P G, ...)
+        seconds, lap = stopwatch(model.device)
         with torch.no_grad():
-            cond = model.encode(prompt)
-            traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.solver)
-            x0 = run.finite(traj[-1])                                   # (P G, N, C)
-            images = model.decode(x0)                                   # (P G, 3, H, W)
+            prompt, cond, x0, images, t, noise = images_and_times(
+                cfg, model, run, it, prompts, ts, lambda rng: awm_steps(T, K, rng))
         lap("rollout")
 
         # Score them, and turn scores into advantages
@@ -497,7 +491,6 @@ def train_awm(cfg, model, scorers, run):
         lap("reward")
 
         # The old log probabilities of the images of all updates but the first
-        t = ts[steps][..., None, None].to(model.device)                 # (K, P G, 1, 1)
         x_t = (1 - t) * x0 + t * noise                                  # (K, P G, N, C)
         def log_prob_of(j, some):
             v = model.velocity(x_t[j, some], t[j, some].flatten(), cond)
@@ -520,7 +513,7 @@ def train_awm(cfg, model, scorers, run):
                 trained += len(some)
             update(cfg, model, run)
         lap("update")
-        run.log(it, scores, A, log_rhos, seconds, nfe_old=len(vels) + K * (1 - 1 / U),
+        run.log(it, scores, A, log_rhos, seconds, nfe_old=T + K * (1 - 1 / U),
                 nfe_theta=trained / (P * G))
 
 def train_fdfo(cfg, model, scorers, run):
@@ -536,7 +529,7 @@ def train_fdfo(cfg, model, scorers, run):
     for it in iterations(cfg, run):
         # Draw prompts, one noise for each pair, and fresh noise for each step
         seconds, lap = stopwatch(model.device)
-        prompt, x1, noise = draw_fdfo(cfg, it, prompts, model.latent_shape)
+        prompt, x1, noise, _ = draw(cfg, it, prompts, model.latent_shape, G // 2, T)
 
         # Roll out the pairs
         x1, noise = x1.to(model.device), noise.to(model.device)         # (P G, N, C), (T, P G, ...)
@@ -557,11 +550,9 @@ def train_fdfo(cfg, model, scorers, run):
 
         # Update at every step of both trajectories, along the difference of their end points
         log_rhos, trained = [], 0
-        all_of = torch.arange(P), torch.arange(G)
-        if G // 2 % U == 0:
-            parts = [(all_of[0], chosen) for chosen in all_of[1].chunk(U)]
-        else:
-            parts = [(mine, all_of[1]) for mine in all_of[0].chunk(U)]
+        rows, pairs = torch.arange(P), torch.arange(G)
+        parts = ([(rows, some) for some in pairs.chunk(U)] if G // 2 % U == 0 else
+                 [(some, pairs) for some in rows.chunk(U)])
         for mine, chosen in parts:                                      # (p,), (g,)
             its_cond = {name: of[mine.to(of.device)] for name, of in cond.items()}
             row = mine[:, None]                                         # (p, 1)  goes with chosen
@@ -599,41 +590,19 @@ def groups(cfg, it, prompts):
     return ([pick(cfg, it, group, prompts) for group in mine],
             [generator(cfg.seed, 2, it, group) for group in mine])
 
-def draw_sde(cfg, it, prompts, latent_shape, start, end):
-    """P prompts, x_1 (P G, N, C), the noise (S, P G, N, C) of the SDE's S steps [start, end), and
-    for each candidate K of these steps, but never the rollout's last step: (P, G, K)."""
-    G, K = cfg.group_size, cfg.num_train_steps
-    count = min(end, cfg.num_rollout_steps - 1) - start
+def draw(cfg, it, prompts, latent_shape, begins, count, steps_of=lambda rng: ()):
+    """P prompts; x_1 (P G, N, C), with `begins` different noises for the G candidates of a prompt;
+    `count` more noises of each, (count, P G, N, C); and the steps that each trains, steps_of(rng),
+    (P G, K)."""
+    G = cfg.group_size
     chosen, rngs = groups(cfg, it, prompts)
     x1, noise, steps = [], [], []
     for rng in rngs:
-        begin = torch.randn(G if cfg.own_noise else 1, *latent_shape, generator=rng)
-        x1.append(begin.expand(G, *latent_shape))                       # (G, N, C)
-        noise.append(torch.randn(end - start, G, *latent_shape, generator=rng))
-        orders = [torch.randperm(count, generator=rng)[:K] for _ in range(G)]
-        steps.append(start + torch.stack(orders).sort(1).values)        # (G, K)
+        begin = torch.randn(begins, *latent_shape, generator=rng)
+        x1.append(begin.repeat_interleave(G // begins, 0))              # (G, N, C)
+        noise.append(torch.randn(count, G, *latent_shape, generator=rng))
+        steps += [torch.as_tensor(steps_of(rng)) for _ in range(G)]     # each (K,)
     return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps)
-
-def draw_matching(cfg, it, prompts, latent_shape):
-    """For nft and awm: P prompts, x_1 (P G, N, C), fresh noise (K, P G, N, C), and for each image K
-    of the rollout's steps: (K, P G)."""
-    G, K, T = cfg.group_size, cfg.num_train_steps, cfg.num_rollout_steps
-    chosen, rngs = groups(cfg, it, prompts)
-    x1 = [torch.randn(G, *latent_shape, generator=rng) for rng in rngs]
-    noise = [torch.randn(K, G, *latent_shape, generator=rng) for rng in rngs]
-    each = {"nft": lambda rng: torch.randperm(T, generator=rng)[:K],
-            "awm": lambda rng: awm_steps(T, K, rng)}[cfg.method]
-    steps = [each(rng) for rng in rngs for _ in range(G)]
-    return chosen, torch.cat(x1), torch.cat(noise, 1), torch.stack(steps, 1)
-
-def draw_fdfo(cfg, it, prompts, latent_shape):
-    """P prompts, x_1 (P G, N, C), which is the same for the two of a pair, and the noise
-    (T, P G, N, C) that is mixed in before each step."""
-    G, T = cfg.group_size, cfg.num_rollout_steps
-    chosen, rngs = groups(cfg, it, prompts)
-    x1 = [torch.randn(G // 2, *latent_shape, generator=rng) for rng in rngs]
-    noise = [torch.randn(T, G, *latent_shape, generator=rng) for rng in rngs]
-    return chosen, torch.cat(x1).repeat_interleave(2, 0), torch.cat(noise, 1)
 
 def sde_times(cfg, ts, it):
     """From a model's own times: an iteration's, its SDE steps [start, end), and the noise level of
@@ -752,80 +721,50 @@ class Config(train.Config):
 
     def rules(self):
         """[(holds, the sentence if it does not)] for the settings of the method."""
-        rules = {"branch": self.rules_of_branch, "nft": self.rules_of_nft,
-                 "awm": lambda: self.rules_of_sde(size=int(0.9 * self.num_rollout_steps)),
-                 "fdfo": self.rules_of_fdfo}
-        return [*self.rules_of_all(), *rules.get(self.method, self.rules_of_sde)()]
-
-    def rules_of_all(self):
-        row, shared = METHODS.get(self.method, {}), {f.name for f in fields(train.Config)}
-        own = [f for f in fields(self) if f.name not in shared]         # noise, eta, ...
-        free = ("method",) if self.method in ("branch", "fdfo") else ("method", "global_std")
-        return [
-            *((getattr(self, f.name) == f.default or f.name in row or f.name in free,
-               f"{f.name} is not a setting of {self.method}") for f in own),
+        T, G, U = self.num_rollout_steps, self.group_size, self.updates_per_iteration
+        K, P, method = self.num_train_steps, self.prompts_per_iteration // WORLD, self.method
+        row, shared = METHODS.get(method, {}), {f.name for f in fields(train.Config)}
+        unused = [f for f in fields(self) if f.name in UNUSED.get(method, ())
+                  or f.name not in {*shared, *row, "method", "global_std"}]
+        rules = [
+            *((getattr(self, f.name) == f.default, f"{f.name} is not a setting of {method}")
+              for f in unused),
             (not row.get("noise") or self.noise, "noise is empty, but must be dance or flow"),
             (not row.get("eta") or self.eta > 0,
-             f"eta is {self.eta:g}, but must be above 0: nothing can be learnt without noise"),
-        ]
-
-    def rules_of_sde(self, size=0):
-        T, G = self.num_rollout_steps, self.group_size
-        K, U = self.num_train_steps, self.updates_per_iteration
-        size = size or self.window or T - 1                             # steps to draw K from
-        return [
+             f"eta is {self.eta:g}, but must be above 0: nothing can be learnt without noise")]
+        if method == "branch":
+            steps = split_steps(self)
+            last = max(steps, default=0)
+            splits_fit = (len(self.splits.split(",")) == len(set(steps)) and 2 ** len(steps) == G
+                          and last < T - 1)
+            return rules + [
+                (splits_fit, f"splits is {self.splits}, but must be different steps below {T - 1}, "
+                             f"and so many that doubling at each gives G, {G}, leaves"),
+                (self.prune < T - last, f"prune is {self.prune}, but must lie between 0 and "
+                                        f"{T - 1 - last}, the depths after the last split"),
+                (U <= 2 * G - 2,
+                 f"updates_per_iteration is {U}, but must be at most 2 G - 2, {2 * G - 2}")]
+        if method == "fdfo":
+            return rules + [
+                (G % 2 == 0, f"group_size (G) is {G}, but must be even: fdfo has pairs"),
+                (G // 2 % U == 0 or P % U == 0,
+                 f"updates_per_iteration is {U}, but must divide the number of pairs of a prompt, "
+                 f"{G // 2}, or of a process's prompts, {P}"),
+                (self.churn >= 1e-6, f"churn is {self.churn:g}, but must be at least 1e-6: the two "
+                                     "of a pair would be the same")]
+        if method == "nft":
+            rules += [
+                (U == 1, f"updates_per_iteration is {U}, but must be 1 for nft"),
+                (0 < self.ema <= 0.5 and self.beta > 0,
+                 f"ema is {self.ema:g} and beta {self.beta:g}, but for nft ema, the largest share "
+                 "of the old policy that stays, must lie in (0, 0.5], and beta must be above 0")]
+        to_draw_from = dict(nft=T, awm=int(0.9 * T)).get(method, self.window or T - 1)
+        return rules + [
             (self.window <= max(0, T - 2), f"window is {self.window}, but must be at most T-2, "
                                            f"{T - 2}: the last two steps are never in it"),
-            (K <= size, f"num_train_steps (K) is {K}, but must lie between 1 and {size}, the steps "
-                        "to draw from"),
-            (G % U == 0, f"updates_per_iteration is {U}, but must divide group_size (G), {G}"),
-        ]
-
-    def rules_of_branch(self):
-        T, G, U = self.num_rollout_steps, self.group_size, self.updates_per_iteration
-        steps = split_steps(self)
-        last = max(steps, default=0)
-        splits_fit = (len(self.splits.split(",")) == len(set(steps)) and 2 ** len(steps) == G
-                      and last < T - 1)
-        return [
-            (self.num_train_steps == 4,
-             "num_train_steps is not a setting of branch, which trains every edge; prune is"),
-            (splits_fit, f"splits is {self.splits}, but must be different steps below {T - 1}, "
-                         f"and so many that doubling at each gives G, {G}, leaves"),
-            (self.prune < T - last, f"prune is {self.prune}, but must lie between 0 and "
-                                    f"{T - 1 - last}, the depths after the last split"),
-            (U <= 2 * G - 2,
-             f"updates_per_iteration is {U}, but must be at most 2 G - 2, {2 * G - 2}"),
-            (self.solver == "ddim",
-             "solver is not a setting of branch, whose every step is the SDE's"),
-        ]
-
-    def rules_of_nft(self):
-        U = self.updates_per_iteration
-        return [
-            (U == 1, f"updates_per_iteration is {U}, but must be 1 for nft"),
-            (0 < self.ema <= 0.5 and self.beta > 0,
-             f"ema is {self.ema:g} and beta {self.beta:g}, but for nft ema, the largest share of "
-             "the old policy that stays, must lie in (0, 0.5], and beta must be above 0"),
-            (self.clip_eps == type(self).clip_eps,
-             "clip_eps is not a setting of nft, which has no ratio to clip"),
-            *self.rules_of_sde(size=self.num_rollout_steps),
-        ]
-
-    def rules_of_fdfo(self):
-        G, U = self.group_size, self.updates_per_iteration
-        P = self.prompts_per_iteration // WORLD
-        return [
-            (self.num_train_steps == 4,
-             "num_train_steps is not a setting of fdfo, which trains every step"),
-            (G % 2 == 0, f"group_size (G) is {G}, but must be even: fdfo has pairs"),
-            (G // 2 % U == 0 or P % U == 0,
-             f"updates_per_iteration is {U}, but must divide the number of pairs of a prompt, "
-             f"{G // 2}, or of a process's prompts, {P}"),
-            (self.churn >= 1e-6, f"churn is {self.churn:g}, but must be at least 1e-6: the two of "
-                                 "a pair would be the same"),
-            (self.solver == "ddim", "solver is not a setting of fdfo, whose steps are Euler's"),
-        ]
+            (K <= to_draw_from, f"num_train_steps (K) is {K}, but must lie between 1 and "
+                                f"{to_draw_from}, the steps to draw from"),
+            (G % U == 0, f"updates_per_iteration is {U}, but must divide group_size (G), {G}")]
 
 # As published, for FLUX.1-dev if there are such settings. A comment says what differs.
 METHODS = {
@@ -854,10 +793,12 @@ METHODS = {
                 global_std=True, solver="dpmpp_2m"),
     # For SD3.5-M. A prompt has 6 pairs here, in 3 updates; they have one pair for each of 432
     # prompts, in 4 updates. They train adapters, without guidance. clip_eps is the penalty's eps.
-    # As in branch, every step is trained, and num_train_steps has no effect.
     "fdfo": dict(num_rollout_steps=40, num_train_steps=4, updates_per_iteration=3, churn=0.0025,
                  clip_eps=0.03, solver="ddim"),
 }
+# Branch trains every edge, fdfo every step; nft has no ratio to clip.
+UNUSED = {"branch": ("num_train_steps", "solver", "global_std"), "nft": ("clip_eps",),
+          "fdfo": ("num_train_steps", "solver", "global_std")}
 LEVELS = {"dance": dance_level, "flow": flow_level}
 LOOPS = {"dance": train_sde, "flow": train_sde, "mix": train_sde, "flash": train_sde,
          "branch": train_branch, "nft": train_nft, "awm": train_awm, "fdfo": train_fdfo}

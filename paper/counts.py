@@ -98,10 +98,26 @@ def working_set(net, call, train):
             result.float().mean().backward()
     return live.peak
 
-def calls(net, M, batch, tokens, text=512):
-    """A function that calls the network for M latents, `batch` at a time."""
-    inputs = inputs_of(net.config, batch, tokens, text, torch.bfloat16)
-    return lambda: torch.cat([net(**inputs)[0] for _ in range(M // batch)])
+def pass_of(net, tokens, batch, times=1, train=False):
+    """`working_set` of `times` calls of a network for `batch` latents each."""
+    inputs = inputs_of(net.config, batch, tokens, 512, torch.bfloat16)
+    return working_set(net, lambda: torch.cat([net(**inputs)[0] for _ in range(times)]), train)
+
+def decoding_of(vae, *shape):
+    """`working_set` of decoding latents of this shape."""
+    z = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
+
+def made(kind, rank=0, **config):
+    """A frozen network in bf16, without numbers; with `rank`, its adapters are trained, and all of
+    its blocks are recomputed. -> the network, and how many weights it has, and how many adapters"""
+    with torch.device("meta"):
+        net = kind(**config).bfloat16().requires_grad_(False)
+    if rank:
+        add_lora(net, rank)
+        net.enable_gradient_checkpointing()
+    adapters = sum(w.numel() for w in net.parameters() if w.requires_grad)
+    return net, sum(w.numel() for w in net.parameters()) - adapters, adapters
 
 HEAD = ["what", "GPUs", "weights", "gradients, moments", "encoders, VAE", "scorers", "rollout",
         "update", "peak"]
@@ -113,88 +129,61 @@ def row(settings, gpus, always, temporary):
             f"{(sum(always) + max(temporary)) / 1e9:.0f}"]
 
 VAE_SIZE = 2 * 0.084e9                                          # bf16
+ENCODERS = 2 * (4.762e9 + 0.123e9)                              # T5 and CLIP, bf16
 HPSV2, SCORERS = 4 * 0.986e9, 4 * (0.986e9 + 0.986e9 + 0.478e9)     # HPSv2.1, PickScore and
                                                                     # ImageReward, float32
 
-def memory(G=12, b=2, tokens=45 * 45, text=512, rank=64):
+def memory():
     """The GPU memory of one process, in GB of 1e9 bytes: FLUX.1-dev with --preset dpm8 (720x720, b
-    anchors in a forward pass) and the paper's three rewards. -> head and rows of a table."""
-    def flux(trained):
-        with torch.device("meta"):
-            net = FluxTransformer2DModel(guidance_embeds=True)
-        return net.bfloat16().requires_grad_(trained)
+    anchors in a forward pass) and the paper's three rewards. -> head and rows of a table.
 
-    def update_of(net):
-        return working_set(net, calls(net, b, b, tokens, text), train=True)
-
-    frozen, whole, adapted = flux(False), flux(True), flux(False)
-    add_lora(adapted, rank)
-    adapters = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
-    n = sum(w.numel() for w in frozen.parameters())
+    With adapters, it is the same on any number of GPUs: gradients are averaged in place."""
+    G, b, tokens, flux = 12, 2, 45 * 45, dict(kind=FluxTransformer2DModel, guidance_embeds=True)
+    frozen, n, _ = made(**flux)
+    adapted, _, adapters = made(**flux, rank=64)
     block = sum(w.numel() for w in frozen.transformer_blocks[0].parameters())
-    with torch.device("meta"):
-        vae = AutoencoderKL(**VAE).bfloat16()
-    z = torch.empty(G, 16, 90, 90, dtype=torch.bfloat16, device="meta")
-    evaluate = working_set(frozen, calls(frozen, G, G, tokens, text), train=False)
-    evaluate_4 = working_set(frozen, calls(frozen, 4, 4, tokens, text), train=False)
-    decode = working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
-    lora_kept, full_kept = update_of(adapted), update_of(whole)
-    adapted.enable_gradient_checkpointing()
-    whole.enable_gradient_checkpointing()
-    lora, full = update_of(adapted), update_of(whole)
-    eight_by_4 = calls(adapted, 8 * b, 4, tokens, text)         # of 8 prompts
-    lora_by_4 = working_set(adapted, eight_by_4, train=True)
-    rollout = max(evaluate, decode)
-    encoders = 2 * (4.762e9 + 0.123e9) + VAE_SIZE               # T5 and CLIP too, bf16
-    print(f"transformer {n / 1e9:.2f} B parameters, a block up to {block / 1e9:.2f} B; LoRA {rank}:"
-          f" {adapters / 1e6:.0f} M; rollout of {G}: {evaluate / 1e9:.1f} GB, decoding them "
-          f"{decode / 1e9:.1f}, {b} anchors: {lora / 1e9:.1f} (LoRA) or {full / 1e9:.1f} (all) "
-          f"with checkpointing, {lora_kept / 1e9:.0f} or {full_kept / 1e9:.0f} without\n")
-    rows = []
+    evaluate, evaluate_4 = pass_of(frozen, tokens, G), pass_of(frozen, tokens, 4)
+    decode = decoding_of(made(AutoencoderKL, **VAE)[0], G, 16, 90, 90)
+    lora = pass_of(adapted, tokens, b, train=True)
+    lora_by_4 = pass_of(adapted, tokens, 4, 8 * b // 4, train=True)     # of 8 prompts
+    adapted.disable_gradient_checkpointing()
+    lora_kept = pass_of(adapted, tokens, b, train=True)
+    frozen.requires_grad_(True).enable_gradient_checkpointing()         # from here on trained
+    full = pass_of(frozen, tokens, b, train=True)
 
-    def add(settings, gpus, weights, trained, roll, step, frozen=encoders):
-        rows.append(row(settings, gpus, (weights, trained, frozen, SCORERS), (roll, step)))
-
-    weights, moments = 2 * n + 4 * adapters, 12 * adapters
-    for gpus in (1, 8, 32):                     # DDP's buckets have a second copy of the gradients
-        trained = moments + 4 * (gpus > 1) * adapters
-        add(f"`--lora_rank {rank}`", gpus, weights, trained, rollout, lora)
-    add(f"`--lora_rank {rank} --text_encoder_device offload`", 1, weights, moments, rollout, lora,
-        VAE_SIZE)
-    add("the same, `--checkpoint_blocks 0`", 1, weights, moments, rollout, lora_kept, VAE_SIZE)
-    add("the same, `--prompts_per_iteration 8 --batch 4`, all recomputed", 1, weights, moments,
-        max(evaluate_4, decode / G * 4), lora_by_4, VAE_SIZE)
-    add("all weights", 1, 4 * n, 12 * n, rollout, full)
-    for gpus in (8, 32):                        # two blocks at a time are gathered in bf16, with
-        add("`--fsdp`", gpus, 4 * n / gpus, 12 * n / gpus,      # their gradients in float32
-            max(evaluate + 2 * block * 2, decode), full + 2 * block * (2 + 4))
+    rollout, weights, moments = max(evaluate, decode), 2 * n + 4 * adapters, 12 * adapters
+    resident, offloaded = ((weights, moments, encoders + VAE_SIZE, SCORERS)
+                           for encoders in (ENCODERS, 0))
+    rows = [
+        row("`--lora_rank 64`", "any", resident, (rollout, lora)),
+        row("`--lora_rank 64 --text_encoder_device offload`", 1, offloaded, (rollout, lora)),
+        row("the same, `--checkpoint_blocks 0`", 1, offloaded, (rollout, lora_kept)),
+        row("the same, `--prompts_per_iteration 8 --batch 4`, all recomputed", 1, offloaded,
+            (max(evaluate_4, decode / G * 4), lora_by_4)),
+        row("all weights", 1, (4 * n, 12 * n, ENCODERS + VAE_SIZE, SCORERS), (rollout, full))]
+    for gpus in (8, 32):
+        sharded = 4 * n / gpus, 12 * n / gpus, ENCODERS + VAE_SIZE, SCORERS
+        # two blocks at a time are gathered in bf16, with their gradients in float32
+        temporary = max(evaluate + 2 * block * 2, decode), full + 2 * block * (2 + 4)
+        rows.append(row("`--fsdp`", gpus, sharded, temporary))
     return HEAD, rows
 
-def memory_of_klein(b=2, rank=64):
+def memory_of_klein():
     """The same for FLUX.2-klein-base-4B on one GPU, with adapters. With guidance the network gets
     each latent twice. If Qwen3 is moved to the GPU before a rollout, its weights, logits and hidden
     states count for the rollout."""
-    with torch.device("meta"):
-        frozen = Flux2Transformer2DModel(**KLEIN).bfloat16().requires_grad_(False)
-        adapted = Flux2Transformer2DModel(**KLEIN).bfloat16().requires_grad_(False)
-        vae = AutoencoderKLFlux2().bfloat16()
-    add_lora(adapted, rank)
-    adapted.enable_gradient_checkpointing()
-    adapters = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
-    n = sum(w.numel() for w in frozen.parameters())
-    print(f"klein: transformer {n / 1e9:.2f} B parameters; LoRA {rank}: {adapters / 1e6:.0f} M\n")
-    rows = []
-    prompts, batch = 4, 2
+    b, prompts, batch, rows = 2, 4, 2, []
+    frozen, n, _ = made(Flux2Transformer2DModel, **KLEIN)
+    adapted, _, adapters = made(Flux2Transformer2DModel, rank=64, **KLEIN)
+    vae, *_ = made(AutoencoderKLFlux2)
     for side, where, scorers, words in ((720, "offload", SCORERS, ""),
                                         (512, "cpu", HPSV2, " --resolution 512 --rewards hpsv2")):
         tokens = (side // 16) ** 2
-        z = torch.empty(batch, 32, side // 8, side // 8, dtype=torch.bfloat16, device="meta")
-        rollout = working_set(frozen, calls(frozen, 2 * batch, 2 * batch, tokens), train=False)
-        decode = working_set(vae, lambda: vae.decode(z, return_dict=False)[0], train=False)
-        anchors = calls(adapted, 2 * prompts * b, 2 * batch, tokens)
-        update = working_set(adapted, anchors, train=True)
+        rollout = pass_of(frozen, tokens, 2 * batch)
+        decode = decoding_of(vae, batch, 32, side // 8, side // 8)
+        update = pass_of(adapted, tokens, 2 * batch, prompts * b // batch, train=True)
         encode = 2 * (4.022e9 + (prompts + 1) * 512 * (151936 + 37 * 2560)) * (where == "offload")
-        settings = (f"`--lora_rank {rank} --text_encoder_device {where} --prompts_per_iteration "
+        settings = (f"`--lora_rank 64 --text_encoder_device {where} --prompts_per_iteration "
                     f"{prompts} --batch {batch}{words}`")
         always = 2 * n + 4 * adapters, 12 * adapters, VAE_SIZE, scorers
         rows.append(row(settings, 1, always, (max(rollout, decode, encode), update)))

@@ -107,7 +107,7 @@ def iterate(name, places, file, flags):
 def attend(geometry, file, flags):
     """Seconds of an evaluation of 12 latents with each kind of attention, and how far the gradient
     of two is from that of plain products. Prints the fastest kind whose gradient is right."""
-    cfg = bench.parsed(bench.TRAIN, [*bench.SIZES[geometry].split(), "--no-compile", *flags])
+    cfg = bench.parsed([*bench.SIZES[geometry].split(), "--no-compile", *flags])
     model = bench.build(cfg, geometry)
     x, cond = torch.randn(12, *model.latent_shape, device=model.device), model.encode(["a"])
     for w in model.trained():                   # new adapters add nothing

@@ -1,21 +1,18 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in two calls of under ten minutes each, on one GPU of 80 GB:
+# What only a GPU can tell, in two calls of under ten minutes each, on one GPU of 80 GB. (Commit
+# 6a83bd3 has `first` and `second`, which were made in November 2026: see PERFORMANCE.md.)
 #
-#     bash paper/gpu.sh first         # does it run, is it right; an iteration at FLUX.1-dev's size,
-#                                     # ours and DanceGRPO's
-#     bash paper/gpu.sh second        # compiled blocks: what do they bring, are they right; float8,
-#                                     # and fewer blocks recomputed
 #     bash paper/gpu.sh third         # kinds of attention; iterations with the fastest, and with
 #                                     # rollouts in one CUDA graph
 #     bash paper/gpu.sh fourth        # whole models with text encoders and scorers: FLUX.1-dev,
 #                                     # klein, Stable Diffusion 3.5 medium, Z-Image; compiled tests
 #     bash paper/gpu.sh collect       # what lies in OUT, into paper/results/gpu.json
-#     DEVICE=cpu bash paper/gpu.sh first      # a rehearsal without a GPU: a narrow model, more time
+#     DEVICE=cpu bash paper/gpu.sh third      # a rehearsal without a GPU: a narrow model, more time
 #
 # Nothing is downloaded: weights are random or those of tiny/. The most telling comes first, each
 # step has a time limit, and all of a call together has one, LIMIT seconds (default 540). What a
 # step prints goes to a file in OUT (default out/gpu) as it comes; OUT/summary.txt has a line a step,
-# OUT/results.jsonl a line for each result of `third` and `fourth`.
+# OUT/results.jsonl a line for each result.
 #
 # Packages that are missing are installed from a folder wheels/, which git ignores. Fill it where
 # there is a network, for Python 3.12 on Linux, beside a torch and transformers that are there:
@@ -23,14 +20,14 @@
 #     pip download --no-deps --python-version 3.12 --only-binary=:all: -d wheels \
 #         --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
 #         diffusers==0.42.1 open_clip_torch==3.3.0 ftfy wcwidth importlib_metadata zipp \
-#         requests urllib3 charset_normalizer idna certifi torchao==0.18.0
+#         requests urllib3 charset_normalizer idna certifi
 #
 # `third` also tries FlashAttention's CuTe kernels if they are there, 80 MB more (a later flash-attn-4
 # does not fit torch 2.11): flash-attn-4==4.0.0b10 quack-kernels==0.3.3 nvidia-cutlass-dsl==4.4.2
 # nvidia-cutlass-dsl-libs-base==4.4.2 apache-tvm-ffi==0.1.9 torch-c-dlpack-ext==0.1.5
 set -u
 cd "$(dirname "$0")/.."
-CALL=${1:-first} DEVICE=${DEVICE:-cuda} OUT=${OUT:-out/gpu}
+CALL=${1:-third} DEVICE=${DEVICE:-cuda} OUT=${OUT:-out/gpu}
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 LIMIT=${LIMIT:-540}             # seconds, of all steps together
 PATIENCE=1                      # every step's limit is multiplied by it
@@ -40,9 +37,9 @@ TEMP=$(mktemp -d)
 trap 'rm -rf "$TEMP"' EXIT
 if [ "$DEVICE" = cpu ]; then
     SIZE="--geometry flux-narrow" MORE="--device cpu --lora_rank 4 --checkpoint_blocks -1"
-    ITERATIONS=3 PATIENCE=5 LIMIT=$((5 * LIMIT)) WHOLE="$MORE --shift 0"
+    PATIENCE=5 LIMIT=$((5 * LIMIT)) WHOLE="$MORE --shift 0"
 else
-    SIZE="--geometry flux" MORE="" ITERATIONS=20
+    SIZE="--geometry flux" MORE=""
     WHOLE="--lora_rank 64 --checkpoint_blocks -1 --shift 0 --rewards hpsv2,pickscore,imagereward"
 fi
 
@@ -63,23 +60,10 @@ step() {    # step NAME SECONDS COMMAND...: run it, at most so long, and note ho
 
 missing() { ! "$PYTHON" -c "import machine, importlib; importlib.import_module('$1')" 2>/dev/null; }
 
-if ls wheels/*.whl >/dev/null 2>&1 && { missing diffusers || missing open_clip || missing torchao; }
-then
+if ls wheels/*.whl >/dev/null 2>&1 && { missing diffusers || missing open_clip; }; then
     step wheels 60 "$PYTHON" -m pip install --no-index --no-deps wheels/*.whl
 fi
 
-versions='
-import shutil, sys, sysconfig, pathlib, machine, torch, diffusers, transformers, open_clip
-print("python", sys.version.split()[0], "torch", torch.__version__, "diffusers",
-      diffusers.__version__, "transformers", transformers.__version__)
-print("C compiler:", shutil.which("gcc") or shutil.which("cc"), " Python.h:",
-      pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())      # compiling needs both
-device = torch.device(sys.argv[1])
-if device.type == "cuda":
-    print(torch.cuda.get_device_name(), f"{torch.cuda.mem_get_info()[1] / 1e9:.0f} GB")
-from paper.bench import matmul_rate
-print(f"a matrix product: {matmul_rate(device) / 1e12:.3g} TFLOP/s")
-'
 collect='
 import json, pathlib, sys
 out, path = pathlib.Path(sys.argv[1]), pathlib.Path("paper/results/gpu.json")
@@ -88,36 +72,15 @@ lines = [json.loads(line) for line in open(out / "results.jsonl")]
 runs = json.loads(path.read_text(encoding="utf-8"))
 path.write_text(json.dumps([*runs, dict(lines=lines, output=output)], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 '
-compiles='
-import sys, torch
-x, f = torch.randn(1000, device=sys.argv[1]), lambda x: (x.sin().exp() * x).sum()
-print("compiled:", torch.compile(f)(x).item(), "not:", f(x).item())
-'
 
 case $CALL in
-first)
-    step machine 60 "$PYTHON" -c "$versions" "$DEVICE"
-    step small_world 60 "$PYTHON" train.py --device "$DEVICE" --iterations $ITERATIONS \
-        --eval_every 20 --out_dir "$TEMP/small"
-    cp "$TEMP/small/log.jsonl" "$OUT/small_world.jsonl"
-    cp "$TEMP/small/before_after.png" "$OUT/small_world.png"
-    step tests 150 "$PYTHON" -m pytest -v -s --durations 5 -k "not compiled" tests/test_gpu.py
-    step dance 200 "$PYTHON" -m paper.bench methods $SIZE --only dpm8,dance --no-compile --no-bare \
-        --warm 0 --repeats 1 --json "$OUT/dance.json" $MORE
-    ;;
-second)
-    step compiles 40 "$PYTHON" -c "$compiles" "$DEVICE"
-    step compiled 330 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 2,5 --profile $MORE
-    step tests_compiled 150 "$PYTHON" -m pytest -v -s -k compiled tests/test_gpu.py
-    step ladder 300 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 3,4,6 $MORE
-    ;;
 third)
     step attention 150 "$PYTHON" -m paper.gpu attention "${SIZE#* }" "$OUT/results.jsonl" $MORE
     kind=$(sed -n "s/^fastest: //p" "$OUT/attention.txt")
-    step fast 210 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5,7 --profile \
+    step fast 210 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 4,5 --profile \
         --attention "${kind:-flash}" $MORE
     if [ "${kind:-flash}" != flash ]; then      # to compare with
-        step flash 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 5 $MORE
+        step flash 150 "$PYTHON" -m paper.bench ladder $SIZE --repeats 1 --steps 4 $MORE
     fi
     ;;
 fourth)
@@ -137,7 +100,7 @@ collect)
     exit
     ;;
 *)
-    echo "usage: bash paper/gpu.sh first|second|third|fourth|collect" >&2
+    echo "usage: bash paper/gpu.sh third|fourth|collect" >&2
     exit 2
     ;;
 esac

@@ -23,24 +23,21 @@ compares it with, and four more.
     comparisons        how many differences the tables judge
 
 Call them in this order. A stopped command continues (paper/jobs.py). Equal seconds are those of
---iterations of Neighbor GRPO with 8 steps. The seconds in the committed results/table3.json turn
-them into iterations, so other work on the machine does not matter during a run. Tables 4 to 6,
-settings and rewards have equal iterations. Each method comes twice: as published, but with the
-search's learning rate and clip; and "searched", with all of the search's settings. Evaluations use
-DPM-Solver++ with 16 steps. The reward is `preference`. Only `rewards` trains on the judge. --quick
-has a few iterations, prompts and rows, and seconds by a fit. Its numbers are meaningless.
+--iterations of Neighbor GRPO with 8 steps. The seconds in results/table3.json turn them into
+iterations, so other work on the machine does not matter during a run. Tables 4 to 6, settings and
+rewards have equal iterations. Each method comes twice: as published, but with the search's learning
+rate and clip; and "searched", with all of the search's settings. Evaluations use DPM-Solver++ with
+16 steps. The reward is `preference`. Only `rewards` trains on the judge. paper/README.md explains
+the columns. --quick has few iterations and prompts. Its numbers are meaningless.
 """
 import argparse, functools, hashlib, itertools, json, math, random, re, shutil, signal
 import subprocess, sys, time
 from pathlib import Path
-import matplotlib
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
 import rewards, train
-from eval import as_bytes, diversity, label_of, picture_grid, sample
+from eval import as_bytes, diversity, import_matplotlib, label_of, picture_grid, sample
 from machine import evenly_spaced, read_prompts
 from model import Flux
 from neighbor_grpo import group_advantages, perturb_noise
@@ -69,25 +66,26 @@ CHANGES = {             # table: {row: settings of Neighbor GRPO with 8 steps}
     "rewards": {"preference": "", "judge": "--rewards judge --eval_scorers preference",
                 "both": "--rewards preference,judge --eval_scorers flawless"}}
 OURS_BEST = "Neighbor GRPO" + SEARCHED          # which may have other than 8 steps
-METHODS = {             # label: (script, settings, the method whose search it takes)
-    **{label: (script, flags, flags.split()[1] if script == bench.BASELINES else "neighbor")
-       for label, script, flags in bench.METHODS.values()},
-    **{f"Neighbor GRPO, {T} steps": (bench.TRAIN, f"--num_rollout_steps {T} --num_train_steps "
-       f"{min(4, T - 1)}", "neighbor") for T in STEPS[1:]},
-    "Neighbor GRPO": (bench.TRAIN, "", "neighbor"),
-    OURS_2: (bench.TRAIN, CHANGES["table6"]["2"], "neighbor"),
-    OURS_08: (bench.TRAIN, CHANGES["table6"]["0.8"], "neighbor"),
+METHODS = {             # label: settings
+    **dict(bench.METHODS.values()),
+    **{f"Neighbor GRPO, {T} steps": f"--num_rollout_steps {T} --num_train_steps {min(4, T - 1)}"
+       for T in STEPS[1:]},
+    "Neighbor GRPO": "", OURS_2: CHANGES["table6"]["2"], OURS_08: CHANGES["table6"]["0.8"],
 }
-PUBLISHED = [label for label, _, _ in bench.METHODS.values()]
+PUBLISHED = [label for label, _ in bench.METHODS.values()]
+
+def family_of(label):
+    """The method whose search a row takes."""
+    flags = METHODS[label.removesuffix(SEARCHED)]
+    return flags.split()[1] if "--method" in flags else "neighbor"
+
 FAMILIES = {"neighbor": "Neighbor GRPO"}        # method: the first of its labels
 for label in PUBLISHED:
-    FAMILIES.setdefault(METHODS[label][2], label)
+    FAMILIES.setdefault(family_of(label), label)
 BEST = [*(label + SEARCHED for label in list(FAMILIES.values())[1:]), OURS_BEST]
 TABLE1 = [*PUBLISHED, *BEST]
 TABLE2 = [label + end for label in ("DanceGRPO", "MixGRPO", "BranchGRPO")
           for end in ("", SEARCHED)] + [OURS_2, OURS_08]
-ERRORS = "± is the standard error over seeds."
-PAIRED = "\"Over\" is the difference of runs of the same seed."
 # The learning rate and clip of Tables 4 to 6, settings and rewards: those of the first search
 # (results/tune.md of commit 3da3e69)
 AROUND = "--lr 5e-5 --clip_eps 1e-3".split()
@@ -130,17 +128,16 @@ GRIDS = {
 }
 
 AGAIN = {"table4": "0.3", "table5": "8", "table6": "1", "settings": "1 update", "rewards": "judge"}
-SPREAD = {label: (script, flags) for label, script, flags in (
-    ("Neighbor GRPO, sigma 0.3, 8 steps", bench.TRAIN, ""),
-    ("Neighbor GRPO, sigma 0.3, 4 steps", bench.TRAIN, "--num_rollout_steps 4 --num_train_steps 3"),
-    ("MixGRPO's first window", bench.BASELINES, "--method mix"),
-    ("a noise of its own for each, ODE (DiffusionNFT)", bench.BASELINES, "--method nft"),
-    ("the same, with noise at every step (Flow-GRPO)", bench.BASELINES, "--method flow"),
-    *((f"DanceGRPO, eta {eta}, {T} steps", bench.BASELINES, f"--method dance --eta {eta} "
-       f"--num_rollout_steps {T} --num_train_steps 4") for eta, T in ((0.3, 25), (0.3, 8), (0.7, 8),
-                                                                      (1.0, 8))),
-    *((f"BranchGRPO, eta {eta} x {factor}", bench.BASELINES, f"--method branch --eta {eta} "
-       f"--split_noise {factor}") for eta, factor in ((0.3, 4), (0.5, 4), (1.0, 2))))}
+SPREAD = {              # label: settings
+    "Neighbor GRPO, sigma 0.3, 8 steps": "",
+    "Neighbor GRPO, sigma 0.3, 4 steps": "--num_rollout_steps 4 --num_train_steps 3",
+    "MixGRPO's first window": "--method mix",
+    "a noise of its own for each, ODE (DiffusionNFT)": "--method nft",
+    "the same, with noise at every step (Flow-GRPO)": "--method flow",
+    **{f"DanceGRPO, eta {eta}, {T} steps": f"--method dance --eta {eta} --num_rollout_steps {T} "
+       "--num_train_steps 4" for eta, T in ((0.3, 25), (0.3, 8), (0.7, 8), (1.0, 8))},
+    **{f"BranchGRPO, eta {eta} x {factor}": f"--method branch --eta {eta} --split_noise {factor}"
+       for eta, factor in ((0.3, 4), (0.5, 4), (1.0, 2))}}
 PAPER_BASE = 0.310, 0.389
 PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one of three
     "table1": {"DanceGRPO": (0.371, 0.364), "MixGRPO": (0.366, 0.382),
@@ -159,7 +156,7 @@ PAPER = {   # FLUX.1-dev: (HPSv2.1, CLIP). HPSv2.1 was a reward, in Table 1 one 
 # ------------------------------------------------------------------------------------------------
 # The runs of a method
 
-def job(args, label, script, flags, iterations, seed, every=None):
+def job(args, label, flags, iterations, seed, every=None):
     """One run -> (folder, (script, flags)). `every`: iterations between evaluations, 0 for none; by
     default a fifth of all."""
     text, name = " ".join(flags), OURS if label in (OURS_2, OURS_08) else label
@@ -169,26 +166,23 @@ def job(args, label, script, flags, iterations, seed, every=None):
     name = name.replace("*", "").replace(", ", "-").replace(" ", "_")
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]
     every = math.ceil(iterations / 5) if every is None else every
-    every = iterations if args.quick and every else every
-    return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (script, [
+    return args.out / f"{name}-{digest}-{iterations}-seed{seed}", (bench.script_of(flags), [
         *flags, "--iterations", str(iterations), "--seed", str(seed), "--eval_steps", "16",
         "--eval_every", str(every), "--save_every", "10", "--keep", "1", *args.more])
 
 def settings_of(args, label):
-    """A row's script and flags."""
-    script, flags, family = METHODS[label.removesuffix(SEARCHED)]
+    """A row's flags."""
     if label.endswith(SEARCHED):
-        return script, tuned(args)[family]["searched"].split()
+        return tuned(args)[family_of(label)]["searched"].split()
     if "sigma" in label:
-        return script, [*AROUND, *flags.split()]
-    return script, [*flags.split(), *tuned(args)[family]["published"].split()]
+        return [*AROUND, *METHODS[label].split()]
+    return [*METHODS[label].split(), *tuned(args)[family_of(label)]["published"].split()]
 
 def jobs_of(args, label, flags=None):
     """A row's runs, {folder: (script, flags)}, one for each seed. They last as long as
     args.iterations of ours."""
-    script, own = settings_of(args, label) if flags is None else (bench.TRAIN, flags)
-    return dict(job(args, label, script, own, lasting(args, label), seed)
-                for seed in range(args.seeds))
+    flags = settings_of(args, label) if flags is None else flags
+    return dict(job(args, label, flags, lasting(args, label), seed) for seed in range(args.seeds))
 
 def lasting(args, label):
     """The number of iterations of a method that take the seconds of args.iterations of ours."""
@@ -201,67 +195,61 @@ def lasting(args, label):
 def timed(args, label):
     """The settings that Table 3 times: without learning rate and clip, which cost nothing."""
     if not label.endswith(SEARCHED):
-        return METHODS[label][1]
-    words = tuned(args)[METHODS[label.removesuffix(SEARCHED)][2]]["searched"].split("--")
+        return METHODS[label]
+    words = tuned(args)[family_of(label)]["searched"].split("--")
     return "--".join(word for word in words if not word.startswith(("lr ", "clip_eps "))).strip()
 
-def costs():
-    """The rows of the committed Table 3, {label: dict}."""
-    path = RESULTS / "table3.json"
+def costs(args):
+    """The rows of Table 3, {label: dict}, or none before it was made."""
+    path = args.results / "table3.json"
     return json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}
 
 def cost_of(args, label):
-    """The row of Table 3. Variants of ours do the same work, so they share a timing. With --quick,
-    seconds are estimated."""
+    """The row of Table 3. Variants of ours do the same work, so they share a timing."""
     label = OURS if "sigma" in label else label
-    found = costs().get(label, {})
-    if args.quick:
-        script = METHODS[label.removesuffix(SEARCHED)][0]
-        old, theta, images = evaluations(script, timed(args, label))
-        return dict(seconds=estimated(script, timed(args, label)), nfe_old=old / images,
-                    nfe_theta=theta / images, solver="")
+    found = costs(args).get(label, {})
     if found.get("settings") != timed(args, label):
-        raise SystemExit(f"results/table3.json has no seconds for {label} with these settings; "
-                         "python -m paper.reproduce table3")
+        raise SystemExit(f"{args.results}/table3.json has no seconds for {label} with these "
+                         "settings; python -m paper.reproduce table3")
     return found
 
 @functools.cache
-def evaluations(script, flags):
+def evaluations(flags):
     """An iteration's network evaluations without and with gradients, and its images -> (3,)"""
-    cfg = bench.parsed(script, flags.split())
-    if script == bench.BASELINES:
+    cfg = bench.parsed(flags.split())
+    if cfg.method != "neighbor":
         old, theta = baselines.nfe(cfg)
     else:
         old, theta = cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / cfg.group_size
     return cfg.prompts_per_iteration * cfg.group_size * np.array([old, theta, 1.0])
 
-def estimated(script, flags, rows=None):
+def estimated(flags, rows):
     """The seconds of an iteration, by a fit of the published rows of Table 3: so many for an
     evaluation, for a trained one, and for an image."""
-    rows = costs() if rows is None else rows
     known = {label: rows[label]["seconds"] for label in PUBLISHED if label in rows}
     y = np.array(list(known.values()))
-    x = np.array([evaluations(*METHODS[label][:2]) for label in known])
+    x = np.array([evaluations(METHODS[label]) for label in known])
     each, *_ = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)
-    return float(evaluations(script, flags) @ each)
+    return float(evaluations(flags) @ each)
 
 def table3(args):
-    wanted = {label: (label, METHODS[label.removesuffix(SEARCHED)][0], timed(args, label))
+    """Rows that were added later are scaled by the seconds of ours, which is timed with them."""
+    wanted = {label: (label, timed(args, label))
               for label in [*PUBLISHED, *(f"Neighbor GRPO, {T} steps" for T in STEPS[1:]), *BEST]
               if not label.endswith(SEARCHED) or (args.results / "tune.json").exists()}
-    found = {} if args.quick else {label: row for label, row in costs().items()
-                                   if label in wanted and row.get("settings") == wanted[label][2]}
+    found = {label: row for label, row in costs(args).items()
+             if label in wanted and row.get("settings") == wanted[label][1]}
     missing = {label: method for label, method in wanted.items() if label not in found}
     if missing:
         all_threads = torch.get_num_threads()
         torch.set_num_threads(threads(args))
         timings = bench.measure({OURS: wanted[OURS], **missing}, args.repeats, args.more[:4],
-                                bare=False, warm=not args.quick)
+                                warm=min(1, args.repeats - 1))
         torch.set_num_threads(all_threads)
         scale = found[OURS]["seconds"] / timings[OURS]["iteration"] if OURS in found else 1
         kept = ("nfe_old", "nfe_theta", "G", "B", "K", "solver")
         found |= {label: dict(seconds=scale * timings[label]["iteration"],
-                              settings=wanted[label][2], cpu=made_by()["cpu"],
+                              settings=wanted[label][1], cpu=made_by()["cpu"],
                               **{key: timings[label][key] for key in kept}) for label in missing}
     found, paper, rows = {label: found[label] for label in wanted}, PAPER["table3"], []
     for label, c in found.items():
@@ -270,35 +258,21 @@ def table3(args):
             published = [f"{paper[label]:.2f}", f"{paper[label] / paper[RIVAL]:.2f}"]
         rows.append([label, f"{c['nfe_old']:.2f}".removesuffix(".00"), c["G"], c["B"], c["K"],
                      f"{c['nfe_theta']:.2f}", f"{c['seconds']:.2f}",
-                     f"{estimated(wanted[label][1], wanted[label][2], found):.2f}",
+                     f"{estimated(wanted[label][1], found):.2f}",
                      f"{c['seconds'] / found[RIVAL]['seconds']:.2f}", *published])
-    caption = (f"Medians of {args.repeats} iterations of each method, in turn, in one process. "
-               f"Rows that were added later are scaled by the seconds of {OURS}, which was timed "
-               "with them. \"Fit\": estimated from the published rows, as for the search. The "
-               "paper counts 14 trained steps for MixGRPO, whose code and paper have 4; for "
-               "BranchGRPO it has NFE_old 20, K 4 and NFE_theta 13.68. DiffusionNFT's NFE_old "
-               "includes the old policy's velocity at the 9 trained points. FDFO trains all of its "
-               "40 steps.")
     head = ["Method", "NFE_old", "G", "B", "K", "NFE_theta", "s / iter.", "fit", f"of {RIVAL}'s",
             "paper: s / iter.", f"of {RIVAL}'s"]
-    return head, rows, found, caption
+    return head, rows, found, ""
 
 # ------------------------------------------------------------------------------------------------
 # The search
 
 def tuned(args):
-    """{method: dict(published, searched)}: flags, from results/tune.json. With --quick, the last of
-    each axis for what is not there."""
-    path, found = args.results / "tune.json", {}
-    if args.quick:
-        found = {family: dict(published=" ".join(axis[-1] for axis in grid[:2]),
-                              searched=flags_of(family, [axis[-1] for axis in grid]))
-                 for family, grid in GRIDS.items()}
-    elif not path.exists():
-        raise SystemExit("there is no results/tune.json; python -m paper.reproduce tune")
-    if path.exists():
-        found |= json.loads(path.read_text(encoding="utf-8"))["data"]
-    return found
+    """{method: dict(published, searched)}: flags, from results/tune.json."""
+    path = args.results / "tune.json"
+    if not path.exists():
+        raise SystemExit(f"there is no {path}; python -m paper.reproduce tune")
+    return json.loads(path.read_text(encoding="utf-8"))["data"]
 
 def flags_of(family, choice):
     method = f"--method {family} " * (family != "neighbor")
@@ -329,11 +303,11 @@ def sweep(args):
     by turns the best of all and the best of the published, until another budget is spent.
     -> {method: [dict(choice, published, seconds, half, whole)]}; half and whole: dict(iterations,
     preference, judge), the gains, or -1 for a run that diverged."""
-    run_seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    prompts = [] if args.quick else ["--eval_prompts", "tiny/prompts/test_pair.txt"]
+    run_seconds, rows = args.iterations * cost_of(args, OURS)["seconds"], costs(args)
+    prompts = ["--eval_prompts", "tiny/prompts/test_pair.txt"]          # which no table uses
 
     def attempt(part, seed, chosen):
-        jobs = [(trial, job(args, f"tune-{FAMILIES[family]}", METHODS[FAMILIES[family]][0],
+        jobs = [(trial, job(args, f"tune-{FAMILIES[family]}",
                             [*flags_of(family, trial["choice"]).split(), *prompts],
                             trial[part]["iterations"], seed, every=trial[part]["iterations"]))
                 for family, trials in chosen.items() for trial in trials]
@@ -356,12 +330,11 @@ def sweep(args):
         return taken
 
     found = {}
-    for family in ("dance", "fdfo", "neighbor") if args.quick else GRIDS:
-        script = METHODS[FAMILIES[family]][0]
-        cost = lambda choice: estimated(script, flags_of(family, choice))
+    for family in GRIDS:
+        cost = lambda choice: estimated(flags_of(family, choice), rows)
         trials = (dict(choice=choice, published=published, seconds=cost(choice))
                   for choice, published in in_order(
-                      family, lambda choice: args.quick or 4 * cost(choice) <= run_seconds))
+                      family, lambda choice: 4 * cost(choice) <= run_seconds))
         found[family] = within(args.search[0], trials, "half", 1 / 2)
     attempt("half", 1000, found)
     again = {}
@@ -394,17 +367,9 @@ def tune(args):
                      sum("whole" in trial for trial in trials), f"{spent:.0f}",
                      data[family]["published"], told(plain),
                      " ".join(filter(None, best["choice"])), told(best)])
-    seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption = (f"Trials take half of {seconds:.0f} s, but at least {args.least} iterations, until "
-               f"{args.search[0] * seconds:.0f} s are spent (seed 1000). The best of them, and the "
-               f"best with the published settings, take {seconds:.0f} s once more, until "
-               f"{args.search[1] * seconds:.0f} s are spent (seed 1001). Only this second reward "
-               "gain decides. In parentheses: the judge's. Seconds are estimated by the fit of "
-               "table3, gains are those on tiny/prompts/test_pair.txt. No table uses these prompts "
-               "or seeds.")
     return ["method", "settings in the grid", "trials", "of them as published", "tried again",
             "seconds", "as published: learning rate, clip", "reward gain", "searched",
-            "reward gain"], rows, data, caption
+            "reward gain"], rows, data, ""
 
 # ------------------------------------------------------------------------------------------------
 # The methods
@@ -424,10 +389,10 @@ def finals(args, logs, steps=16, pictures=4):
                            "delete their lines in runs.jsonl to make these runs again")
     if newest:
         out = args.out / f"eval-{steps}-{pictures}"
-        some = ["--num_prompts", "4"] if args.quick else []
-        subprocess.run([sys.executable, "eval.py", "--checkpoint", *map(str, newest.values()),
-                        "--steps", str(steps), "--images_per_prompt", str(pictures), "--out_dir",
-                        str(out), *some], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
+        words = ["eval.py", "--checkpoint", *newest.values(), "--steps", steps, "--out_dir", out,
+                 "--images_per_prompt", pictures, "--num_prompts", args.scored]
+        subprocess.run([sys.executable, *map(str, words)], cwd=HERE, check=True,
+                       stdout=subprocess.DEVNULL)
         rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
         apart = {row["label"]: between_flawless(out / row["label"]) for row in rows}
         has_two = np.isfinite(apart[rows[0]["label"]])
@@ -488,18 +453,12 @@ def ahead(ours, theirs):
     (a, a_error), (b, b_error) = over_seeds(ours), over_seeds(theirs)
     return f"{a - b:+.4f} ± {math.hypot(a_error, b_error):.4f}"
 
-def some(args, labels):
-    """With --quick, only a rival's rows and ours."""
-    few = RIVAL, OURS, RIVAL + SEARCHED, OURS_BEST, OURS_2
-    return [label for label in labels if not args.quick or label in few]
-
-def compare(args, name, labels, best, caption):
+def compare(args, name, labels, best):
     """A table that compares methods at equal seconds. `best`: our row, from which the searched
-    methods' differences are. Also Figure 5, if its rows are there."""
-    labels = some(args, labels)
+    methods' differences are. table1 also draws Figure 5."""
     jobs = {label: jobs_of(args, label) for label in labels}
     logs = run_all(args, *jobs.values())
-    ends, data, rows = finals(args, logs), {}, []
+    ends, rows = finals(args, logs), []
     base, count, scores = ends["base"], lasting(args, RIVAL), ("preference", "judge")
     gains = {label: {key: [ends[folder][f"{key}_gain"] for folder in runs] for key in scores}
              for label, runs in jobs.items()}
@@ -509,28 +468,27 @@ def compare(args, name, labels, best, caption):
         has_over = label != best and (SEARCHED in label or "sigma" in label)
         rows.append([
             label, f"{c['nfe_old']:.4g} / {c['nfe_theta']:.4g}", f"{c['seconds']:.2f}",
-            f"{last:.0f}", " ".join(settings_of(args, label)[1]),
+            f"{last:.0f}", " ".join(settings_of(args, label)),
             *(shown([one[1][k] for one in on_the_way], 3, "+") for k in (2, 6)),
             shown([np.interp(count, *one) for one in on_the_way], 3, "+") * bool(last >= count),
             *(shown(gains[label][key], sign="+") for key in scores),
             *(ahead(gains[best][key], gains[label][key]) * has_over for key in scores),
             *(shown([ends[folder][key] for folder in runs], 3)
               for key in ("diversity", "between_flawless")), *paper_gains(name, label)])
-        data[label] = [ends[folder] for folder in runs]
     draw_pictures(args, name, jobs)
+    if name == "table1":
+        draw_figure5(args, {label: [logs[folder] for folder in runs]
+                            for label, runs in jobs.items()})
     seconds = args.iterations * cost_of(args, OURS)["seconds"]
-    caption += (f" All methods have the same seconds, {seconds:.0f}, by those of table3, in whole "
-                f"iterations. \"0.2\" is after that share of them, by the runs' own evaluations, "
-                f"one picture of each prompt. The last gains are from four new ones. The base has "
-                f"reward {base['preference']:.4f}, judge {base['judge']:.4f}, diversity "
-                f"{base['diversity']:.3f}, of flawless pictures {base['between_flawless']:.3f}. "
-                f"\"Over it\": {best} less the row. {ERRORS} The paper's columns are gains too.")
+    caption = (f"All methods have {seconds:.0f} s. The base has reward {base['preference']:.4f}, "
+               f"judge {base['judge']:.4f}, diversity {base['diversity']:.3f}, of flawless "
+               f"pictures {base['between_flawless']:.3f}.")
     head = ["Method", "NFE_old / theta", "s / iter.", "iterations", "settings",
             "reward gain after 0.2", "0.6", f"after {count} iterations", "reward gain",
             "judge gain", "ours over it", "judge, over it", "diversity", "of flawless pictures",
             "paper: HPSv2.1", "paper: CLIP"]
-    return head, rows, data, caption, {label: {folder: logs[folder] for folder in runs}
-                                       for label, runs in jobs.items()}
+    data = {label: [ends[folder] for folder in runs] for label, runs in jobs.items()}
+    return head, rows, data, caption
 
 def draw_pictures(args, name, jobs):
     """A picture of twelve held-out prompts by the base, and by the first run of each label that
@@ -547,29 +505,22 @@ def draw_pictures(args, name, jobs):
         strips[label] = as_bytes(sample(model, chosen, places, schedule(16), "dpmpp_2m"))
     picture_grid(args.results / f"{name}.png", strips, chosen)
 
-def table1(args):
-    *table, logs = compare(args, "table1", TABLE1, OURS_BEST, "One reward, `preference`; the "
-                           "paper's Table 1 has three, one of them HPSv2.1.")
-    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharey="col")
+def draw_figure5(args, logs):
+    """The runs' own evaluations, {label: [lines of each run]}, over iterations and seconds."""
+    figure, panels = draw(2, 3, sharey="col")
     for label, runs in logs.items():
         mine, seconds = "Neighbor" in label, cost_of(args, label)["seconds"]
         for panel, unit, name in zip(panels[0 if SEARCHED in label else 1], (1, seconds, seconds),
                                      ("preference", "preference", "judge")):
-            grid, gains = np.mean([curve(lines, name) for lines in runs.values()], 0)
+            grid, gains = np.mean([curve(lines, name) for lines in runs], 0)
             panel.plot(unit * grid, gains, "-" if mine else "--", label=label,
                        linewidth=2.5 if mine else 1.2)
     axes = (("iterations", "reward gain"), ("seconds", "reward gain"), ("seconds", "judge gain"))
     for row, kind in zip(panels, ("searched", "as published")):
         for panel, (x, y) in zip(row, axes):
             panel.set(xlabel=x, ylabel=f"held-out {y}", title=kind)
-            panel.grid(alpha=0.3)
         row[0].legend(fontsize=7)
-    finish(figure, args.results / "figure5.png")
-    return table
-
-def table2(args):
-    return compare(args, "table2", TABLE2, OURS_2,
-                   "One reward, `preference`; in the paper HPSv2.1.")[:4]
+    figure.savefig(args.results / "figure5.png", dpi=120)
 
 def changed(args, name, row):
     """The runs of Neighbor GRPO with 8 steps and a row's other settings; equal iterations."""
@@ -577,8 +528,7 @@ def changed(args, name, row):
 
 def one_at_a_time(args, name):
     """A table of one setting, or of one reward, with the others fixed and equal iterations."""
-    labels = list(CHANGES[name])[: 2 if args.quick else None]
-    jobs = {row: changed(args, name, row) for row in labels}
+    jobs = {row: changed(args, name, row) for row in CHANGES[name]}
     ends = finals(args, run_all(args, *jobs.values()))
     keys = {"preference_gain": "+", "judge_gain": "+", "named_gain": "+", "flawless": "",
             "diversity": "", "between_flawless": ""}
@@ -591,32 +541,29 @@ def one_at_a_time(args, name):
         rows.append([row, *(shown([ends[folder][key] for folder in each], 4, sign)
                             for key, sign in keys.items()), *over, *published])
     draw_pictures(args, name, jobs)
-    around = ", around (sigma, B, p) = (0.5, 4, 2)" * (name in SWEEPS)
-    caption = (f"{OURS}, except as named{around}; {args.iterations} iterations each, "
-               f"{' '.join(AROUND)}. {ERRORS} {PAIRED} The paper's columns are gains too. The "
-               "picture: the same held-out prompts and noises, seed 0.")
     head = [SWEEPS[name][0] if name in SWEEPS else "", "reward gain", "judge gain",
             "gain of `named`", "flawless", "diversity", "of flawless pictures",
             f"reward over \"{first}\"", "judge over it", "paper: HPSv2.1", "paper: CLIP"]
     data = {row: [ends[folder] for folder in each] for row, each in jobs.items()}
-    return head, rows, data, caption
+    return head, rows, data, ""
 
 def again(args):
-    """Make one row of each table that `one_at_a_time` wrote again, and compare."""
-    wanted = {name: next(iter(CHANGES[name])) if args.quick else AGAIN[name] for name in AGAIN}
-    jobs, rows = {name: changed(args, name, row) for name, row in wanted.items()}, []
+    """Make one row of each table that `one_at_a_time` wrote again, and compare. Two means agree
+    within the root of both squared standard errors."""
+    jobs, rows = {name: changed(args, name, row) for name, row in AGAIN.items()}, []
     ends = finals(args, run_all(args, *jobs.values()))
-    for name, row in wanted.items():
+    for name, row in AGAIN.items():
         table = json.loads((args.results / f"{name}.json").read_text(encoding="utf-8"))
         cells = dict(zip(table["head"], next(each for each in table["rows"] if each[0] == row)))
         for column, key in (("reward gain", "preference_gain"), ("judge gain", "judge_gain")):
             before, _, error = cells[column].partition(" ± ")
-            now, its_error = over_seeds([ends[folder][key] for folder in jobs[name]])
+            found = [ends[folder][key] for folder in jobs[name]]
+            now, its_error = over_seeds(found)
             far = abs(now - float(before)) / math.hypot(float(error or "nan"), its_error)
-            rows.append([name, row, column, cells[column], f"{now:+.4f} ± {its_error:.4f}",
-                         f"{far:.1f}", "yes" if far <= 1 else "no"])
+            rows.append([name, row, column, cells[column], shown(found, sign="+"), f"{far:.1f}",
+                         "yes" if far <= 1 else "no"])
     return ["table", "row", "what", "in the table", "again", "standard errors apart",
-            "within one"], rows, {}, "The same seeds. " + ERRORS
+            "within one"], rows, {}, ""
 
 # ------------------------------------------------------------------------------------------------
 # Fewer steps
@@ -624,17 +571,15 @@ def again(args):
 def steps(args):
     """Equal iterations and equal seconds are two places of the same run, because nothing in a run
     depends on its length."""
-    jobs, held_out = {}, 4 if args.quick else 16
-    for T in STEPS[::5] if args.quick else STEPS:
+    jobs, counts = {}, (4, 8, 16, 50)
+    for T in STEPS:
         label = f"Neighbor GRPO, {T} steps"
-        jobs[T] = dict(job(args, label, bench.TRAIN, METHODS[label][1].split(),
-                           lasting(args, label), seed, every=math.ceil(args.iterations / 4))
-                       for seed in range(args.seeds))
+        jobs[T] = dict(job(args, label, METHODS[label].split(), lasting(args, label), seed,
+                           every=math.ceil(args.iterations / 4)) for seed in range(args.seeds))
     logs = run_all(args, *jobs.values())
-    counts = (4, 8) if args.quick else (4, 8, 16, 50)
     ends = {count: finals(args, logs, count, 2) for count in counts}
-    correlation, rows, data = order(jobs, held_out), [], {}
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    correlation, rows, data = order(jobs, count=16), [], {}
+    figure, panels = draw(1, 2)
     for T, runs in jobs.items():
         c, its = cost_of(args, f"Neighbor GRPO, {T} steps"), {}
         for name, panel in zip(("preference", "judge"), panels):
@@ -654,16 +599,10 @@ def steps(args):
                        for count in counts), f"{correlation[T]:.2f}"])
     for name, panel in zip(("reward", "judge"), panels):
         panel.set(xlabel="seconds", ylabel=f"held-out {name} gain")
-        panel.grid(alpha=0.3)
     panels[0].legend()
-    finish(figure, args.results / "steps.png")
+    figure.savefig(args.results / "steps.png", dpi=120)
     base = ", ".join(f"{ends[count]['base']['preference']:.3f}" for count in counts)
-    caption = (f"`train.py` with T steps and K = min(4, T - 1), B = 4, its own learning rate and "
-               f"clip. \"N\": after N iterations; \"end\": after the seconds of "
-               f"{args.iterations} iterations with 8 steps. Gains in training are those with 16 "
-               f"steps; the last ones, over the base's {base} with the same steps, are of two "
-               "pictures of each prompt, at the end. Order: Spearman's correlation of the rewards "
-               f"in a group with those of 32 steps, base, {held_out} groups. {ERRORS} {PAIRED}")
+    caption = f"The base's reward, drawn with {counts} steps: {base}."
     N = args.iterations
     head = ["T", "K", "s / iter.", "iterations", f"reward gain, {N // 4}", f"{N}", "end",
             f"judge gain, {N}", "end", f"reward over 8 steps, {N}", "over, end",
@@ -689,19 +628,17 @@ def order(steps, count):
 def spread(args):
     """The standard deviation inside a group of the base, from the first iteration of runs."""
     scorers = ("preference", "flawless")
-    jobs = {(label, scorer): dict(job(args, f"spread-{label}", script, [
+    jobs = {(label, scorer): dict(job(args, f"spread-{label}", [
         *flags.split(), "--rewards", scorer, "--eval_scorers="], 1, seed, every=0)
         for seed in range(args.seeds))
-        for label, (script, flags) in list(SPREAD.items())[: 2 if args.quick else None]
-        for scorer in scorers}
+        for label, flags in SPREAD.items() for scorer in scorers}
     logs, rows, data = run_all(args, *jobs.values()), [], {}
     for label, _ in list(jobs)[::2]:
         data[label] = {scorer: [next(line["reward_std"] for line in logs[folder]
                                      if "reward_std" in line) for folder in jobs[label, scorer]]
                        for scorer in scorers}
         rows.append([label, *(shown(data[label][scorer], 3) for scorer in scorers)])
-    caption = f"The base's rollouts of eight training prompts for each seed. {ERRORS}"
-    return ["rollout", "spread of the reward", "of `flawless`"], rows, data, caption
+    return ["rollout", "spread of the reward", "of `flawless`"], rows, data, ""
 
 @torch.no_grad()
 def group_of(path, prompts, seed, sigma=0.3, G=12, T=8):
@@ -732,9 +669,9 @@ def figure4(args):
     """A'_i of real groups. The effect of p on a group is the length |A'|_2. At p = 2 it is 1 for
     every group. At a smaller p, even groups become shorter."""
     prompts = read_prompts(TRAINED_ON)
-    some = evenly_spaced(len(prompts), 8 if args.quick else 64)
+    some = evenly_spaced(len(prompts), 64)
     groups = before_and_after(args, [prompts[i] for i in some])
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, panels = draw(1, 2, sharey=True)
     rows, data = [], {}
     for panel, (label, (_, r)) in zip(panels, groups.items()):
         A = r - r.mean(1, keepdim=True)                                 # (P, G)
@@ -751,10 +688,9 @@ def figure4(args):
         panel.set(title=label, xlabel="evenness of the group, |A|_1 / (sqrt(G) |A|_2)",
                   ylabel="length of A' over the mean of all groups")
         panel.legend()
-    finish(figure, args.results / "figure4.png")
-    caption = f"{len(some)} rollout groups of training prompts; weight: |A'|_2 over its mean."
+    figure.savefig(args.results / "figure4.png", dpi=120)
     return ["model", "p", "weight of the most peaked quarter of the groups",
-            "weight of the most even quarter", "ratio"], rows, data, caption
+            "weight of the most even quarter", "ratio"], rows, data, ""
 
 def figure8(args):
     known = read_prompts(TRAINED_ON)
@@ -766,9 +702,8 @@ def figure8(args):
             rows.append([prompt, label, f"{r[i].mean():.4f}", f"{r[i].std():.4f}",
                          f"{diversity(images)[i].item():.4f}"])
     picture_grid(args.results / "figure8.png", strips, [f"candidate {i + 1}" for i in range(12)])
-    caption = f"Groups of 12, sigma 0.3, from the same noises; {OURS}, seed 0."
     return ["prompt", "model", "mean reward", "its standard deviation in the group",
-            "distance of two pictures"], sorted(rows, key=lambda row: row[0]), {}, caption
+            "distance of two pictures"], sorted(rows, key=lambda row: row[0]), {}, ""
 
 def comparisons(args):
     """Count the cells of columns that give a difference: "over" is in the column's name."""
@@ -782,21 +717,25 @@ def comparisons(args):
                        if is_over[k] or title == "judge" and is_over[k - 1]]
             cells = sum(bool(row[k]) for row in table["rows"] for k in columns)
             rows.append([name, cells]) if cells else None
-    rows.append(["all", total := sum(cells for _, cells in rows)])
-    caption = ("Differences with a standard error that the tables give. For five seeds, paired, "
-               "chance alone brings 4.0 % of them beyond three standard errors (Student's t with 4 "
-               f"degrees of freedom), {0.040 * total:.0f} of {total}; for independent runs of five "
-               f"and five, at most so many, and 1.7 % if the spreads are equal.")
-    return ["table", "differences"], rows, {}, caption
+    rows.append(["all", sum(cells for _, cells in rows)])
+    return ["table", "differences"], rows, {}, ""
 
-def finish(figure, path):
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(rows, columns, **more):
+    """A figure, and its panels, (rows, columns) or one row of them."""
+    import_matplotlib()
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5 * columns, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, **more)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    return figure, panels
 
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-RESULT_OF = {"table3": table3, "steps": steps, "tune": tune, "table1": table1, "table2": table2,
+RESULT_OF = {"table3": table3, "steps": steps, "tune": tune,
+             "table1": lambda args: compare(args, "table1", TABLE1, OURS_BEST),
+             "table2": lambda args: compare(args, "table2", TABLE2, OURS_2),
              **{name: functools.partial(one_at_a_time, name=name) for name in CHANGES},
              "spread": spread, "figure4": figure4, "figure8": figure8,
              "again": again, "comparisons": comparisons}
@@ -824,8 +763,9 @@ def main(argv=None):
     for folder in (args.out, args.results):
         folder.mkdir(parents=True, exist_ok=True)
     # The search: the fewest iterations of a trial, and the budgets of its two parts, in runs
-    args.least, args.search, args.more = (1, (0, 0), []) if args.quick else (8, (15, 5), [])
+    args.least, args.search, args.more, args.scored = 8, (15, 5), [], 0
     if args.quick:
+        args.least, args.search, args.scored = 1, (0, 0), 4             # prompts; 0: all
         (args.out / "four.txt").write_text("\n".join(read_prompts(HELD_OUT)[:4]), encoding="utf-8")
         args.more = ["--prompts_per_iteration", "4", "--resolution", "32", "--eval_prompts",
                      str(args.out / "four.txt")]
@@ -837,11 +777,9 @@ def main(argv=None):
         head, rows, found, caption = RESULT_OF[name](args)
         command = (f"python -m paper.reproduce {name} --seeds {args.seeds} --iterations "
                    f"{args.iterations} --jobs {args.jobs}" + " --quick" * args.quick)
-        if args.quick:
-            caption += " Quick: so the numbers are meaningless."
         text = (f"`{command}` (the small world; {torch.get_num_threads()} CPU threads, "
-                f"{threads(args)} per run, {made_by()['cpu']}). {caption}\n\n"
-                f"{bench.markdown(head, rows)}\n")
+                f"{threads(args)} per run, {made_by()['cpu']}). {caption}".rstrip()
+                + f"\n\n{bench.markdown(head, rows)}\n")
         (args.results / f"{name}.md").write_text(text, encoding="utf-8")
         data = json.dumps(dict(command=command, head=head, rows=rows, data=found), indent=1)
         (args.results / f"{name}.json").write_text(data, encoding="utf-8")

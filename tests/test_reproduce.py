@@ -4,7 +4,7 @@ per sentence.
 
     python -m pytest -q tests/test_reproduce.py
 """
-import argparse, json, math, os, shutil, signal, subprocess, sys, threading, time
+import argparse, dataclasses, json, math, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from paper.reproduce import HERE, OURS, between_flawless, curve, group_of, over_
 
 def settings(tmp_path, **more):
     args = dict(out=tmp_path, results=tmp_path, jobs=1, seeds=1, iterations=60, repeats=1,
-                quick=False, kept=False, more=[], least=8, search=(15, 5))
+                kept=False, more=[], least=8, search=(15, 5), scored=0)
     return argparse.Namespace(**{**args, **more})
 
 
@@ -62,12 +62,6 @@ def chosen(monkeypatch, published="--lr 3e-5"):
         for family, grid in reproduce.GRIDS.items()})
 
 
-def test_runs_last_equal_seconds(tmp_path, monkeypatch):
-    same_cost(monkeypatch, 8.0)
-    args = settings(tmp_path)
-    assert reproduce.lasting(args, "DanceGRPO") == 15 and reproduce.lasting(args, OURS) == 60
-
-
 def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours_share_them(
         tmp_path, monkeypatch):
     chosen(monkeypatch)
@@ -77,7 +71,7 @@ def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours
                      "--updates_per_iteration 4")               # lr and clip cost nothing
     rows = {OURS: dict(seconds=2.0, settings=""), searched: dict(seconds=1.0, settings=timed),
             "DanceGRPO": dict(seconds=9.0, settings="--method dance --eta 0.5")}
-    monkeypatch.setattr(reproduce, "costs", lambda: rows)
+    monkeypatch.setattr(reproduce, "costs", lambda args: rows)
     seconds = lambda label: reproduce.cost_of(settings(tmp_path), label)["seconds"]
     assert [seconds(label) for label in (OURS, reproduce.OURS_2, searched)] == [2, 2, 1]
     for label in ("DanceGRPO", "AWM"):
@@ -87,15 +81,15 @@ def test_seconds_are_those_of_table_3_for_the_same_settings_and_variants_of_ours
 
 def test_the_fit_finds_the_seconds_of_an_evaluation_of_a_trained_one_and_of_an_image():
     true = np.array([0.003, 0.008, 0.006])
-    rows = {label: dict(seconds=reproduce.evaluations(*reproduce.METHODS[label][:2]) @ true)
+    rows = {label: dict(seconds=reproduce.evaluations(reproduce.METHODS[label]) @ true)
             for label in reproduce.PUBLISHED[::2]}
-    found = reproduce.estimated("train.py", "--num_rollout_steps 4 --num_train_steps 3", rows)
+    found = reproduce.estimated("--num_rollout_steps 4 --num_train_steps 3", rows)
     assert found == pytest.approx(8 * 12 * (4 * 0.003 + 1 * 0.008 + 0.006))
 
 
 def test_table_3_measures_only_what_is_missing_and_scales_it_by_ours(tmp_path, monkeypatch):
     chosen(monkeypatch)
-    known = {label: dict(seconds=4.0, settings=reproduce.METHODS[label][1], nfe_old=1.0, G=12,
+    known = {label: dict(seconds=4.0, settings=reproduce.METHODS[label], nfe_old=1.0, G=12,
                          B=4, K=4, nfe_theta=1.0, solver="") for label in reproduce.PUBLISHED}
     asked = []
 
@@ -104,7 +98,7 @@ def test_table_3_measures_only_what_is_missing_and_scales_it_by_ours(tmp_path, m
         return {label: dict(known[OURS], iteration=6.0 if label == OURS else 3.0)
                 for label in methods}
 
-    monkeypatch.setattr(reproduce, "costs", lambda: known)
+    monkeypatch.setattr(reproduce, "costs", lambda args: known)
     monkeypatch.setattr(reproduce.bench, "measure", measure)
     _, rows, found, _ = reproduce.table3(settings(tmp_path))
     few = [f"Neighbor GRPO, {T} steps" for T in (6, 5, 4, 3, 2)]
@@ -118,16 +112,12 @@ def test_every_row_runs_its_method_with_the_settings_that_its_label_says(tmp_pat
     same_cost(monkeypatch, 1.2)                                 # 100 iterations of each rival
     found = {}
     for label in [*reproduce.PUBLISHED, reproduce.OURS_2, reproduce.OURS_08]:
-        script, _, family = reproduce.METHODS[label]
         (folder, (its, flags)), = reproduce.jobs_of(settings(tmp_path), label).items()
         parse = train.parse_config if its == "train.py" else baselines.parse_config
         cfg = parse([*flags, "--out_dir", str(folder)])
-        if its == "train.py":
-            old, theta = cfg.num_rollout_steps, cfg.num_anchors * cfg.num_train_steps / 12
-        else:
-            old, theta = baselines.nfe(cfg)
-        found[label] = old, round(theta, 3), getattr(cfg, "window_every", cfg.p)
-        assert its == script and cfg.method == family and (cfg.eval_steps, cfg.seed) == (16, 0)
+        old, theta, images = reproduce.evaluations(" ".join(flags))
+        found[label] = old / images, round(theta / images, 3), getattr(cfg, "window_every", cfg.p)
+        assert cfg.method == reproduce.family_of(label) and (cfg.eval_steps, cfg.seed) == (16, 0)
         assert cfg.lr == (5e-5 if "sigma" in label else 3e-5)
     assert found == {   # published: the window moves 12 times, the pruned depths 10 times
         "DanceGRPO": (25, 14, 0), "DanceGRPO, 16 steps": (16, 9, 0), "Flow-GRPO": (6, 5, 0),
@@ -216,25 +206,19 @@ def test_the_distance_of_flawless_pictures_leaves_out_flawed_ones_and_prompts_wi
     assert_allclose(between_flawless(tmp_path), [0.2, math.nan], rtol=1e-6)
 
 
-def config_of(family, choice, folder):
-    script, words = reproduce.METHODS[reproduce.FAMILIES[family]][0], reproduce.flags_of(family,
-                                                                                        choice)
-    parse = train.parse_config if script == "train.py" else baselines.parse_config
-    return parse([*words.split(), "--out_dir", str(folder / "new")])
+def config_of(family, choice):
+    cfg = reproduce.bench.parsed(reproduce.flags_of(family, choice).split())
+    return dataclasses.replace(cfg, out_dir="")
 
 
 @pytest.mark.parametrize("family", reproduce.GRIDS)
-def test_the_first_values_of_a_grid_are_the_published_ones_and_all_values_go_together(
-        family, tmp_path):
+def test_the_first_values_of_a_grid_are_the_published_ones_and_all_values_go_together(family):
     """Of all pairs of values, that is; a choice has one value of each axis."""
     grid = reproduce.GRIDS[family]
     first = [axis[0] for axis in grid]
-    published = config_of(family, [*first[:2]], tmp_path)
-    assert config_of(family, first, tmp_path) == published
-    longest = max(map(len, grid))
-    for shift in range(longest):
-        config_of(family, [axis[(k * shift + shift) % len(axis)] for k, axis in enumerate(grid)],
-                  tmp_path)
+    assert config_of(family, first) == config_of(family, first[:2])
+    for shift in range(max(map(len, grid))):
+        config_of(family, [axis[(k * shift + shift) % len(axis)] for k, axis in enumerate(grid)])
 
 
 def test_a_third_of_the_trials_is_as_published_but_for_learning_rate_and_clip():
@@ -270,8 +254,8 @@ def test_every_method_searches_for_the_same_seconds_and_the_second_reward_decide
     seconds = dict(fdfo=40.0, neighbor=2.0)
     same_cost(monkeypatch, 8.0)
     monkeypatch.setattr(reproduce, "run_all", run_all)
-    monkeypatch.setattr(reproduce, "estimated", lambda script, flags: seconds.get(
-        flags.split()[1] if script != "train.py" else "neighbor", 8.0))
+    monkeypatch.setattr(reproduce, "estimated", lambda flags, rows: seconds.get(
+        flags.split()[1] if "--method" in flags else "neighbor", 8.0))
     head, rows, found, _ = reproduce.tune(settings(tmp_path))
     assert set(found) == set(reproduce.GRIDS)
     for (family, one), row in zip(found.items(), rows, strict=True):
@@ -312,18 +296,14 @@ def test_a_row_differs_from_the_starting_point_by_its_own_settings_and_is_averag
         **{folder: dict.fromkeys(keys, i // 2 + i % 2 / 4) for i, folder in enumerate(asked)}})
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *got: drawn.append(got[1:]))
     _, rows, _, _ = reproduce.one_at_a_time(settings(tmp_path, seeds=2), table)
-    start = "--sigma 0.5 --num_anchors 4 --p 2" if table in reproduce.SWEEPS else ""
-    plain = train.parse_config([*reproduce.AROUND, *start.split()])
-    first = list(reproduce.CHANGES[table]).index("0.5") if table == "table4" else (
-        1 if table == "table5" else 0)
+    first = dict(table4=1, table5=1).get(table, 0)              # sigma 0.5, B 4, and p 2
     for i, (label, flags) in enumerate(reproduce.CHANGES[table].items()):
         for seed, (_, words) in enumerate(list(asked.values())[2 * i : 2 * i + 2]):
-            cfg, own = train.parse_config(words), train.parse_config(flags.split())
-            names = [word.removeprefix("--") for word in flags.split() if word[:2] == "--"]
-            assert (cfg.seed, cfg.iterations) == (seed, 60) and all(
-                getattr(cfg, name) == getattr(own if name in names else plain, name)
-                for name in ("rewards", "tau", "updates_per_iteration", "old_anchor", "lr", "sigma",
-                             "p", "num_anchors", "clip_eps", "num_rollout_steps"))
+            cfg = train.parse_config(words)
+            wanted = vars(train.parse_config([*reproduce.AROUND, *flags.split()]))
+            others = {name for name, value in wanted.items() if getattr(cfg, name) != value}
+            assert (cfg.seed, cfg.iterations) == (seed, 60) and others <= {
+                "seed", "iterations", "eval_steps", "eval_every", "save_every", "keep", "lock"}
             if table in reproduce.SWEEPS:
                 flag = reproduce.SWEEPS[table][0]
                 assert {**reproduce.START, flag: float(label)} == {
@@ -423,9 +403,8 @@ def test_the_spread_of_a_rollout_is_that_of_the_first_iteration_under_each_score
         tmp_path, monkeypatch):
     def run_all(args, *groups):
         found = {}
-        for folder, (script, flags) in [what for group in groups for what in group.items()]:
-            parse = train.parse_config if script == "train.py" else baselines.parse_config
-            cfg = parse([*flags, "--out_dir", str(folder)])
+        for folder, (_, flags) in [what for group in groups for what in group.items()]:
+            cfg = reproduce.bench.parsed(flags)
             assert cfg.iterations == 1
             std = 0.25 if cfg.rewards == "flawless" else 0.5
             found[folder] = [dict(iter=0, eval_preference=1), dict(iter=1, reward_std=std)]
@@ -462,8 +441,7 @@ def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs_and_curve
     monkeypatch.setattr(reproduce, "finals", lambda args, logs: {
         "base": row(0), **{folder: row(gains[folder]) for folder in logs}})
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(reproduce, "TABLE1", labels)
-    head, rows, _, caption = reproduce.table1(args)
+    head, rows, _, caption = reproduce.compare(args, "table1", labels, best)
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     column = lambda name: [found[label][name] for label in labels]
     assert list(found) == labels and column("iterations") == ["10", "5", "10", "40"]
@@ -476,10 +454,6 @@ def test_methods_are_compared_after_equal_seconds_each_by_its_own_runs_and_curve
     assert column("ours over it") == ["", "", "+0.1000 ± 0.1414", ""]   # of searched methods
     assert column("judge, over it") == ["", "", "-0.1000 ± 0.1414", ""]
     assert "reward 0.5000, judge 0.6000" in caption and (tmp_path / "figure5.png").exists()
-
-
-def test_the_error_of_a_difference_of_independent_runs_is_the_root_of_both_squared_errors():
-    assert reproduce.ahead([1.0, 7.0], [0.0, 8.0]) == "+0.0000 ± 5.0000"
 
 
 def test_the_rollout_groups_of_the_figures_are_neighbours_as_in_training():
@@ -636,13 +610,12 @@ def test_what_was_kept_of_a_run_outlives_its_folder_and_with_kept_other_code_and
     assert stub.run("3") == THREE and stub.calls() == ["--overwrite"]
     with pytest.raises(RuntimeError, match="does not have the run"):
         stub.run("4")
-    text = (stub.out / "runs.jsonl").read_text()
-    other = json.loads(text) | dict(run="other", made_by=dict(code="a", cpu="two"))
+    text, job = (stub.out / "runs.jsonl").read_text(), (str(stub.out / "stub.py"),
+                                                        ["--iterations", "3"])
+    other = json.loads(text) | dict(run="other", made_by=dict(code="a", cpu="two"),
+                                    command=jobs.command_line(*job, stub.out / "other"))
     (stub.out / "runs.jsonl").write_text(text + json.dumps(other) + "\n")
-    script = str(stub.out / "stub.py")
-    what = {stub.out / name: (script, ["--iterations", "3"]) for name in ("run-1e-05", "other")}
-    other["command"] = jobs.command_line(script, ["--iterations", "3"], stub.out / "other")
-    (stub.out / "runs.jsonl").write_text(text + json.dumps(other) + "\n")
+    what = {stub.folder: job, stub.out / "other": job}
     with pytest.raises(RuntimeError, match="different kinds of CPU"):
         jobs.run_all(stub.args, what)
 
@@ -706,7 +679,7 @@ def test_the_printed_command_makes_a_real_run_from_the_root(tmp_path):
     prompts = tmp_path / "two.txt"
     prompts.write_text("a dog\na cat\n")
     args = settings(tmp_path, more=["--eval_prompts", str(prompts)])
-    folder, job = reproduce.job(args, "MixGRPO", "-m paper.baselines", words, 1, 0)
+    folder, job = reproduce.job(args, "MixGRPO", words, 1, 0)
     lines = jobs.run_all(args, {folder: job})[folder]
     assert [line["iter"] for line in lines] == [0, 1, 1] and "reward_std" in lines[1]
     assert (folder / "baselines.py").exists() and (folder / "checkpoint-1").is_dir()
