@@ -25,7 +25,6 @@ from solvers import rollout, schedule
 from tests.conftest import FLUX, PROMPTS, SHORT, TINY, assert_near, check_numbers
 
 
-
 # ==================================================================== against diffusers' pipeline
 
 @pytest.mark.parametrize("size", ["64x64", "96x64"])            # width x height
@@ -231,13 +230,9 @@ def test_whatever_else_is_in_a_file_of_adapters_and_whatever_it_lacks_is_refused
         Flux(FLUX, 64, lora=str(path))
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(use_dora=True), "lora_magnitude"),
-    (dict(modules_to_save=["proj_out"]), "proj_out"), (dict(bias="lora_only"), "bias")])
-def test_adapters_of_peft_that_are_more_than_matrices_are_refused_by_name(
-        settings, said, tmp_path):
-    peft_folder(tmp_path, **settings)
-    with pytest.raises(ValueError, match=f"could not be loaded as adapters: it has .*{said}"):
+def test_adapters_of_peft_that_change_the_base_are_refused_by_name(tmp_path):
+    peft_folder(tmp_path, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="as adapters: it has init_lora_weights"):
         Flux(FLUX, 64, lora=str(tmp_path))
 
 

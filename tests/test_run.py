@@ -22,7 +22,8 @@ from model import Flux
 from run import Run, checkpoints
 from solvers import schedule
 from test_core import Stub, brightness, stub_run, train_stub
-from tests.conftest import FLUX, HERE, SHORT, lines_of, iterations_of, weights_of
+from tests.conftest import FLUX, HERE, SHORT, iterations_of, lines_of, weights_of
+
 
 class Saved(Stub):
     """A stub with pictures of 2 x 2 pixels, which can be saved."""

@@ -20,8 +20,9 @@ from machine import RANK, exit_process, merge
 from run import checkpoints
 from solvers import rollout, schedule
 from test_core import G, Stub, brightness, stub_run, train_stub
-from tests.conftest import FLUX, HERE, SHORT, lines_of, iterations_of
+from tests.conftest import FLUX, HERE, SHORT, iterations_of, lines_of
 from tests.test_run import Saved, check_loads
+
 
 # ============================================================== Algorithm 1, on test_core.py's stub
 
