@@ -428,23 +428,19 @@ def test_evaluations_sample_like_rollouts_or_with_eval_steps_of_dpm_solver(
 
 
 def test_a_run_trains_on_its_rewards_watches_the_others_and_evaluates_the_base_once(
-        scorers, tmp_path, monkeypatch):
-    drawn, trained_on, evaluated = [], [], []
+        scorers, five, tmp_path, monkeypatch):
+    calls, drawn = [], []
+    for name in scorers:
+        scorers[name] = lambda images, prompts, name=name: (
+            calls.append((name, len(images))) or brightness(images, prompts))
     monkeypatch.setattr(train, "load", lambda cfg: drawn.append(torch.rand(1).item()) or Saved())
-    monkeypatch.setattr(Run, "evaluate", lambda books: evaluated.append(books.iteration))
-
-    def algorithm(cfg, model, scorers, books):
-        trained_on.append(list(scorers))
-        assert list(books.scorers) == ["preference", "judge"]
-        books.iteration, books.before = cfg.iterations, books.before or dict(scores={}, images=[])
-
-    command = ["--rewards", "preference", "--eval_scorers", "judge", "--seed", "7", "--resume",
-               "--out_dir", str(tmp_path)]
-    for iterations in ("3", "4"):
-        train.main([*command, "--iterations", iterations], algorithm=algorithm)
+    for iterations in (1, 2):                                   # the second one resumes
+        words = f"--iterations {iterations} --eval_scorers judge --seed 7 --resume"
+        assert main(tmp_path, words, *five) is None
+    evaluation, training = [("preference", 5), ("judge", 5)], [("preference", 8)]
+    assert calls == [*evaluation, *training, *evaluation, *training, *evaluation]
     torch.manual_seed(7)                        # for new adapters, whatever the scorers have drawn
-    assert drawn == [torch.rand(1).item()] * 2 and trained_on == [["preference"]] * 2
-    assert [n for n in evaluated if n == 0] == [0]                      # the second one resumes
+    assert drawn == [torch.rand(1).item()] * 2
 
 
 def test_pictures_of_the_same_prompts_and_noise_are_written_at_every_evaluation(

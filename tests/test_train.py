@@ -395,7 +395,7 @@ def processes_of(agent):
 def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five, tmp_path):
     """The same command restarts it. The folder has leftovers of a run without a checkpoint."""
     (tmp_path / "log.jsonl").write_text('{"iter": 1, "reward": 7}\n', encoding="utf-8")
-    more = [*five, "--iterations", "4", "--save_every", "1"]
+    more = [*five, "--iterations", "2", "--save_every", "1"]
     agent = subprocess.Popen(**train_py(tmp_path, *more, restarts=1))
     while not (tmp_path / "checkpoint-1").exists() and agent.poll() is None:
         time.sleep(0.001)
@@ -403,11 +403,10 @@ def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five,
     lines = agent.communicate(timeout=120)[0].splitlines()
     assert agent.returncode == 0, lines[-50:]
     first, second = (line for line in lines if line.startswith("run  "))
-    assert "iterations 1 to 4" in first
-    assert any(f"iterations {i} to 4" in second for i in (2, 3, 4))
+    assert "iterations 1 to 2" in first and "iterations 2 to 2" in second
     begun, continued = (line for line in lines if line.startswith("resume  "))
     assert "so the run begins" in begun and "continues from" in continued
-    check_equal(tmp_path, alone)
+    check_equal(tmp_path, alone, last=2)
 
 
 def kill_until_done(out, iterations, kills, in_saves=False):
