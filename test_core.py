@@ -88,19 +88,6 @@ def test_policy_is_a_softmax_over_squared_distances_summed_over_all_dimensions()
     assert_close(log_policy(x, x[0], tau=4).exp(), torch.tensor([sigmoid_075, 1 - sigmoid_075]))
 
 
-def test_policy_sums_to_one_and_is_highest_at_the_anchors_own_candidate():
-    x = normal(G, 5)
-    pi = log_policy(x, x, 1).exp()                          # (anchor, candidate)
-    assert_close(pi.sum(1), torch.ones(G).double())
-    assert pi.argmax(1).tolist() == list(range(G))
-
-
-def test_policy_and_ratio_follow_the_order_of_the_candidates():
-    x, old, x_theta, order = normal(G, 5), normal(5), normal(5), torch.randperm(G)
-    assert_close(log_policy(x[order], x_theta, 2), log_policy(x, x_theta, 2)[order])
-    assert_close(log_ratio(x[order], x_theta, old, 2), log_ratio(x, x_theta, old, 2)[order])
-
-
 @pytest.mark.parametrize("tau", [0.5, 1.0, 8.0])
 def test_policy_is_the_bayes_posterior_of_a_gaussian_leap_with_variance_tau_over_2(tau):
     x, x_theta = normal(G, 5), normal(5)
@@ -126,12 +113,6 @@ def test_leaping_keeps_the_marginal_as_the_temperature_falls():
         kept = (var**2 + leap * (var + leap)) / (var + leap) ** 2       # by hand: ends from p
         assert variance_after_a_leap(gaussian(var, 500), tau) == pytest.approx(kept * var, rel=0.01)
     assert 0.98 < kept < 1                                  # at the last tau
-
-
-def test_log_ratio_of_two_candidates_worked_out_by_hand():
-    x = torch.tensor([[0.0], [1.0]])                # x_theta moves from the first candidate to
-    assert_close(log_ratio(x, x[1], x[0], tau=1), torch.tensor([-1.0, 1.0]))    # the second
-    assert_close(log_ratio(x, x[1], x[0], tau=4), torch.tensor([-0.25, 0.25]))
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 8.0])
@@ -200,25 +181,15 @@ def test_objective_is_zero_at_theta_old_but_its_gradient_is_not():
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5, 5.0])
-def test_first_gradient_is_two_over_tau_times_the_advantage_weighted_candidates(tau):
+def test_only_the_first_gradient_is_two_over_tau_times_the_advantage_weighted_candidates(tau):
     x, A = group()
+    pull = 2 / tau * (A[:, None] * x).sum(0)
     for old in [*x, *(x + normal(G, 5))]:               # anchors at a candidate, and near one
-        pull = gradient(lambda a: J(x, a, old, A, tau), old)
-        assert_close(pull, 2 / tau * (A[:, None] * x).sum(0))
-
-
-def test_temperature_changes_the_length_of_the_first_gradient_but_not_its_direction():
-    (x, A), old = group(), normal(5)
-    g1, g5 = (gradient(lambda a: J(x, a, old, A, tau), old) for tau in (1, 5))
-    assert_close(g1, 5 * g5)
-    g1, g5 = (gradient(lambda a: J(x, a, old, A, tau, clip_eps=9), old + 1) for tau in (1, 5))
-    assert torch.cosine_similarity(g1, g5, dim=0) < 0.99                # only true of the first
-
-
-def test_the_gradient_points_to_a_candidate_with_positive_advantage_and_away_from_a_negative_one():
-    x, old = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), torch.zeros(2)
-    pull = gradient(lambda a: J(x, a, old, torch.tensor([0.5, -0.5, 0.0, 0.0])), old)
-    assert_close(pull, torch.tensor([2.0, 0.0]))
+        assert_close(gradient(lambda a: J(x, a, old, A, tau), old), pull)
+    later = gradient(lambda a: J(x, a, old, A, tau, clip_eps=9), old + 1)
+    assert torch.cosine_similarity(later, pull, dim=0) < 0.99
+    first = gradient(lambda a: neighbor_grpo_loss(x, a, old, A, tau, 1e-4)[0], old)
+    assert_close(first, -2 * (A[:, None] * x).sum(0))   # of the loss, -tau J: without tau
 
 
 def test_clipping_stops_only_ratios_that_moved_too_far_in_the_direction_of_their_advantage():
@@ -279,13 +250,6 @@ def test_the_loss_is_minus_tau_times_the_mean_of_j_over_groups_and_anchors(tau):
     assert loss.requires_grad and not log_rho.requires_grad             # safe to keep and to log
 
 
-def test_the_first_gradient_of_the_loss_does_not_depend_on_tau():
-    (x, A), old = group(), normal(2, 5)                                 # two anchors of one group
-    for tau in (1.0, 7.0):
-        pull = gradient(lambda a: neighbor_grpo_loss(x, a, old, A, tau, 1e-4)[0], old)
-        assert_close(pull, -(A[:, None] * x).sum(0).expand(2, 5))       # -2 sum_i A_i x_i / 2
-
-
 # ======================================================= the loss: whole batches, one dimension D
 
 def test_every_formula_treats_the_groups_of_a_batch_one_by_one():
@@ -320,54 +284,40 @@ def test_rewards_may_be_integers_or_booleans():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused_wherever_it_enters(dtype):
-    x, one = torch.randn(4, 3), torch.ones(1)
-    half, theta, A = x.to(dtype), x[0], x[:, 0]
-    for call, named in (
-            (lambda: perturb_noise(half[0], x, 0.3), "eps_star"),
-            (lambda: perturb_noise(x[0], half, 0.3), "delta"),
-            (lambda: group_advantages(half[:, 0]), "rewards"),
-            (lambda: combine_rewards(half[:, :1].T, one), "rewards"),
-            (lambda: log_policy(half, theta, 1), "x"),
-            (lambda: log_policy(x, half[0], 1), "x_theta"),
-            (lambda: log_ratio(half, theta, theta, 1), "x"),
-            (lambda: log_ratio(x, half[0], theta, 1), "x_theta"),
-            (lambda: log_ratio(x, theta, half[0], 1), "x_old"),
-            (lambda: clipped_objective(half[:, 0], A, 0.2), "log_rho"),
-            (lambda: clipped_objective(A, half[:, 0], 0.2), "A"),
-            (lambda: neighbor_grpo_loss(x, theta, theta, half[:, 0], 1, 0.2), "A")):
-        with pytest.raises(ValueError, match=f"^{named} is {dtype}, but must be float32"):
-            call()
+    x, theta, A = torch.randn(4, 3), torch.randn(3), torch.randn(4)
+    for f, tensors, more in (
+            (perturb_noise, dict(eps_star=theta, delta=x), [0.3]),
+            (group_advantages, dict(rewards=A), []),
+            (combine_rewards, dict(rewards=x), [torch.ones(4)]),
+            (log_policy, dict(x=x, x_theta=theta), [1]),
+            (log_ratio, dict(x=x, x_theta=theta, x_old=theta), [1]),
+            (clipped_objective, dict(log_rho=A, A=A), [0.2]),
+            (neighbor_grpo_loss, dict(x=x, x_theta=theta, x_old=theta, A=A), [1, 0.2])):
+        for name, tensor in tensors.items():
+            with pytest.raises(ValueError, match=f"^{name} is {dtype}, but must be float32"):
+                f(*(tensors | {name: tensor.to(dtype)}).values(), *more)
 
 
 # ============================================ the loss: advantages, Eq. 3 and 11, many rewards
 
-def test_advantages_of_four_rewards_worked_out_by_hand():
+def test_advantages_of_four_rewards_worked_out_by_hand_and_p2_is_grpos_z_score_over_sqrt_G():
     rewards, A = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([-2.0, -1.0, 0.0, 3.0])
     for p, norm in ((1, 6), (2, 3.7416573868), (0.8, 7.7568959268), (0.5, 17.1915099484)):
         assert_close(group_advantages(rewards, p), A / norm)      # p = 0.5: (1.4142 + 1 + 1.7321)^2
     assert_close(group_advantages(rewards), group_advantages(rewards, 0.8))         # Table 2
     assert_close(group_advantages(torch.tensor([4.0, 7.0]), 1), torch.tensor([-0.5, 0.5]))
-
-
-def test_p2_is_grpos_z_score_over_sqrt_G():
     rewards = normal(G)
     z = (rewards - rewards.mean()) / rewards.std(correction=0)          # Eq. 3, the std over all G
     assert_close(group_advantages(rewards, p=2), z / G**0.5)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.8, 1.0, 2.0])
-def test_advantages_sum_to_zero_and_keep_sign_and_order(p):
-    rewards = normal(G)
-    A = group_advantages(rewards, p)
-    assert_close(A.sum(), torch.tensor(0.0).double())
-    assert_close(A.sign(), (rewards - rewards.mean()).sign())
-    assert torch.equal(A.argsort(), rewards.argsort())
-
-
-@pytest.mark.parametrize("p", [0.3, 0.8, 1.0, 2.0])
-def test_advantages_have_unit_quasi_norm_whatever_the_rewards_scale_and_offset(p):
+def test_advantages_have_sum_zero_the_rewards_order_and_unit_quasi_norm_at_any_scale_and_offset(p):
     rewards = torch.randn(G)
     A = group_advantages(rewards, p)
+    assert_close(A.sum(), torch.tensor(0.0), rtol=0, atol=1e-6)
+    assert_close(A.sign(), (rewards - rewards.mean()).sign())
+    assert torch.equal(A.argsort(), rewards.argsort())
     assert_close(A.abs().pow(p).sum(), torch.tensor(1.0))
     assert_close(group_advantages(5 * rewards + 3, p), A, rtol=1e-4, atol=1e-6)
     for scale in (1e-30, 1e30):                             # the naive form: |A|^2 is 0 or inf
@@ -617,6 +567,8 @@ def test_both_solvers_are_exact_on_a_straight_flow(solver, steps):
     traj, _ = rollout(lambda x, t: (x - x0) / t, x1, ts, solver)        # all paths lead to x0
     t = ts[:, None, None]
     assert_close(traj, (1 - t) * x0 + t * x1)
+    at_once = ddim_step(traj[:-1], (traj[:-1] - x0) / t[:-1], t[:-1], t[1:])    # t may broadcast
+    assert_close(at_once, traj[1:])
 
 
 @pytest.mark.parametrize("solver, steps", [("ddim", 25), ("dpmpp_2m", 16), ("dpmpp_2m", 8)])
@@ -632,33 +584,6 @@ def test_a_rollout_needs_the_evaluations_of_table_3_and_returns_all_of_them(solv
     assert len(seen) == steps                               # NFE_old
     x, t, v = (torch.stack(each) for each in zip(*seen))
     assert torch.equal(x, traj[:-1]) and torch.equal(t, ts[:-1]) and torch.equal(v, vels)
-
-
-def test_the_first_ratio_is_one_with_a_replayed_velocity_but_not_with_the_latent_of_dpmpp_2m():
-    ts, x1, j, ks = schedule(8), torch.randn(G, 6), 3, range(8)
-
-    def first_ratio(old):                                   # log ratios (8, G), before any update
-        ends = [ddim_step(traj[k], curved(traj[k], ts[k]), ts[k], ts[k + 1])[j] for k in ks]
-        return log_ratio(traj[1:], torch.stack(ends), old, 1)
-
-    for solver in ("ddim", "dpmpp_2m"):
-        traj, vels = rollout(curved, x1, ts, solver)
-        replayed = [ddim_step(traj[k, j], vels[k, j], ts[k], ts[k + 1]) for k in ks]
-        replayed, literal = torch.stack(replayed), traj[1:, j]          # literal: Algorithm 1's
-        assert torch.equal(first_ratio(replayed), torch.zeros(8, G))
-        if solver == "ddim":
-            assert torch.equal(replayed, literal)           # equal to the last bit
-        else:                                               # the first two and the last are DDIM's
-            assert_close(replayed[[0, 1, 7]], literal[[0, 1, 7]])
-            clipped = clip_fraction(first_ratio(literal)[2:7], PUBLISHED_CLIP)
-            assert clipped > 0.9                            # the others are clipped at once
-
-
-def test_one_call_of_ddim_step_may_have_several_times():
-    x, v = torch.randn(3, 4), torch.randn(3, 4)
-    t, t_next = torch.tensor([1.0, 0.75, 0.5]), torch.tensor([0.5, 0.5, 0.0])
-    expected = torch.stack([x[0] - 0.5 * v[0], x[1] - 0.25 * v[1], x[2] - 0.5 * v[2]])
-    assert_close(ddim_step(x, v, t[:, None], t_next[:, None]), expected)
 
 
 # ============================================================= the method in train.py's loop
@@ -749,11 +674,6 @@ def closeness(x0, prompts=None):
     return -(x0 - MODES[0]).flatten(1).norm(dim=1)
 
 
-def train_toy(folder, model, reward, solver="dpmpp_2m", iterations=60):
-    train_stub(folder, model, reward, solver=solver, iterations=iterations, lr=3e-3, shift=1.0,
-               tau="1", updates_per_iteration=4)            # Algorithm 1: an update per anchor
-
-
 @torch.no_grad()
 def gain_of_fresh_samples(model):
     """The mean gain in reward of 512 noises by training, and this mean in standard errors."""
@@ -767,9 +687,11 @@ def gain_of_fresh_samples(model):
 def test_training_raises_the_expected_reward_and_lowers_it_if_it_is_negated(tmp_path, solver):
     for sign in (1, -1):
         model = Toy()
-        train_toy(tmp_path, model, lambda x0, prompts: sign * closeness(x0), solver)
+        train_stub(tmp_path, model, lambda x0, prompts: sign * closeness(x0), solver=solver,
+                   iterations=25, lr=3e-3, shift=1.0, tau="1",
+                   updates_per_iteration=4)                 # Algorithm 1: an update per anchor
         gain, standard_errors = gain_of_fresh_samples(model)
-        assert sign * gain > 0.5 and sign * standard_errors > 10        # at most 1.7
+        assert sign * gain > 0.3 and sign * standard_errors > 10        # at most 1.7
 
 
 def the_example_in_the_readme():
@@ -781,7 +703,7 @@ def the_example_in_the_readme():
 def test_the_example_in_the_readme_raises_the_reward_and_its_clip_acts():
     step, models = the_example_in_the_readme(), [Toy(), Toy(), Toy()]
     models[1].transformer.load_state_dict(models[0].transformer.state_dict())
-    for model, clip_eps, iterations in zip(models, (1e-4, 1e9, 1e-4), (3, 3, 60)):
+    for model, clip_eps, iterations in zip(models, (1e-4, 1e9, 1e-4), (3, 3, 25)):
         opt = torch.optim.Adam(model.trained(), lr=3e-3)
         torch.manual_seed(2)
         for _ in range(iterations):
@@ -795,10 +717,3 @@ def test_the_example_in_the_readme_stops_where_an_sde_is_left_on():
     with pytest.raises(AssertionError, match="rho is not 1"):
         the_example_in_the_readme()(sde, closeness, None, (2,))
 
-
-def test_equal_rewards_leave_the_weights_where_they_were(tmp_path):
-    model = Toy()
-    nn.init.normal_(model.transformer[2].weight)
-    before = model.weights()
-    train_toy(tmp_path, model, lambda x0, prompts: torch.full((G,), 3.7), iterations=3)
-    assert torch.equal(model.weights(), before)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 import numpy as np
 import torch
+from tqdm import tqdm
 import rewards
 from eval import is_small, times
 from machine import (LOCAL_RANK, RANK, WORLD, average_gradients, exit_process, explain_errors,
@@ -57,8 +58,8 @@ def train(cfg, model, scorers, run):
 
         # Score them, and turn scores into advantages
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        r = torch.stack(list(scores.values()), 1)                       # (P, M, G)
-        A = group_advantages(combine_rewards(r, weights), cfg.p)        # (P, G)        Eq. 3, 11
+        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
+        A = known * group_advantages(combine_rewards(r, weights), cfg.p)    # (P, G)  Eq. 3, 11
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
@@ -89,6 +90,16 @@ def score(scorers, images, prompt):
     each = [c for c in prompt for _ in range(G)]
     return {name: scorer(images, each).unflatten(0, (len(prompt), G))
             for name, scorer in scorers.items()}
+
+def stack_rewards(scores, prompt):
+    """The M rewards of P groups, (P, M, G), and a factor for their advantages, (P, 1): 1, or nan
+    for a group that has a reward which is not finite. Its gradient is then nan on all processes, so
+    all skip the update, and none raises alone."""
+    r = torch.stack(list(scores.values()), 1)                           # (P, M, G)
+    known = r.isfinite().flatten(1).all(1, keepdim=True)                # (P, 1)
+    for g in (~known).nonzero()[:, 0].tolist():
+        tqdm.write(f"a reward for {prompt[g]!r} is not finite")
+    return r.nan_to_num(0, 0, 0), torch.where(known, 1.0, torch.nan)
 
 MAX_GRAD_NORM = 1.0             # a gradient with a larger norm is cut to it
 

@@ -18,6 +18,8 @@ from model import Flux
 torch.set_num_threads(1)                        # the tensors are small: threads only cost time
 HERE = Path(__file__).resolve().parents[1]
 TINY = HERE / "tiny"
+FLUX = TINY / "flux"
+PROMPTS = ["a dog", "an octopus in the sea, seen from far above"]
 SHORT = ("--prompts_per_iteration 2 --group_size 4 --num_anchors 2 --num_rollout_steps 3 "
          "--num_train_steps 2 --updates_per_iteration 1 --eval_every 0 --save_every 2 --threads 1 "
          "--eval_scorers").split() + [""]
@@ -48,15 +50,31 @@ def lines_of(out, seconds=True):
             for line in lines]
 
 
+def iterations_of(out, seconds=True):
+    """The lines of a run's log that are not of evaluations."""
+    return [line for line in lines_of(out, seconds) if "reward" in line]
+
+
 def assert_near(actual, expected, rel=1e-5):
     """Compare the largest difference with the largest number: processors round differently, and the
     error of a sum grows with its terms. Velocities differ by up to 1e-6, gradients by 1e-5."""
     assert_close(actual, expected, rtol=0, atol=rel * expected.abs().max().item())
 
 
-def joined(tensors):
-    """Many tensors, such as the gradients of all weights, as one vector."""
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+def check_numbers(one, other, rows=2):
+    """Two models must have the same velocities without and with gradients, pictures and gradients.
+    """
+    x, found = torch.randn(rows, *one.latent_shape), []
+    for model in (one, other):
+        cond = model.encode(PROMPTS)
+        with torch.no_grad():
+            rolled = model.velocity(x, 0.5, cond)
+        v = model.velocity(x, 0.5, cond)
+        gradients = torch.autograd.grad(v.pow(2).mean(), model.trained(), allow_unused=True)
+        gradients = torch.cat([g.flatten() for g in gradients if g is not None])
+        found.append([rolled, v.detach(), model.decode(x), gradients])
+    for a, b in zip(*found, strict=True):
+        assert_near(a, b, 1e-4)
 
 
 def weights_of(out, iteration):
@@ -64,10 +82,15 @@ def weights_of(out, iteration):
     return FluxPipeline.from_pretrained(path).transformer.state_dict()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def flux():
     """The small FLUX. No test may change its weights."""
-    return Flux(TINY / "flux", 64)
+    return Flux(FLUX, 64)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +98,7 @@ def five(tmp_path_factory):
     """Settings for evaluations on five prompts, which cannot be divided by two processes."""
     path = tmp_path_factory.mktemp("prompts") / "five.txt"
     path.write_text("a red apple\nan octopus\na dog\na red car\nthe moon\n", encoding="utf-8")
-    return ["--eval_prompts", str(path), "--eval_every", "4"]
+    return ["--eval_prompts", str(path), "--eval_every", "2"]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil                                                   # comes with accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.testing import assert_close
 import machine                                                  # before diffusers
 from diffusers import FluxPipeline
@@ -21,10 +20,8 @@ from machine import RANK, exit_process
 from run import checkpoints, merge
 from solvers import rollout, schedule
 from test_core import G, Stub, brightness, stub_run, train_stub
-from tests.conftest import HERE, SHORT, TINY, lines_of
+from tests.conftest import FLUX, HERE, SHORT, iterations_of, lines_of
 from tests.test_run import Saved, check_loads
-
-FLUX = TINY / "flux"
 
 
 # ============================================================== Algorithm 1, on test_core.py's stub
@@ -93,9 +90,11 @@ def test_an_iteration_of_train_is_algorithm_1_in_plain_loops(
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 0.005)
     model, double = Prompted(), Prompted()
     double.transformer.double()
+    (tmp_path / "other.txt").write_text("d\n", encoding="utf-8")        # is not trained on
     books = stub_run(tmp_path, model, solver=solver, old_anchor=old_anchor, tau=tau, sigma=0.6,
                      p=0.7, clip_eps=5e-4, shift=2.0, prompts_per_iteration=2,
-                     updates_per_iteration=2, ema=0.8, reward_weights="3,1")
+                     updates_per_iteration=2, ema=0.8, reward_weights="3,1",
+                     eval_prompts=str(tmp_path / "other.txt"))
     scorers = dict(brightness=brightness, match=match)
     train.train(books.cfg, model, scorers, books)
     average, norms, ratios = algorithm_1_in_plain_loops(
@@ -108,76 +107,40 @@ def test_an_iteration_of_train_is_algorithm_1_in_plain_loops(
     assert max(norms) > 0.005 and 0.05 < clipped < 0.95         # both clips have an effect
 
 
-def test_an_anchor_is_pulled_only_by_the_candidates_and_rewards_of_its_own_group(tmp_path):
-    model, P, b, K = Stub(), 2, 2, 4
-    states, gradients, velocity = {}, [], model.velocity    # {t: (P G, N, C)}, [(t, dloss / dv)]
+def test_an_update_with_a_reward_that_is_not_finite_is_skipped_and_the_next_one_is_made(
+        tmp_path, capsys):
+    def broken(images, prompts):                                # for one picture of prompt "c"
+        r = brightness(images, prompts)
+        if "c" in prompts:
+            r[prompts.index("c") + 3] = torch.nan
+        return r
 
-    def recorded(x, t, cond):
-        v = velocity(x, t, cond)
-        if v.requires_grad:
-            v.register_hook(lambda gradient: gradients.append((float(t), gradient)))
-        else:
-            states[float(t)] = x
-        return v
-
-    def keep(images, prompts):
-        states[0] = images
-        return brightness(images, prompts)
-
-    model.velocity = recorded
-    train_stub(tmp_path, model, keep, prompts_per_iteration=P, updates_per_iteration=2, p=2.0)
-    r = brightness(states[0], None).unflatten(0, (P, G))
-    A = (r - r.mean(1, keepdim=True)) / (r - r.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
-    ts = sorted(states, reverse=True)
-    assert len(gradients) == 2 * K and not torch.equal(A[0], A[1])
-    for t, found in gradients[:K]:                          # the first update: theta is theta_old
-        t_next = ts[ts.index(t) + 1]
-        x = states[t_next].unflatten(0, (P, G))
-        pull = 2 * torch.einsum("pg,pgnc->pnc", A, x)       # of tau J: 2 sum_i A_i x_i
-        expected = -(t_next - t) * pull / (P * b * K)       # loss = -tau J, a mean over anchors, K
-        expected = expected[:, None].expand(P, b, 4, 3)
-        assert_close(found.unflatten(0, (P, b)), expected, atol=1e-6, rtol=1e-4)
-
-
-def test_training_raises_the_reward_on_the_same_noises(tmp_path):
-    def rewards_of_twenty_groups(model):
-        lines = train_stub(tmp_path, model, iterations=20, lr=1e-12)
-        return torch.tensor([line["reward"] for line in lines])
-
-    model = Stub()
-    train_stub(tmp_path, model, iterations=60, seed=1)
-    gain = rewards_of_twenty_groups(model) - rewards_of_twenty_groups(Stub())
-    assert gain.mean() > 10 * gain.std() / 20**0.5              # ten standard errors
-
-
-class Exploding(Stub):
-    """A stub whose gradients are nan, or so large that their norm is infinite."""
-
-    def __init__(self, gradient=math.nan):
-        super().__init__()
-        self.gradient = gradient
-
-    def velocity(self, x, t, cond):
-        v = super().velocity(x, t, cond)
-        if v.requires_grad:
-            v.register_hook(lambda g: torch.full_like(g, self.gradient))
-        return v
+    model, start = Stub(), Stub().weights()
+    prompts = train.draw(train.Config(prompts_per_iteration=3), 0, ["a", "b", "c"], (4, 3))[0]
+    assert prompts.index("c") > 0
+    line, = train_stub(tmp_path, model, broken, prompts_per_iteration=3)
+    assert line["skipped"] == 1 and line["flat_groups"] == 0
+    assert math.isfinite(line["reward"]) and line["grad_norm"] is None
+    assert torch.equal(model.weights(), start)
+    assert capsys.readouterr().out.count("a reward for 'c' is not finite") == 1
+    lines = train_stub(tmp_path, model, broken, iterations=3)           # one prompt each
+    assert sorted(line["skipped"] for line in lines) == [0, 0, 1]
+    assert model.weights().isfinite().all() and not torch.equal(model.weights(), start)
 
 
 @pytest.mark.parametrize("gradient", [math.nan, 1e30])
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, gradient):
-    model = Exploding(gradient)
-    lines = train_stub(tmp_path, model, iterations=2)
-    assert [line["skipped"] for line in lines] == [1, 1]
-    assert torch.equal(model.weights(), Stub().weights())
-
-
-def test_max_skips_updates_in_a_row_without_a_finite_gradient_end_the_run(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights_and_max_skips_of_them_end_the_run(
+        tmp_path, gradient, monkeypatch):
     monkeypatch.setattr(run, "MAX_SKIPS", 5)
-    sentence = ("iteration 3: 5 updates in a row had no finite gradient; .*"
-                "no checkpoint was written before")
+    model = Stub()
+    for w in model.trained():
+        w.register_hook(lambda g: torch.full_like(g, gradient))
+    lines = train_stub(tmp_path, model, iterations=2, updates_per_iteration=2)
+    assert [line["skipped"] for line in lines] == [2, 2]
+    assert torch.equal(model.weights(), Stub().weights())
+    sentence = "iteration 3: 5 updates in a row had no finite gradient; .*no checkpoint was written"
     with pytest.raises(ArithmeticError, match=sentence):
-        train_stub(tmp_path, Exploding(), iterations=4, updates_per_iteration=2)
+        train_stub(tmp_path, model, iterations=3, updates_per_iteration=2)
 
 
 def test_groups_of_equal_rewards_are_counted_and_change_no_weights_even_by_momentum(tmp_path):
@@ -197,39 +160,10 @@ def test_groups_of_equal_rewards_are_counted_and_change_no_weights_even_by_momen
     assert line["flat_groups"] == 0
 
 
-def test_the_prompts_of_evaluations_are_not_trained_on(tmp_path):
-    seen, other = set(), tmp_path / "other.txt"
-    other.write_text("d\n", encoding="utf-8")
-    spy = lambda images, prompts: seen.update(prompts) or brightness(images, prompts)
-    train_stub(tmp_path, Stub(), spy, iterations=3, eval_prompts=str(other))
-    assert seen == {"a", "b", "c"}
-
-
-def test_the_log_keeps_no_graph_of_gradients_alive(tmp_path, monkeypatch):
-    kept, log = [], run.Run.log
-    monkeypatch.setattr(run.Run, "log", lambda self, it, scores, A, log_rhos, *more, **counts: (
-        kept.extend(log_rhos), log(self, it, scores, A, log_rhos, *more, **counts)))
-    train_stub(tmp_path, Stub())
-    assert kept and not any(log_rho.requires_grad for log_rho in kept)
-
-
 def test_every_prompt_is_drawn_once_before_any_is_drawn_twice():
     cfg, seven = train.Config(prompts_per_iteration=2), [str(i) for i in range(7)]
     order = [prompt for it in range(7) for prompt in train.draw(cfg, it, seven, (4, 3))[0]]
     assert sorted(order[:7]) == sorted(order[7:]) == seven and order[:7] != order[7:]
-
-
-def test_a_draw_depends_only_on_the_seed_the_iteration_and_the_group():
-    def draw(it, group, seed=0):
-        cfg = train.Config(prompts_per_iteration=8, seed=seed)
-        return train.draw(cfg, it, [str(i) for i in range(99)], (4, 3), rank=group, world=8)
-
-    first = draw(5, 1)
-    others = dict(same=draw(5, 1), iteration=draw(6, 1), group=draw(5, 2), seed=draw(5, 1, seed=1))
-    for name, other in others.items():
-        same = [a == b if isinstance(a, list) else torch.equal(a, b) for a, b in zip(first, other)]
-        assert same[:4] == 4 * [name == "same"]
-        assert same[4] == (name in ("same", "group"))           # all groups share the steps
 
 
 def test_anchors_are_any_b_of_the_g_candidates_and_steps_any_k_except_the_last():
@@ -268,13 +202,20 @@ def test_the_default_settings_are_the_published_ones(tmp_path):
 
 # ======================================================================== several processes
 
-def test_what_is_drawn_for_a_group_does_not_depend_on_the_number_of_processes():
-    cfg, prompts = train.Config(prompts_per_iteration=4), [str(i) for i in range(7)]
-    whole = train.draw(cfg, 5, prompts, (4, 3), rank=0, world=1)
-    a, b = (train.draw(cfg, 5, prompts, (4, 3), rank=rank, world=2) for rank in (0, 1))
-    assert a[0] + b[0] == whole[0] and a[4] == b[4] == whole[4]
+def test_a_draw_depends_on_the_seed_the_iteration_and_the_group_but_not_on_who_draws_it():
+    def draw(it, rank, world, seed=0):
+        cfg = train.Config(prompts_per_iteration=4, seed=seed)
+        return train.draw(cfg, it, [str(i) for i in range(99)], (4, 3), rank=rank, world=world)
+
+    whole, parts = draw(5, 0, 1), [draw(5, rank, 4) for rank in range(4)]
+    assert sum((part[0] for part in parts), []) == whole[0] and len(set(whole[0])) == 4
     for i in (1, 2, 3):
-        assert torch.equal(torch.cat([a[i], b[i]]), whole[i])
+        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+    assert all(part[4] == whole[4] for part in parts)           # all groups share the steps
+    for other in (draw(6, 0, 4), draw(5, 1, 4), draw(5, 0, 4, seed=1)):
+        assert other[0] != parts[0][0]
+        assert not any(torch.equal(other[i], parts[0][i]) for i in (1, 2, 3))
+    assert whole[4] not in (draw(6, 0, 1)[4], draw(5, 0, 1, seed=1)[4])
 
 
 def test_log_lines_of_processes_are_merged_key_by_key():
@@ -302,35 +243,25 @@ def test_a_launcher_need_only_set_the_rank_and_the_world_size(monkeypatch):
 CASES = {"ddp": [], "fsdp2": ["--fsdp"], "sigterm": ["--iterations", "1000"],
          "ddp-few-at-a-time": ["--batch", "3"],
          "fsdp2-one-at-a-time": ["--fsdp", "--batch", "1"]}
-slow_cases = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if "-" in name[4:]]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if "at-a-time" in name]
 
 
 def run_cases(names, folder, five):
     """The work of each of torchrun's processes: one run after another."""
     score, scored = train.score, []
 
-    def terminated(*args):              # SIGTERM to process 1 while its third iteration is scored
+    def terminated(*args):              # SIGTERM to process 1 while its second iteration is scored
         scored.append(1)
-        if len(scored) == 3:
+        if len(scored) == 2:
             signal.raise_signal(signal.SIGTERM)
         return score(*args)
 
     for name in names:
         train.score = terminated if name == "sigterm" and RANK == 1 else score
         print(f"case {name}\n" * (RANK == 0), end="", flush=True)
-        assert train.main([*SHORT, *five, "--iterations", "4", *CASES[name],
+        assert train.main([*SHORT, *five, "--iterations", "2", *CASES[name],
                            "--out_dir", f"{folder}/{name}"]) is None
     exit_process(0)
-
-
-def start_cases(folder, five, names):
-    """Start two processes once for several runs, because their start takes longest -> the folder,
-    and {case: its output}."""
-    command = torchrun("-m", "tests.test_train", "--cases", ",".join(names), str(folder), *five)
-    done = subprocess.run(**command, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]
-    printed = dict(part.split("\n", 1) for part in done.stdout.split("case ")[1:])
-    return folder, printed
 
 
 def torchrun(*command, processes=2, restarts=0):
@@ -342,88 +273,71 @@ def torchrun(*command, processes=2, restarts=0):
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory, five):
-    return start_cases(tmp_path_factory.mktemp("pair"), five, ["ddp", "fsdp2", "sigterm"])
+def pair(request, tmp_path_factory, five):
+    """Two processes are started once for several runs, because their start takes longest -> the
+    folder, and {case: its output}."""
+    folder = tmp_path_factory.mktemp("pair")
+    names = [name for name in CASES if request.config.getoption("slow") or "-" not in name]
+    command = torchrun("-m", "tests.test_train", "--cases", ",".join(names), str(folder), *five)
+    done = subprocess.run(**command, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder, dict(part.split("\n", 1) for part in done.stdout.split("case ")[1:])
 
 
-@pytest.fixture(scope="session")
-def slow_pair(tmp_path_factory, five):
-    names = [case.values[0] for case in slow_cases]
-    return start_cases(tmp_path_factory.mktemp("slow_pair"), five, names)
-
-
-def of_training(out):
-    return [line for line in lines_of(out) if "reward" in line]
-
-
-def moved(out, a=FLUX):
-    """The largest distance of a weight of checkpoint-4 from that of another model."""
-    a, b = (FluxPipeline.from_pretrained(path).transformer.state_dict()
-            for path in (a, out / "checkpoint-4"))
-    return max((a[name] - b[name]).abs().max().item() for name in b)
-
-
-def check_equal(ours, theirs, close):
+def check_equal(ours, theirs, last=4, close=1e-4):
     """Check that two runs are equal up to rounding. If one of 64 x 64 pixels rounds to the other of
     two bytes, the score of its picture changes by 1e-4, and the mean of an iteration's eight
     pictures by 1e-5. This may happen to a few pixels, and with other batches to many."""
-    for a, b in zip(of_training(ours), of_training(theirs), strict=True):
+    for a, b in zip(iterations_of(ours), iterations_of(theirs)[:last], strict=True):
         assert a["iter"] == b["iter"]
         assert a["reward"] == pytest.approx(b["reward"], abs=close)
         assert a["reward_std"] == pytest.approx(b["reward_std"], abs=close)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2) and a["first_ratio"] < 1e-5
+    folders = FLUX, ours / f"checkpoint-{last}", theirs / f"checkpoint-{last}"
+    states = (FluxPipeline.from_pretrained(path).transformer.state_dict() for path in folders)
+    start, a, b = (torch.cat([w.flatten() for w in state.values()]) for state in states)
+    assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", *slow_cases])
-def test_two_processes_make_the_same_run_as_one(case, alone, request):
-    folder, printed = request.getfixturevalue("pair" if case in ("ddp", "fsdp2") else "slow_pair")
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", *SLOW])
+def test_two_processes_make_the_same_run_as_one(case, alone, pair):
+    folder, printed = pair
     kind = "FSDP2" if "fsdp" in case else "a copy each"
     assert f"2 processes ({kind}) with 1 groups each" in printed[case]
-    assert printed[case].count("iter 004/4") == 1
-    check_equal(folder / case, alone, 1e-3 if "at-a-time" in case else 1e-4)
+    assert printed[case].count("iter 002/2") == 1
+    check_equal(folder / case, alone, last=2, close=1e-3 if "at-a-time" in case else 1e-4)
     ours, theirs = ([line for line in lines_of(out) if "eval_preference" in line]
                     for out in (folder / case, alone))
-    assert [line["iter"] for line in ours] == [0, 4]
-    for a, b in zip(ours, theirs, strict=True):                 # five pictures, in other batches
+    assert [line["iter"] for line in ours] == [0, 2]
+    for a, b in zip(ours, theirs):                              # five pictures, in other batches
         assert list(a.values()) == pytest.approx(list(b.values()), abs=1e-3)
-    assert moved(folder / case, alone / "checkpoint-4") < 1e-4 < 1.5e-4 < moved(folder / case)
 
 
 def test_a_run_of_two_processes_can_be_resumed_by_one_and_ends_with_the_same_weights(
         pair, alone, five, tmp_path):
     shutil.copytree(pair[0] / "fsdp2", tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoint-4")
     command = [*SHORT, *five, "--iterations", "4", "--out_dir", str(tmp_path), "--resume"]
     assert train.main(command) is None
-    check_equal(tmp_path, alone, 1e-4)
-    assert moved(tmp_path, alone / "checkpoint-4") < 1e-4
+    check_equal(tmp_path, alone)
 
 
 def test_sigterm_to_one_process_ends_all_after_the_same_iteration_with_a_checkpoint(pair):
     out = pair[0] / "sigterm"
-    assert max(line["iter"] for line in lines_of(out)) == 3
-    assert checkpoints(out)[-1] == out / "checkpoint-3"
+    assert max(line["iter"] for line in lines_of(out)) == 2
+    assert checkpoints(out)[-1] == out / "checkpoint-2"
 
 
 # ======================================================================== averages of weights
 
-class Kept(Saved):
-    """A stub whose weights are in its checkpoints."""
-
-    def save(self, path, weights=None):
-        super().save(path)
-        torch.save(self.weights(), path / "weights.pt")
-
-
 def test_checkpoints_have_the_average_of_the_weights_which_training_does_not_use(tmp_path):
     saved, rewards = {}, {}
     for ema in (0.0, 0.5):
-        books = stub_run(tmp_path, Kept(), ema=ema, iterations=4, save_every=1)
+        books = stub_run(tmp_path, Saved(), ema=ema, iterations=4, save_every=1)
         train.train(books.cfg, books.model, dict(brightness=brightness), books)
         books.finish()
         saved[ema] = [torch.load(path / "weights.pt") for path in checkpoints(books.out)]
         rewards[ema] = [line["reward"] for line in books.lines()]
-    mean = Kept().weights()
+    mean = Stub().weights()
     for raw, averaged in zip(saved[0.0], saved[0.5], strict=True):
         mean = 0.5 * mean + 0.5 * raw
         assert_close(averaged, mean, rtol=0, atol=1e-7)
@@ -439,35 +353,13 @@ def test_an_evaluation_uses_the_average_and_restores_the_weights_even_if_it_fail
         raise KeyError
 
     monkeypatch.setattr(run, "evaluate", evaluated)
-    books = stub_run(tmp_path, Stub(), ema=0.5, iterations=2, updates_per_iteration=2)
+    books = stub_run(tmp_path, Stub(), ema=0.5, iterations=2)
     train.train(books.cfg, books.model, dict(brightness=brightness), books)
     raw, average = books.model.weights(), torch.cat([w.flatten() for w in books.ema])
     with pytest.raises(KeyError):
         books.evaluate()
     assert torch.equal(seen[0], average) and not torch.equal(average, raw)
     assert torch.equal(books.model.weights(), raw)
-
-
-def test_update_takes_a_decay_for_the_average(tmp_path):
-    books = stub_run(tmp_path, Stub(), ema=0.9)
-    books.norms, books.skipped, before = [], 0, Stub().weights()
-    for w in books.model.trained():
-        w.grad = torch.ones_like(w)
-    train.update(books.cfg, books.model, books, decay=0.25)
-    average = torch.cat([w.flatten() for w in books.ema])
-    assert_close(average, 0.25 * before + 0.75 * books.model.weights())
-    assert not torch.equal(average, before)
-
-
-@pytest.mark.slow
-def test_an_average_that_has_hardly_moved_has_no_gain_but_weights_that_have_moved_have_one(
-        tmp_path, five):
-    command = [*SHORT, *five, "--lr", "3e-4", "--iterations", "4"]
-    for ema in ("0.9999999", "0"):
-        assert train.main([*command, "--ema", ema, "--out_dir", str(tmp_path / ema)]) is None
-    gains = {ema: abs(lines_of(tmp_path / ema)[-1]["eval_preference_gain"])
-             for ema in ("0.9999999", "0")}
-    assert gains["0.9999999"] < 1e-5 and gains["0"] > 3e-4
 
 
 # ======================================================================== weights
@@ -489,16 +381,6 @@ def test_adamw_rounds_the_papers_steps_away_in_pure_bf16_but_not_in_float32():
     assert (moved[torch.bfloat16] == 0).float().mean() > 0.8
 
 
-@pytest.mark.slow
-def test_an_interrupted_lora_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path):
-    lora = [*SHORT, "--lora_rank", "4", "--lr", "1e-3", "--ema", "0.5", "--resume"]
-    for name, iterations in (("once", "4"), ("twice", "2"), ("twice", "4")):
-        train.main([*lora, "--iterations", iterations, "--out_dir", str(tmp_path / name)])
-    a, b = (load_file(tmp_path / name / "checkpoint-4/pytorch_lora_weights.safetensors")
-            for name in ("once", "twice"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # ======================================================================== kills
 
 def train_py(out, *more, restarts=0):
@@ -516,7 +398,7 @@ def processes_of(agent):
 def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five, tmp_path):
     """The same command restarts it. The folder has leftovers of a run without a checkpoint."""
     (tmp_path / "log.jsonl").write_text('{"iter": 1, "reward": 7}\n', encoding="utf-8")
-    more = [*five, "--iterations", "4", "--save_every", "1"]
+    more = [*five, "--iterations", "2", "--save_every", "1"]
     agent = subprocess.Popen(**train_py(tmp_path, *more, restarts=1))
     while not (tmp_path / "checkpoint-1").exists() and agent.poll() is None:
         time.sleep(0.001)
@@ -524,11 +406,10 @@ def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(alone, five,
     lines = agent.communicate(timeout=120)[0].splitlines()
     assert agent.returncode == 0, lines[-50:]
     first, second = (line for line in lines if line.startswith("run  "))
-    assert "iterations 1 to 4" in first
-    assert any(f"iterations {i} to 4" in second for i in (2, 3, 4))
+    assert "iterations 1 to 2" in first and "iterations 2 to 2" in second
     begun, continued = (line for line in lines if line.startswith("resume  "))
     assert "so the run begins" in begun and "continues from" in continued
-    check_equal(tmp_path, alone, 1e-4)
+    check_equal(tmp_path, alone, last=2)
 
 
 def kill_until_done(out, iterations, kills, in_saves=False):
@@ -576,7 +457,7 @@ if __name__ == "__main__":
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--in_saves", action="store_true",
                         help="kill only while a checkpoint is being written")
-    parser.add_argument("--cases", nargs=2, help=argparse.SUPPRESS)      # `start_cases` calls this
+    parser.add_argument("--cases", nargs=2, help=argparse.SUPPRESS)      # `pair` calls this
     args, five = parser.parse_known_args()
     if args.cases:
         run_cases(args.cases[0].split(","), args.cases[1], five)
