@@ -13,7 +13,8 @@ from the first row, prompt by prompt, with their own standard errors, and divers
 root-mean-square distance, over pixels, of two pictures of one prompt. After an interruption, the
 same command makes only what is missing. paper/votes.py lets people vote on the pictures.
 """
-import argparse, contextlib, functools, hashlib, json, math, os, shutil, statistics, sys
+import argparse, contextlib, functools, hashlib, io, json, math, os, shutil, statistics, sys
+import textwrap
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
@@ -25,7 +26,6 @@ import rewards
 from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
                      gather_objects, init_processes, is_lora, is_number, parse_call,
                      parse_resolution, read_prompts)
-from pipeline import load_model
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -69,16 +69,17 @@ def as_bytes(images):
     """Pictures in [0, 1] as they are stored: uint8 on the CPU."""
     return (images * 255).round().to(torch.uint8).cpu()
 
-def write_picture(path, picture):
-    """Write a PNG of (3, H, W) uint8; or of a video (frames, 3, H, W), frames side by side."""
-    info = PngInfo()
+def as_png(picture):
+    """(3, H, W) uint8 as the bytes of a PNG; of a video (frames, 3, H, W), frames side by side."""
+    file, info = io.BytesIO(), PngInfo()
     if picture.ndim == 4:
         info.add_text("frames", str(len(picture)))
         picture = torch.cat(list(picture), -1)                              # (3, H, frames W)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, "png", pnginfo=info)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "png", pnginfo=info)
+    return file.getvalue()
 
 def read_picture(path):
-    """What `write_picture` was given."""
+    """What `as_png` was given."""
     with Image.open(path) as file:
         frames = int(file.info.get("frames", 0))
         picture = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
@@ -131,7 +132,7 @@ def picture_grid(path, rows, captions):
                   for i in range(first.shape[1])]
         moving[0].save(Path(path).with_suffix(".webp"), save_all=True, append_images=moving[1:],
                        duration=125, loop=0, quality=90)
-        shown = evenly_spaced(first.shape[1], 4)
+        shown = rewards.some_frames(first.shape[1], 4)
         rows = {label: torch.cat(list(video[:, shown].unbind(1)), -1)
                 for label, video in rows.items()}
     draw_grid(rows, captions, first.shape[-1]).save(path)
@@ -145,15 +146,16 @@ def draw_grid(rows, captions, frame=0):
     longest = max(H, frame or W)
     scale = (128 if longest <= 128 else 256) / longest
     height, width, left, gap = round(scale * H), round(scale * W), 96, 6
-    lines = [wrap_text(caption, width, font)[:5] for caption in captions]
+    wrap = functools.partial(textwrap.wrap, max_lines=5, placeholder=" ...")
+    lines = [wrap(caption, width // 7) for caption in captions]     # few letters are wider
     bottom = len(rows) * (height + gap)
     canvas = Image.new("RGB", (left + len(captions) * (width + gap),
                                bottom + 14 * max(map(len, lines)) + 6), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (label, images) in enumerate(rows.items()):
         y = row * (height + gap)
-        label = "\n".join(wrap_text(label, left - 8, font))
-        draw.multiline_text((4, y + height // 2), label, "black", font, anchor="lm")
+        draw.multiline_text((4, y + height // 2), "\n".join(wrap(label, left // 7)), "black", font,
+                            anchor="lm")
         for column, image in enumerate(images):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -161,16 +163,6 @@ def draw_grid(rows, captions, frame=0):
     for column, line in enumerate(lines):
         draw.multiline_text((left + column * (width + gap), bottom), "\n".join(line), "black", font)
     return canvas
-
-def wrap_text(text, width, font):
-    """Lines of at most `width` pixels. They break at spaces; a word that is too long is split."""
-    lines = [""]
-    for letter in " ".join(text.split()):
-        if font.getlength((lines[-1] + letter).strip()) > width:
-            line, _, word = lines[-1].rpartition(" ")
-            lines[-1:] = [line, word] if line else [word, ""]
-        lines[-1] += letter
-    return [line.strip() for line in lines]
 
 def draw_curve(lines, path):
     """Draw the training reward of a log, and the held-out scores with their standard errors."""
@@ -237,17 +229,14 @@ def label_of(path):
     path = Path(path).resolve() if Path(path).exists() else Path(path)
     return "-".join(path.relative_to(path.anchor).parts[-2:]) or "root"
 
-def write_atomically(file, save):
-    """Call save(path) with a temporary path, then rename it: a file that exists is complete."""
+def write_atomically(file, content):
+    """Write text or bytes under another name, then rename it: a file that exists is complete."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        save(temporary)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-
-def write_text(file, text):
-    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 class Row:
     """A model and its folder <out_dir>/<label>/ with settings.json, prompts.json and pictures/. For
@@ -266,35 +255,23 @@ class Row:
                     "seed").split():
             self.settings[key] = getattr(args, key)
         if (self.folder / "pictures").exists() and not args.overwrite:
-            self.check_settings(read_json(self.folder / "settings.json"))
-
-    def check_settings(self, before):
-        advice = "use --overwrite or another --out_dir"
-        if not before:
-            raise ValueError(f"{self.folder} holds pictures, but no settings.json; {advice}")
-        for key, value in self.settings.items():
-            if before.get(key) != value:
-                readable = isinstance(value, (str, int, float)) and key != "prompts"
-                change = f"{key} {before.get(key)}, not {value}" if readable else f"other {key}"
-                raise ValueError(f"{self.folder} holds pictures made with {change}; {advice}")
+            before = read_json(self.folder / "settings.json")
+            for key, value in self.settings.items():
+                if before.get(key) != value:
+                    readable = key in before and key != "prompts" and not isinstance(value, list)
+                    change = f"{key} {before[key]}, not {value}" if readable else f"other {key}"
+                    raise ValueError(f"{self.folder} holds pictures made with {change}; use "
+                                     "--overwrite or another --out_dir")
 
     def begin(self, overwrite):
         """Make the folder, without pictures if `overwrite` is set."""
-        pictures, old = self.folder / "pictures", self.folder / "pictures.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if overwrite and pictures.exists():
-            os.replace(pictures, old)           # rename first, or a crash would leave half of them
-            shutil.rmtree(old)
+        pictures = self.folder / "pictures"
+        if overwrite and pictures.exists():     # settings.json fits what a crash leaves of them
+            shutil.rmtree(pictures)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in [("settings", self.settings), ("prompts", self.prompts)]:
-            write_text(self.folder / f"{name}.json", json.dumps(content, indent=1))
+            write_atomically(self.folder / f"{name}.json", json.dumps(content, indent=1))
         pictures.mkdir(exist_ok=True)
-        # Delete leftovers of killed saves, but not files that another eval.py may be writing now.
-        now = (self.folder / "prompts.json").stat().st_mtime
-        for file in self.folder.rglob("*.*.[0-9]*"):
-            with contextlib.suppress(FileNotFoundError):
-                if now - file.stat().st_mtime > 600:
-                    file.unlink()
 
     def files(self, i):
         return [self.folder / f"pictures/{i:05d}-{k}.png" for k in range(self.n)]
@@ -331,7 +308,7 @@ class Row:
                        self.n, args.seed)
             files = [file for i in to_sample for file in self.files(i)]
             for picture, file in zip(as_bytes(x), files):
-                write_atomically(file, lambda path: write_picture(path, picture))
+                write_atomically(file, as_png(picture))
         pictures = [self.pictures(i) for i in indices]          # the files are what is scored
         if any(p.shape != pictures[0].shape for p in pictures):
             raise ValueError(f"{self.folder}/pictures holds pictures of several sizes; use "
@@ -344,7 +321,7 @@ class Row:
                 for i, values in zip(indices, scorer(x, texts).unflatten(0, (-1, self.n)).tolist()):
                     scores[i][key] = values
         for i in indices:
-            write_text(self.folder / f"pictures/{i:05d}.json", json.dumps(scores[i]))
+            write_atomically(self.folder / f"pictures/{i:05d}.json", json.dumps(scores[i]))
 
     def from_run(self):
         """The columns of Table 1 that come from a checkpoint's run: solver, NFEs, seconds of an
@@ -514,6 +491,7 @@ def check(args):
 
 def load_row(args, row):
     """The model of a row."""
+    from pipeline import load_model             # diffusers takes seconds to import
     path, lora = (args.model, row.path) if is_lora(row.path) else (row.path, "")
     return load_model(path, resolution=args.resolution, guidance=args.guidance, steps=args.steps,
                       call=parse_call(args.call), device=args.device, frozen=True, lora=lora)
@@ -524,9 +502,9 @@ def main(argv=None):
     prompts, n = rows[0].prompts, args.images_per_prompt
     chosen = evenly_spaced(len(prompts), args.num_prompts or len(prompts))
     try:
-        scorers = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen])
-        scorers = {key: rewards.of_videos(scorers[name], args.frames)
-                   for name, key in args.score_keys.items()}
+        found = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen],
+                                 args.frames)
+        scorers = {key: found[name] for name, key in args.score_keys.items()}
         if RANK == 0:
             print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
                   f"resolution {args.resolution or 'own'}, {args.solver} {args.steps} steps, shift "

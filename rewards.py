@@ -18,7 +18,7 @@ name. A failure never becomes a score of 0.
     hpsv3                               newer, and larger (examples/hpsv3_reward.py)
     jpeg                                needs no model
     preference, judge, named, flawless  for the small world; nothing to download (tiny/scorers.py)
-    ocr, imagenet, brisque              networks in PyPI packages (examples/package_rewards.py)
+    ocr                                 a network in a PyPI package (examples/package_rewards.py)
 
 Scores are computed in float32, even inside the caller's autocast. Near 0.3, neighbouring bf16
 numbers differ by 0.002, while the HPSv2.1 scores of a group differ by about 0.01. On a GPU the two
@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -85,6 +84,7 @@ class Scorer:
     """Base of all scorers. A subclass loads its weights in `__init__`, and adds
     `score(pixels uint8 (G, 3, H, W), prompts [G]) -> (G,)`. `argument` is the text after "="."""
     video = False           # whether it gets whole videos, (G, frames, 3, H, W)
+    frames = 4              # of a video, that a scorer of images sees; set by load_all()
     name = ""               # the key in the log and the column in a table; set by load()
     code_file = ""          # of a scorer in your own file: lets an error name the line that failed
 
@@ -102,30 +102,38 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        pixels = as_8_bit(images, prompts, 5 if self.video else 4)
+        pixels, n = as_8_bit(images, prompts, self.video), 1
+        if images.ndim == 5 and not self.video:         # of a video the mean over some frames
+            shown = some_frames(images.shape[1], self.frames)
+            pixels, n = pixels[:, shown].flatten(0, 1), len(shown)      # (G n, 3, H, W)
+            prompts = [prompt for prompt in prompts for _ in shown]
         try:
             with undisturbed(), torch.autocast(self.device.type, enabled=False):
-                scores = self.score(pixels.to(self.device), prompts)
-            scores = as_numbers(scores)
+                given = self.score(pixels.to(self.device), prompts)
         except (Exception, SystemExit) as error:
             raise ScorerError(f"scorer {self.name!r} failed on the prompt {prompts[0]!r}: "
                               f"{describe(error, self.code_file)}") from error
-        shape, finite = tuple(scores.shape), scores.abs() < 1e30       # nan is not, either
-        if shape != (len(images),) or not finite.all():
-            bad = finite.int().argmin() if shape == (len(images),) else 0
-            raise ScorerError(f"scorer {self.name!r} gave {one_line(scores.tolist())}, of shape "
-                              f"{shape}, for the prompt {prompts[bad]!r}, but must give one finite "
-                              f"number for each of {len(images)} images")
-        return scores.to(images.device, torch.float32)                  # (G,)
+        try:
+            scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
+        except (TypeError, ValueError, RuntimeError):
+            scores = torch.tensor(torch.nan)            # no numbers
+        shape, finite = tuple(scores.shape), scores.abs() < 1e30        # nan is not, either
+        if shape != (len(pixels),) or not finite.all():
+            bad = finite.int().argmin() if shape == (len(pixels),) else 0
+            raise ScorerError(
+                f"scorer {self.name!r} returned a {type(given).__name__}, {one_line(given)}, of "
+                f"shape {shape}, for the prompt {prompts[bad]!r}, but must return one finite "
+                f"number for each of {len(pixels)} images, in a tensor, a list or an array")
+        return scores.unflatten(0, (-1, n)).mean(1).to(images.device)       # (G,)
 
 
-def as_8_bit(images, prompts, ndim=4):
-    """Check a scorer's input, and round it to 8 bits: (G, 3, H, W) in [0, 1] -> uint8. ndim=5: the
-    same of videos, (G, frames, 3, H, W)."""
-    right_shape = images.ndim == ndim and images.shape[-3] == 3 and images.numel() > 0
+def as_8_bit(images, prompts, video=False):
+    """Check a scorer's input, and round it to 8 bits: (G, 3, H, W), or videos (G, frames, 3, H, W),
+    in [0, 1] -> uint8. `video`: only videos will do."""
+    right_shape = images.ndim in (4 + video, 5) and images.shape[-3] == 3 and images.numel() > 0
     if not (right_shape and images.is_floating_point()):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, but must be float "
-                         f"(G, {'frames, ' * (ndim == 5)}3, H, W)")
+                         f"(G, {'frames, ' * video}3, H, W)")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(prompts) != len(images) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images, but must be "
@@ -136,13 +144,10 @@ def as_8_bit(images, prompts, ndim=4):
     return (images * 255).round().to(torch.uint8)
 
 
-def as_numbers(scores):
-    """What a scorer returned -> (G,) float32 on the CPU."""
-    try:
-        return torch.as_tensor(scores, dtype=torch.float32, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"it returned a {type(scores).__name__}, but must return a number for "
-                        "each image: a tensor (G,), a list or an array") from None
+def some_frames(count, most):
+    """The indices of at most `most` of a video's frames: evenly spaced, but even and odd in turn.
+    Otherwise they would miss a flicker of every other frame."""
+    return [k - (k - i) % 2 for i, k in enumerate(evenly_spaced(count, most))]
 
 
 class OwnReward(Scorer):
@@ -174,32 +179,31 @@ class Published(Scorer):
     those that several public projects use. The hub could not be reached to check them.)"""
     source = file = ""
     pin = None
-    is_folder = False                           # several files in a folder, not a single file
 
     @classmethod
     def check(cls, location):
-        path = Path(location).expanduser()
-        exists = path.is_dir() if cls.is_folder else path.exists()
-        if location and not exists and not is_hub_id(location):
-            raise ValueError(f"{location} should be the path of {cls.file} of {cls.source}, or a "
-                             "hub id, but is neither")
+        local_file(location, cls.source, cls.file)
 
 
-def is_hub_id(location):
-    """Whether `location` looks like "owner/name", not like the path of a file or folder."""
-    return (re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not Path(location).parent.exists()
-            and not location.endswith((".pt", ".pth", ".bin", ".safetensors")))
+def local_file(location, source, file):
+    """The path of a published file, if `location` is this file or a folder with it. None for "" and
+    for a hub id, "owner/name". ValueError for anything else."""
+    path = Path(location).expanduser()
+    path = path / file if location and path.is_dir() else path
+    if path.is_file():
+        return path
+    is_hub_id = (re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not path.parent.exists()
+                 and path.suffix not in (".pt", ".pth", ".bin", ".safetensors"))
+    if location and not is_hub_id:
+        raise ValueError(f"{location} should be {file} of {source}, a folder with it, or a hub id, "
+                         "but is none of them")
 
 
 def fetch(location, source, file, pin):
-    """The path of a published file. `location` is the file, a folder with it, or a hub id. If it
-    is empty, the version `pin` is downloaded from `source`, once."""
-    if location and not is_hub_id(location):
-        path = Path(location).expanduser()
-        path = path / file if path.is_dir() else path
-        if path.is_file():
-            return path
-        raise ValueError(f"there is no file {path}; it should be {file} of {source}")
+    """The path of a published file: at `location`, as in `local_file`. If that is empty, the
+    version `pin` is downloaded from `source`, once."""
+    if path := local_file(location, source, file):
+        return path
     source, pin = (HUB + location, None) if location else (source, pin)
     try:
         if source.startswith(HUB):
@@ -207,10 +211,9 @@ def fetch(location, source, file, pin):
             return Path(hf_hub_download(source.removeprefix(HUB), file, revision=pin))
         path = Path(torch.hub.get_dir()) / "checkpoints" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):          # one process downloads, the others wait
-            if not path.is_file():
-                url = f"{source}/raw/main/{file}"
-                torch.hub.download_url_to_file(url, str(path), pin, progress=False)
+        if not path.is_file():                  # it is written aside and renamed
+            url = f"{source}/raw/main/{file}"
+            torch.hub.download_url_to_file(url, str(path), pin, progress=False)
         return path
     except Exception as error:
         raise ValueError(f"{file} of {source} could not be downloaded ({one_line(error)}); give "
@@ -223,9 +226,8 @@ def read_weights(path, source):
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = state.get("state_dict", state)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise TypeError("the file has entries that are not tensors")
-        return state
+        return {name: tensor.detach() for name, tensor in state.items()
+                if not name.endswith("position_ids")}           # which networks count themselves
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a file that contains only tensors; it may be "
                          f"incomplete or another file than the one of {source}") from error
@@ -233,49 +235,11 @@ def read_weights(path, source):
 
 def load_strictly(net, state, path, source, dtype=torch.float32):
     """Fill `net`, and return it frozen. No tensor may be missing, unexpected or reshaped."""
-    wanted = net.state_dict()
-    reshaped = {name for name in wanted.keys() & state.keys()
-                if wanted[name].shape != state[name].shape}
-    for problem, names in [("missing", wanted.keys() - state.keys()),
-                           ("unexpected", state.keys() - wanted.keys()),
-                           ("of another shape", reshaped)]:
-        if names:
-            first = min(names)
-            expected = f" {tuple(wanted[first].shape)}" if first in wanted else ""
-            raise ValueError(f"{path} is not the file of {source}: {len(names)} tensors are "
-                             f"{problem}, such as {first}{expected}")
-    net.load_state_dict(state, assign=True)     # so a network built on "meta" can be filled, too
-    return net.to(dtype).eval().requires_grad_(False)
-
-
-def load_transformers(cls, location, source, pin, vision, unused=()):
-    """A transformers model from a folder or the hub: every weight of class `cls`, float32, frozen.
-    `vision`: values that the config of the vision tower must have. `unused`: prefixes of tensors
-    in the file that `cls` does not have."""
-    from transformers.utils import logging
-    path = os.path.expanduser(location) or source.removeprefix(HUB)
-    revision, level = None if location else pin, logging.get_verbosity()
     try:
-        logging.set_verbosity_error()           # every warning is harmless, or an error below
-        net, info = cls.from_pretrained(path, revision=revision, dtype=torch.float32,
-                                        output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:
-        raise ValueError(f"{path} could not be loaded like {source} ({one_line(error)}); give a "
-                         "folder with its files after the scorer's name and '='") from error
-    finally:
-        logging.set_verbosity(level)
-    config = getattr(net.config, "vision_config", net.config)
-    differences = [f"{name} is {getattr(config, name)} instead of {value}"
-                   for name, value in vision.items() if getattr(config, name) != value]
-    unexpected = [name for name in info["unexpected_keys"]      # older files also have position_ids
-                  if not name.startswith(unused) and not name.endswith("position_ids")]
-    for problem, names in [("missing", info["missing_keys"]), ("unexpected", unexpected),
-                           ("of another shape", info["mismatched_keys"])]:
-        if names:
-            differences.append(f"{len(names)} tensors are {problem}, such as {min(names)}")
-    if differences:
-        raise ValueError(f"{path} is not the model of {source}: {', '.join(differences)}")
-    return net.eval().requires_grad_(False)
+        net.load_state_dict(state, assign=True)     # a network built on "meta" can be filled, too
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not the file of {source}: {one_line(error)}") from error
+    return net.to(dtype).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -303,7 +267,9 @@ class Cosine(Published):
 
     def __init__(self, location="", device="cpu"):
         super().__init__(location, device)
-        self.texts = {}                         # {prompt: (D,)}
+        # A group shares its prompt, so a cache saves time. The last bit of a row of a matrix
+        # product depends on the number of rows: one at a time, a resumed run equals another.
+        self.encode_one = functools.lru_cache(4096)(lambda prompt: self.encode_text([prompt])[0])
 
     def score(self, pixels, prompts):
         half = self.half and self.device.type == "cuda"
@@ -315,16 +281,8 @@ class Cosine(Published):
     def encode_text(self, prompts):
         return self.net.encode_text(self.tokenizer(prompts).to(self.device))
 
-    def cached_text(self, prompts, limit=4096):
-        """`encode_text` with a cache, one prompt at a time. A group shares its prompt, so the cache
-        saves time. The last bit of a row of a matrix product depends on the number of rows; one at
-        a time, a resumed run equals an uninterrupted one."""
-        if len(self.texts) > limit:
-            self.texts.clear()
-        for prompt in prompts:
-            if prompt not in self.texts:
-                self.texts[prompt] = self.encode_text([prompt])[0]
-        return torch.stack([self.texts[prompt] for prompt in prompts])  # (G, D)
+    def cached_text(self, prompts):
+        return torch.stack([self.encode_one(prompt) for prompt in prompts])         # (G, D)
 
 
 class HPSv2(Cosine):
@@ -353,38 +311,50 @@ class HPSv2(Cosine):
         self.tokenizer = open_clip.get_tokenizer(self.architecture)
 
     def encode_image(self, pixels, size=224):
+        from torchvision.transforms.functional import center_crop, normalize
         x = pixels.float() / 255
         scale = size / max(x.shape[-2:])
         height, width = (round(scale * side) for side in x.shape[-2:])
         if (height, width) != x.shape[-2:]:
             x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
-        left, top = (size - width) // 2, (size - height) // 2
-        x = F.pad(x, (left, size - width - left, top, size - height - top))
-        mean, std = x.new_tensor(MEAN)[:, None, None], x.new_tensor(STD)[:, None, None]
-        return self.net.encode_image((x - mean) / std)
+        x = center_crop(x, size)                                # pads with black
+        return self.net.encode_image(normalize(x, MEAN, STD))
 
 
 class PickScore(Cosine):
     """PickScore (Kirstain et al., arXiv 2305.01569): a CLIP ViT-H/14, fine-tuned on the choices of
     Pick-a-Pic's users.
 
-    Weights     yuvalkirstain/PickScore_v1, transformers' layout. No licence stated (code MIT).
+    Weights     model.safetensors of yuvalkirstain/PickScore_v1, in transformers' layout. No
+                licence stated (code MIT).
     Image       transformers' CLIPImageProcessor. It equals `shorter_edge_to(224)`, except that it
                 crops some pictures that are not square one pixel further to a side.
     Text        CLIP's tokenizer as in transformers, 77 tokens; longer prompts are cut.
     Score       exp(logit_scale) * cosine, about 17 to 24. The paper's Table 1 prints it over 100.
     Source      github.com/yuvalkirstain/PickScore, README (calc_probs).
     """
-    source, pin = HUB + "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
-    file, is_folder = "a folder with config.json and model.safetensors", True
-    vision = dict(hidden_size=1280, num_hidden_layers=32, patch_size=14, image_size=224)
+    source, file = HUB + "yuvalkirstain/PickScore_v1", "model.safetensors"
+    pin = "a4e4367c6dfa7288a00c550414478f865b875800"
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                num_attention_heads=16, hidden_act="gelu")
+    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,       # ViT-H/14
+                  num_attention_heads=16, hidden_act="gelu", image_size=224, patch_size=14,
+                  projection_dim=1024)
 
     def __init__(self, location="", device="cpu"):
-        from transformers import CLIPImageProcessorPil, CLIPModel
+        from transformers import CLIPImageProcessorPil
         super().__init__(location, device)
-        net = load_transformers(CLIPModel, location, self.source, self.pin, self.vision)
-        self.net, self.scale = net.to(device), net.logit_scale.exp().item()
+        path = fetch(location, self.source, self.file, self.pin)
+        state = read_weights(path, self.source)
+        self.net = load_strictly(self.build(), state, path, self.source).to(device)
+        self.scale = self.net.logit_scale.exp().item()
         self.tokenizer, self.processor = clip_tokenizer(), CLIPImageProcessorPil()
+
+    @classmethod
+    def build(cls):
+        from transformers import CLIPConfig, CLIPModel
+        return CLIPModel(CLIPConfig(text_config=cls.text, vision_config=cls.vision,
+                                    projection_dim=cls.vision["projection_dim"]))
 
     def encode_image(self, pixels):
         def transform(picture):
@@ -488,14 +458,11 @@ class ImageReward(Published):
         from transformers import BertTokenizer
         super().__init__(location, device)
         path = fetch(location, self.source, self.file, self.pin)
-        folder = str(path.parent) if location and not is_hub_id(location) else ""
-        vocabulary = fetch(folder, self.bert, "vocab.txt", self.bert_pin)
-        lines = len(vocabulary.read_text(encoding="utf-8", errors="replace").splitlines())
-        expected = self.text["vocab_size"] - 2                  # without [DEC] and [ENC]
-        if lines != expected:
-            raise ValueError(f"{vocabulary} has {lines} lines, but that of {self.bert} has "
-                             f"{expected}")
+        folder = path.parent if local_file(location, self.source, self.file) else ""
+        vocabulary = fetch(str(folder), self.bert, "vocab.txt", self.bert_pin)
         self.tokenizer = BertTokenizer(vocab=str(vocabulary))
+        if len(self.tokenizer) != self.text["vocab_size"] - 2:  # without [DEC] and [ENC]
+            raise ValueError(f"{vocabulary} is not the vocabulary of {self.bert}")
         state = self.rename(read_weights(path, self.source))
         self.net = load_strictly(self.build(), state, path, self.source).to(device)
         self.transform = shorter_edge_to(self.vision["image_size"])
@@ -522,7 +489,7 @@ class ImageReward(Published):
         unused = ("blip.vision_proj.", "blip.text_proj.")       # for BLIP's contrastive loss
         renamed = {}
         for name, tensor in state.items():
-            if not name.startswith(unused) and not name.endswith("position_ids"):
+            if not name.startswith(unused):
                 for old, new in changes.items():
                     name = name.replace(old, new)
                 renamed[name] = tensor
@@ -544,8 +511,8 @@ class Aesthetic(Published):
     """LAION's aesthetic predictor V2, out of domain in the paper: how beautiful people would find
     the picture, from 1 to 10. The prompt is ignored.
 
-    Weights     the head sac+logos+ava1-l14-linearMSE.pth (Apache-2.0), and
-                openai/clip-vit-large-patch14 (MIT). Its files may lie in the folder of the head.
+    Weights     the head sac+logos+ava1-l14-linearMSE.pth (Apache-2.0), and model.safetensors of
+                openai/clip-vit-large-patch14 (MIT), which may lie in the folder of the head.
     Image       `shorter_edge_to(224)`.
     Score       head(unit image embedding), about 4 to 7 (FLUX.1-dev 6.1 in Table 1).
     Source      github.com/christophschuhmann/improved-aesthetic-predictor, simple_inference.py.
@@ -555,25 +522,30 @@ class Aesthetic(Published):
     pin = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
     clip = HUB + "openai/clip-vit-large-patch14"
     clip_pin = "32bd64288804d66eefd0ccbe215aa642df71cc41"
-    vision = dict(hidden_size=1024, num_hidden_layers=24, patch_size=14, image_size=224)
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,       # ViT-L/14
+                  num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768)
 
     def __init__(self, location="", device="cpu"):
-        from transformers import CLIPVisionModelWithProjection
         super().__init__(location, device)
         path = fetch(location, self.source, self.file, self.pin)
-        head = load_strictly(mlp(768), read_weights(path, self.source), path, self.source)
-        folder = str(path.parent) if (path.parent / "config.json").is_file() else ""
-        net = load_transformers(CLIPVisionModelWithProjection, folder, self.clip, self.clip_pin,
-                                self.vision, unused=("text_", "logit_scale"))
-        self.net, self.head = net.to(device), head.to(device)
-        self.transform = shorter_edge_to(self.net.config.image_size)
+        net, head = self.build()
+        self.head = load_strictly(head, read_weights(path, self.source), path, self.source)
+        folder = path.parent if (path.parent / "model.safetensors").is_file() else ""
+        path = fetch(str(folder), self.clip, "model.safetensors", self.clip_pin)
+        state = {name: tensor for name, tensor in read_weights(path, self.clip).items()
+                 if name.startswith(("vision_model.", "visual_projection."))}
+        self.net = load_strictly(net, state, path, self.clip).to(device)
+        self.head, self.transform = self.head.to(device), shorter_edge_to(self.vision["image_size"])
+
+    @classmethod
+    def build(cls):
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+        net = CLIPVisionModelWithProjection(CLIPVisionConfig(**cls.vision))
+        return net, mlp(cls.vision["projection_dim"])
 
     def score(self, pixels, prompts):
-        return self.rate(self.net(prepare(pixels, self.transform)).image_embeds)
-
-    def rate(self, features):
-        """Image embeddings of ViT-L/14 (G, 768), normalised or not -> (G,)."""
-        return self.head["layers"](F.normalize(features, dim=1)).squeeze(1)
+        features = self.net(prepare(pixels, self.transform)).image_embeds           # (G, 768)
+        return self.head["layers"](F.normalize(features, dim=1)).squeeze(1)         # (G,)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -599,20 +571,18 @@ class Jpeg(Scorer):
 # ------------------------------------------------------------------------------------------------
 # From names to scorers
 
-SERVER, PACKAGES = HERE / "examples/server_reward.py", HERE / "examples/package_rewards.py"
-HPSV3, TINY = HERE / "examples/hpsv3_reward.py", HERE / "tiny/scorers.py"
-SCORERS = dict(
+EXAMPLES, TINY = f"{HERE}/examples", f"{HERE}/tiny/scorers.py"
+SCORERS = dict(                                 # {name: a class, or FILE.py:CLASS}
     hpsv2=HPSv2, pickscore=PickScore, imagereward=ImageReward, clipscore=ClipScore,
-    aesthetic=Aesthetic, hpsv3=(HPSV3, "HPSv3"), unifiedreward=(SERVER, "UnifiedReward"),
-    unifiedreward_final=(SERVER, "UnifiedRewardFinal"), ocr=(PACKAGES, "Ocr"),
-    imagenet=(PACKAGES, "ImageNet"), brisque=(PACKAGES, "Brisque"), jpeg=Jpeg,
-    preference=(TINY, "Preference"), judge=(TINY, "Judge"), named=(TINY, "Named"),
-    flawless=(TINY, "Flawless"))                # (file, name in it)
-# A scorer cannot have the name of another key in log.jsonl or results.json.
-TAKEN = (r"iter|reward|reward_std|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|nfe_\w+|"
-         r"label|path|solver|seconds\w*|trained_on|diversity|eval_\w+|\w+_gain|\w+_stderr|"
-         r"velocity_ratio|fallen|peak_gb")
-
+    aesthetic=Aesthetic, hpsv3=f"{EXAMPLES}/hpsv3_reward.py:HPSv3",
+    unifiedreward=f"{EXAMPLES}/server_reward.py:UnifiedReward",
+    unifiedreward_final=f"{EXAMPLES}/server_reward.py:UnifiedRewardFinal",
+    ocr=f"{EXAMPLES}/package_rewards.py:Ocr", jpeg=Jpeg, preference=f"{TINY}:Preference",
+    judge=f"{TINY}:Judge", named=f"{TINY}:Named", flawless=f"{TINY}:Flawless")
+# Your own cannot have the name of another number in log.jsonl or results.json.
+TAKEN = (r"iter|reward(_std)?|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|fallen|"
+         r"velocity_ratio|peak_gb|label|path|solver|trained_on|diversity|"
+         r"(nfe_|eval_|seconds).*|.*(_gain|_stderr)")
 
 # A spec is [FILE.py: or module:]NAME[=argument]. Paths may have all of its separators: a file ends
 # at the first ".py:", a name has no slash, and an argument begins at the first "=" after the name.
@@ -627,17 +597,16 @@ def split(spec):
 
 
 def listed(specs):
-    """Comma-separated specs -> a list. A path may have commas: a part that is no spec by itself
-    belongs to the argument before it, or else to the file after it."""
-    found, begun = [], ""
+    """Comma-separated specs -> a list. A path may have commas: what follows one belongs to the part
+    before it, if that is no spec yet, or if it has an argument and the rest is no spec."""
+    found = []
     for part in specs.split(","):
-        if SPEC.fullmatch(begun + part):
-            found, begun = [*found, begun + part], ""
-        elif not begun and found and split(found[-1])[2]:
+        if found and (not SPEC.fullmatch(found[-1])
+                      or (split(found[-1])[2] and not SPEC.fullmatch(part))):
             found[-1] += f",{part}"
         else:
-            begun += f"{part},"
-    return [spec.strip() for spec in [*found, begun[:-1]] if spec.strip()]
+            found.append(part)
+    return [spec.strip() for spec in found if spec.strip()]
 
 
 @functools.cache
@@ -647,12 +616,10 @@ def import_source(source):
     try:
         if not source.endswith(".py"):
             module = importlib.import_module(source)
-            file = getattr(module, "__file__", None)
-            return module, hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()
-        code, name = Path(file).read_bytes(), str(Path(file).resolve())
-        sys.modules[name] = module = types.ModuleType(name)
-        module.__file__ = file
-        exec(compile(code, file, "exec"), module.__dict__)
+            return module, hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+        code, module = Path(file).read_bytes(), types.ModuleType(str(Path(file).resolve()))
+        module.__file__, sys.modules[module.__name__] = file, module
+        exec(compile(code, file, "exec"), vars(module))
         return module, hashlib.sha256(code).hexdigest()
     except (Exception, SystemExit) as error:
         message = one_line(describe(error, file))
@@ -670,19 +637,17 @@ def find(spec):
     if not source and name not in SCORERS:
         raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}, and your "
                          "own as FILE.py:FUNCTION or module:FUNCTION")
-    scorer = SCORERS.get(name, (source, name))
-    if isinstance(scorer, tuple):
-        scorer = getattr(import_source(str(scorer[0]))[0], scorer[1], None)
-    is_class = isinstance(scorer, type)
-    if not callable(scorer) or (is_class and not issubclass(scorer, Scorer)):
+    scorer = SCORERS.get(name, spec)
+    if isinstance(scorer, str):
+        source, name, _ = split(scorer)
+        scorer = getattr(import_source(source)[0], name, None)
+    is_class = isinstance(scorer, type) and issubclass(scorer, Scorer)
+    if not is_class and (isinstance(scorer, type) or not callable(scorer)):
         problem = "does not exist" if scorer is None else f"is of type {type(scorer).__name__}"
         raise ValueError(f"{name!r} of {source} {problem}, but must be a function f(images, "
                          "prompts) or a subclass of rewards.Scorer")
     try:
-        if is_class:
-            scorer.check(argument)
-        elif argument:
-            raise ValueError("nothing may follow the name of a function")
+        (scorer if is_class else Scorer).check(argument)
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from error
     return scorer, argument
@@ -726,44 +691,27 @@ def parse_weights(text, names):
 def load(spec, device="cpu"):
     """ "name", "name=argument" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
     found, argument = find(spec)
-    source, name, _ = split(spec)
     scorer = found(argument, device) if isinstance(found, type) else OwnReward(found, device)
-    scorer.name = name
-    if source:
-        scorer.code_file = getattr(import_source(source)[0], "__file__", "")
+    source, scorer.name, _ = split(spec)
+    scorer.code_file = import_source(source)[0].__file__ if source else ""
     return scorer
 
 
-def load_all(specs, device, prompts):
+def load_all(specs, device, prompts, frames=4):
     """{name: spec} -> {name: scorer}. Each checks all prompts and is tried on one and on two grey
-    images, so that failures show up before the run: first of your own, because they load fast."""
+    images, or videos of four frames, so that failures show up before the run: first of your own,
+    because they load fast."""
     scorers = {}
     for name, spec in sorted(specs.items(), key=lambda item: item[0] in SCORERS):
         scorers[name] = scorer = load(spec, device)
+        scorer.frames = frames
         with undisturbed():
             for prompt in prompts:
                 scorer.check_prompt(prompt)
         for count in (1, 2):
-            frames = (4,) if scorer.video else ()
-            scorer(torch.full((count, *frames, 3, 64, 64), 0.5), prompts[:1] * count)
+            shape = (count, 4, 3, 64, 64) if scorer.video else (count, 3, 64, 64)
+            scorer(torch.full(shape, 0.5), prompts[:1] * count)
     return {name: scorers[name] for name in specs}
-
-
-def of_videos(scorer, count):
-    """The scorer, but for videos, too, (M, frames, 3, H, W): the mean score of at most `count`
-    frames, evenly spaced. One with `video = True` gets the whole videos."""
-    if getattr(scorer, "video", False):
-        return scorer
-
-    def score(pictures, prompts):
-        if pictures.ndim == 4:
-            return scorer(pictures, prompts)
-        frames = pictures[:, evenly_spaced(pictures.shape[1], count)]       # (M, n, 3, H, W)
-        M, n = frames.shape[:2]
-        each = [prompt for prompt in prompts for _ in range(n)]
-        return scorer(frames.flatten(0, 1), each).unflatten(0, (M, n)).mean(1)
-
-    return score
 
 
 def forgiving(scorer):

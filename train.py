@@ -315,8 +315,7 @@ def start(cfg, algorithm):
                                  + read_prompts(cfg.eval_prompts or cfg.prompts)))
     names, watched = rewards.parse(cfg.rewards), rewards.parse(cfg.eval_scorers)
     try:
-        scorers = rewards.load_all(names | watched, cfg.device, prompts)
-        scorers = {name: rewards.of_videos(scorer, cfg.frames) for name, scorer in scorers.items()}
+        scorers = rewards.load_all(names | watched, cfg.device, prompts, cfg.frames)
         scorers |= {name: rewards.forgiving(scorers[name]) for name in watched}
         torch.manual_seed(cfg.seed)                             # of LoRA's first weights
         model = load(cfg)

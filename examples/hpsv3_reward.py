@@ -6,7 +6,7 @@ A reward from a vision-language model with 8 billion weights.
 import functools
 from pathlib import Path
 import torch
-from rewards import HUB, Published, fetch, is_hub_id, load_strictly, read_weights
+from rewards import HUB, Published, fetch, load_strictly, local_file, read_weights
 from torch import nn
 
 QUESTION = (Path(__file__).parent / "hpsv3_prompt.txt").read_text(encoding="utf-8")
@@ -39,8 +39,8 @@ class HPSv3(Published):
         from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
         super().__init__(location, device)
         path = fetch(location, self.source, self.file, self.pin)
-        folder = str(path.parent) if location and not is_hub_id(location) else ""
-        words = fetch(folder, self.qwen, "tokenizer.json", self.qwen_pin)
+        folder = path.parent if local_file(location, self.source, self.file) else ""
+        words = fetch(str(folder), self.qwen, "tokenizer.json", self.qwen_pin)
         self.processor = Qwen2VLImageProcessorPil(min_pixels=448 * 448, max_pixels=448 * 448)
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words),
                                                  pad_token="<|endoftext|>", padding_side="right")

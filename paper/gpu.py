@@ -68,16 +68,9 @@ def random_pipeline(name, device):
 
 def load_random(spec, device, load=rewards.load):
     """rewards.load, but with random weights, and numbers as ImageReward's vocabulary."""
-    def clip_model(kind, location, source, pin, vision):
-        net = kind(transformers.CLIPConfig(
-            text_config=clip(kind, 1024, 24, 16, "gelu")[1].to_dict(), projection_dim=1024,
-            vision_config=dict(vision, intermediate_size=5120, num_attention_heads=16)))
-        return net.eval().requires_grad_(False)
-
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file, mock.patch.multiple(
             rewards, fetch=lambda *_: Path(file.name), read_weights=lambda *_: {},
-            load_strictly=lambda net, *_: net.eval().requires_grad_(False),
-            load_transformers=clip_model), torch.device(device):
+            load_strictly=lambda net, *_: net.eval().requires_grad_(False)), torch.device(device):
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(30517))]
         print(*words, sep="\n", file=file, flush=True)
         return load(spec, device)

@@ -100,8 +100,7 @@ def command_line(script, flags, folder):
     return " ".join(["python", script, *flags, "--out_dir", folder.name])
 
 def keep(path, values):
-    text = json.dumps(values, indent=1)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, json.dumps(values, indent=1))
 
 def threads(args):
     return max(1, torch.get_num_threads() // args.jobs)

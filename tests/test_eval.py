@@ -4,7 +4,7 @@ eval.py: pictures, scores, tables and drawings.
     python -m pytest -q tests/test_eval.py
     python -m pytest -q tests/test_eval.py --slow       # with tests of several processes
 """
-import functools, io, json, math, os, shutil, subprocess, sys, time
+import functools, io, json, math, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import eval as evaluation
 import rewards
 from diffusers import FluxPipeline
 from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_stderr, picture_grid,
-                  sample, wrap_text)
+                  sample)
 from machine import read_prompts
 from model import Flux
 from solvers import schedule
@@ -43,8 +43,8 @@ def aligned(tmp_path_factory):
     log = [dict(iter=0, eval_preference=1.0)] + [
         dict(iter=i, seconds_rollout=1.0, seconds_reward=0.5, seconds_update=i, nfe_old=8,
              nfe_theta=4 / 3) for i in (1, 2)]
-    text = "".join(json.dumps(line) + "\n" for line in log)
-    (run / "log.jsonl").write_text(text, encoding="utf-8")
+    text = "\n".join(["\0\0\0", "[1]", *map(json.dumps, log), '{"iter": 3, "seconds_ro'])
+    (run / "log.jsonl").write_text(text, encoding="utf-8")      # some lines are garbled
     prompts = (HERE / "tiny/prompts/test_concept.txt").read_text(encoding="utf-8")
     (run.parent / "prompts.txt").write_text("".join(prompts.splitlines(True)[:5]), encoding="utf-8")
     return run / "checkpoint-3"
@@ -148,64 +148,46 @@ def test_pickscore_is_printed_over_100_as_in_table_1():
     assert "| +0.0100 ± 0.0000 | - |" in table
 
 
-def test_a_log_with_a_garbled_line_still_gives_the_cost_of_the_run(tmp_path):
-    step = dict(seconds_rollout=1.0, seconds_update=2.0, nfe_old=8, nfe_theta=4 / 3)
-    lines = [json.dumps(dict(step, iter=1)), "\0\0\0", "[1]", json.dumps(dict(step, iter=2)),
-             '{"iter": 3, "seconds_ro']
-    (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "checkpoint-2/state").mkdir(parents=True)
-    (tmp_path / "checkpoint-2/state/config.json").write_text(
-        json.dumps(dict(rewards="preference", solver="ddim")), encoding="utf-8")
-    row = evaluation.Row.__new__(evaluation.Row)
-    row.path = str(tmp_path / "checkpoint-2")
-    assert row.from_run() == dict(solver="DDIM", nfe_old="8", nfe_theta="1.33", seconds="3.00",
-                                  trained_on=["preference"])
-
-
-def test_noise_depends_only_on_the_prompts_index_and_training_evaluates_like_eval(
+def test_pictures_depend_only_on_the_prompts_index_and_training_evaluates_like_eval(
         finished, aligned):
     prompts, model = read_prompts(aligned.parents[1] / "prompts.txt"), Flux(FLUX, 64)
-    scorers = {"preference": rewards.load("preference")}
-    images, scores, _ = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m", range(5))
+    scorers, chosen = {"preference": rewards.load("preference")}, [4, 0, 3, 1, 2]
+    images, scores, _ = evaluate(model, scorers, prompts, schedule(2), "dpmpp_2m", chosen, batch=2)
     assert images.shape == (5, 1, 3, 64, 64) and scores["preference"].shape == (5, 1)
     folder = finished[0] / "tiny-flux/pictures"                 # by main, in other batches
     stored = [json.loads((folder / f"{i:05d}.json").read_text(encoding="utf-8"))["preference"][0]
-              for i in range(5)]
+              for i in chosen]
     assert_close(scores["preference"][:, 0], torch.tensor(stored), rtol=0, atol=1e-3)
-    first, second = (picture(folder / f"00003-{k}.png") for k in range(2))
-    assert (images[3, 0].int() - first.int()).abs().max() <= 1  # pixels may round the other way
+    for i, image in zip(chosen, images[:, 0]):                  # pixels may round the other way
+        assert (image.int() - picture(folder / f"{i:05d}-0.png").int()).abs().max() <= 1
     alone = sample(model, [prompts[3]], [3], schedule(2), "dpmpp_2m", n=2)
-    assert (alone * 255 - torch.stack([first, second])).abs().max() <= 1
+    both = torch.stack([picture(folder / f"00003-{k}.png") for k in range(2)])
+    assert (alone * 255 - both).abs().max() <= 1 and (both[0] != both[1]).any()
 
 
-def test_training_evaluates_with_the_same_noise_for_every_batch():
-    flux, scorers = Flux(FLUX, 64), {"preference": rewards.load("preference")}
-    prompts = ["a red apple", "an octopus"] * 2
-    images, scores, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=2)
-    _, more, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", range(4), batch=64)
-    assert_close(scores["preference"], more["preference"], rtol=0, atol=1e-3)
-    part, _, _ = evaluate(flux, scorers, prompts, schedule(3), "ddim", [3, 1])
-    assert (part.int() - images[[3, 1]].int()).abs().max() <= 1
-    assert not torch.equal(images[0], images[2])                # the same prompt, other noise
-    first, second = sample(flux, prompts[:1], [0], schedule(3), "ddim", n=2)
-    assert (first != second).any()                              # two pictures of a prompt
+class Model:
+    device, latent_shape = torch.device("cpu"), (2, 1, 2)               # not only (N, C)
+
+    def encode(self, prompts):
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def velocity(self, x, t, lengths):
+        v = torch.tensor([[[3.0, 4.0]], [[0.0, 5.0]]]).expand_as(x)
+        return lengths.repeat_interleave(len(x) // len(lengths))[:, None, None, None] * t * v
 
 
 def test_the_length_of_a_velocity_is_its_root_mean_square_averaged_over_the_steps():
-    class Model:
-        device, latent_shape = torch.device("cpu"), (2, 1, 2)          # not only (N, C)
-
-        def encode(self, prompts):
-            return torch.tensor([len(prompt) for prompt in prompts])    # here one for each prompt
-
-        def velocity(self, x, t, lengths):
-            v = torch.tensor([[[3.0, 4.0]], [[0.0, 5.0]]]).expand_as(x)
-            return lengths[:, None, None, None] * t * v
-
     ts = torch.tensor([1.0, 0.6, 0.5, 0.0])
     _, lengths = follow(Model(), ["a", "abc"], [0, 1], ts, "ddim")
     one = (50 / 4) ** 0.5 * (1 + 0.6 + 0.5) / 3
     assert lengths.tolist() == pytest.approx([one, 3 * one])
+
+
+def test_the_noise_of_a_prompt_is_standard_normal_from_a_generator_of_its_own():
+    x, _ = follow(Model(), ["", ""], [7, 2], schedule(3), "ddim", n=2, seed=5)  # which do not move
+    drawn = [torch.randn(2, 2, 1, 2, generator=torch.Generator().manual_seed(5_000_015 + i))
+             for i in (7, 2)]
+    assert torch.equal(x, torch.cat(drawn))
 
 
 def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of_pixels():
@@ -299,33 +281,21 @@ def test_incomplete_folders_and_broken_files_are_refused_or_replaced_and_never_c
     (row / "settings.json").unlink()
     with pytest.raises(SystemExit):
         run(copied, aligned)
-    assert "holds pictures, but no settings.json" in capsys.readouterr().err
-    os.replace(row / "pictures", row / "pictures.old")          # as a killed --overwrite leaves it
+    assert "holds pictures made with other model; use" in capsys.readouterr().err
+    shutil.rmtree(row / "pictures")                             # as a killed --overwrite leaves it
     assert numbers(run(copied, aligned)[1]) == numbers(finished[1])
-    assert not (row / "pictures.old").exists()
 
 
-def test_old_leftovers_of_killed_saves_are_deleted_and_recent_ones_stay(copied, aligned):
-    row = copied / "tiny-flux"
-    old, new = ([row / f"pictures/00001-0.png.{pid}", row / f"settings.json.{pid}"]
-                for pid in (1234, 5678))
-    for file in old + new:
-        file.write_bytes(b"half")
-    for file in old:
-        os.utime(file, (time.time() - 3600,) * 2)
-    assert run(copied, aligned)[0] == 0
-    assert not any(file.exists() for file in old) and all(file.exists() for file in new)
-
-
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("old", encoding="utf-8")
 
-    def full(path):
-        path.write_text("half", encoding="utf-8")
+    def full(path, content):
+        path.touch()
         raise OSError("no space left")
 
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError):
-        evaluation.write_atomically(tmp_path / "a.txt", full)
+        evaluation.write_atomically(tmp_path / "a.txt", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
 
@@ -428,33 +398,6 @@ def test_adapters_are_sampled_on_top_of_their_base_and_changed_adapters_are_noti
         evaluation.main(command)
 
 
-class Recorder:
-    """A model that records the times at which its velocity is computed."""
-    device, latent_shape = torch.device("cpu"), (4, 3)
-
-    def __init__(self):
-        self.times = []
-
-    def encode(self, prompts):
-        return None
-
-    def velocity(self, x, t, cond):
-        self.times.append(round(float(t), 3))
-        return x
-
-    def decode(self, x):
-        return x
-
-
-def test_the_noise_of_a_prompt_is_standard_normal_from_a_generator_of_its_own():
-    model = Recorder()
-    model.velocity = lambda x, t, cond: torch.zeros_like(x)     # the noise does not move
-    x = sample(model, ["a", "b"], [7, 2], schedule(3), "ddim", n=2, seed=5)
-    drawn = [torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(5_000_015 + i))
-             for i in (7, 2)]
-    assert torch.equal(x, torch.cat(drawn))
-
-
 def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_in_8(tmp_path):
     def settings(*given):
         args, rows = evaluation.parse_args([*given, "--out_dir", str(tmp_path)])
@@ -493,7 +436,7 @@ def test_flux_is_evaluated_at_1024_pixels_in_50_steps_and_the_small_world_at_64_
 ])
 def test_eval_refuses_bad_settings_in_one_sentence_before_anything_is_loaded(
         settings, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load_row", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a: pytest.fail("a scorer was loaded"))
     monkeypatch.chdir(HERE)
     with pytest.raises(SystemExit) as exit:
@@ -562,31 +505,13 @@ def test_two_processes_of_torchrun_print_one_table_or_one_error(finished, aligne
 # ------------------------------------------------------------------------------------------------
 # drawings
 
-class Letters:
-    """A font whose letters are all 10 pixels wide."""
-    def getlength(self, text):
-        return 10 * len(text)
-
-
-@pytest.mark.parametrize("text, lines", [
-    ("", [""]),
-    ("a cat", ["a cat"]),
-    ("a red cat on a mat", ["a red", "cat on", "a mat"]),
-    ("one  two\nsix", ["one", "two", "six"]),
-    ("tiny-checkpoint", ["tiny-c", "heckpo", "int"]),           # longer than a line
-    ("a tiny-checkpoint b", ["a", "tiny-c", "heckpo", "int b"]),
-    ("bigger cat", ["bigger", "cat"]),
-])
-def test_lines_break_at_spaces_and_inside_a_word_only_if_it_is_too_long(text, lines):
-    assert wrap_text(text, 60, Letters()) == lines
-
-
 def test_captions_show_accents_and_cyrillic_and_boxes_for_letters_that_the_font_lacks(tmp_path):
     def grid(caption):
         path = tmp_path / "grid.png"
         picture_grid(path, {"a": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}, [caption])
         return np.asarray(Image.open(path))
 
+    assert grid("a " * 40).shape[0] > grid("a").shape[0]  # long captions have several lines
     box = grid("雪")
     assert np.array_equal(box, grid("猫"))
     drawn = [grid(letter) for letter in "eéüñйжα"]
@@ -609,11 +534,16 @@ def test_a_grid_shows_every_picture_in_its_place_and_keeps_its_shape(tmp_path):
             assert (grid[y : y + height, x + width : x + width + gap] == 255).all()
 
 
-def test_the_curve_has_a_panel_for_the_reward_and_one_for_each_held_out_score(
-        tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
     from matplotlib.figure import Figure
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: figures.append(self))
+    return figures
+
+
+def test_the_curve_has_a_panel_for_the_reward_and_one_for_each_held_out_score(drawn, tmp_path):
     evals = [dict(iter=i, eval_preference=0.2 + i, eval_preference_stderr=0.1,
                   eval_preference_gain=float(i),
                   eval_preference_gain_stderr=0.1) for i in (0, 12)]
@@ -629,10 +559,7 @@ def test_the_curve_has_a_panel_for_the_reward_and_one_for_each_held_out_score(
     assert len(drawn[1].axes) == 1
 
 
-def test_the_curve_marks_scores_that_fell_while_the_reward_rose(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
+def test_the_curve_marks_scores_that_fell_while_the_reward_rose(drawn, tmp_path):
     def line(it, fallen, preference, judge):
         gains = dict(preference=preference, judge=judge)
         return dict(iter=it, fallen=fallen) | {key: value for name, gain in gains.items() for

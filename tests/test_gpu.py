@@ -275,7 +275,7 @@ def test_scorers_in_half_precision_keep_the_third_decimal(name, size, quick_gelu
     prompts = [PROMPTS[i % 2] for i in range(count)]
     pixels, found = (images * 255).round().byte().to(DEVICE), {}
     for half in (False, True):
-        scorer.texts.clear()
+        scorer.encode_one.cache_clear()
         with torch.no_grad(), torch.autocast(DEVICE, torch.float16, enabled=half):
             image, text = scorer.encode_image(pixels), scorer.cached_text(prompts)
         assert (image.dtype == torch.float16) == half
@@ -287,7 +287,7 @@ def test_scorers_in_half_precision_keep_the_third_decimal(name, size, quick_gelu
     assert spread > 1e-3                        # they differ by more than the error
     assert error < 5e-4
     if CUDA:                                    # and that is what the scorer itself does
-        scorer.texts.clear()
+        scorer.encode_one.cache_clear()
         assert_close(scorer.score(pixels, prompts), found[True] * scorer.scale)
 
 

@@ -353,16 +353,24 @@ def test_a_scorer_of_images_gets_even_frames_of_a_video_and_its_reward_is_their_
         seen.append((images, prompts))
         return images.mean((1, 2, 3))
 
-    videos = torch.rand(3, 9, 3, 4, 5)
-    scores = rewards.of_videos(brightness, 4)(videos, ["a", "b", "c"])
+    videos, scorer = torch.randint(0, 256, (3, 9, 3, 4, 5)) / 255, rewards.OwnReward(brightness)
+    scores = scorer(videos, ["a", "b", "c"])
     (images, prompts), = seen
-    assert torch.equal(images.unflatten(0, (3, 4)), videos[:, [1, 3, 5, 7]])
+    assert torch.equal(images.unflatten(0, (3, 4)), videos[:, [0, 3, 4, 7]])
     assert prompts == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
-    assert_close(scores, videos[:, [1, 3, 5, 7]].mean((1, 2, 3, 4)))
-    assert_close(rewards.of_videos(brightness, 99)(videos, ["a", "b", "c"]),
-                 videos.mean((1, 2, 3, 4)))                     # there are only nine
-    images = torch.rand(2, 3, 4, 5)
-    assert_close(rewards.of_videos(brightness, 4)(images, ["a", "b"]), images.mean((1, 2, 3)))
+    assert_close(scores, videos[:, [0, 3, 4, 7]].mean((1, 2, 3, 4)))
+    scorer.frames = 99                                          # there are only nine
+    assert_close(scorer(videos, ["a", "b", "c"]), videos.mean((1, 2, 3, 4)))
+    assert_close(scorer(videos[:, 0], ["a", "b", "c"]), videos[:, 0].mean((1, 2, 3)))
+
+
+def test_some_frames_of_a_video_are_evenly_spaced_and_show_a_flicker_of_every_other_frame():
+    for count in range(1, 40):
+        for most in range(1, 12):
+            n, shown = min(count, most), rewards.some_frames(count, most)
+            assert len(shown) == n and all(0 <= k < count for k in shown)
+            assert [k % 2 for k in shown] == [i % 2 for i in range(n)]
+            assert all(abs(k - (i + 0.5) * count / n) < 2 for i, k in enumerate(shown))
 
 
 def test_ones_own_reward_may_ask_for_the_whole_video(tmp_path):
@@ -372,7 +380,7 @@ def test_ones_own_reward_may_ask_for_the_whole_video(tmp_path):
                     "steadiness.video = True\n", encoding="utf-8")
     scorer = rewards.load_all({"steadiness": f"{file}:steadiness"}, "cpu", ["a"])["steadiness"]
     videos = torch.randint(0, 256, (2, 5, 3, 8, 8)) / 255
-    scores = rewards.of_videos(scorer, 4)(videos, ["a", "b"])
+    scores = scorer(videos, ["a", "b"])
     assert_close(scores, -videos.diff(dim=1).abs().mean((1, 2, 3, 4)))
     with pytest.raises(ValueError, match=r"must be float \(G, frames, 3, H, W\)"):
         scorer(videos[:, 0], ["a", "b"])
@@ -381,7 +389,7 @@ def test_ones_own_reward_may_ask_for_the_whole_video(tmp_path):
 def test_videos_are_stored_without_loss_and_shown_as_four_frames_and_moving(tmp_path):
     videos = torch.randint(0, 256, (2, 9, 3, 16, 24), dtype=torch.uint8)
     for video in (videos[0], videos[0, 0]):
-        evaluation.write_picture(tmp_path / "a.png", video)
+        (tmp_path / "a.png").write_bytes(evaluation.as_png(video))
         assert torch.equal(evaluation.read_picture(tmp_path / "a.png"), video)
     evaluation.picture_grid(tmp_path / "grid.png", {"base": videos, "aligned": videos}, ["a", "b"])
     with Image.open(tmp_path / "grid.png") as still, Image.open(tmp_path / "grid.webp") as moving:
@@ -389,4 +397,4 @@ def test_videos_are_stored_without_loss_and_shown_as_four_frames_and_moving(tmp_
         cell = still.crop((96, 0, 96 + 128, 85)).resize((24, 16), Image.Resampling.BOX)
     shown = torch.from_numpy(numpy.array(cell)).permute(2, 0, 1).float()
     distances = [(shown - frame).abs().mean() for frame in videos[0].float()]
-    assert min(range(9), key=distances.__getitem__) == 1        # of frames 1, 3, 5 and 7
+    assert min(range(9), key=distances.__getitem__) == 0        # of frames 0, 3, 4 and 7
