@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 import rewards
 from eval import (draw_curve, evaluate, mean_and_stderr, picture_grid, read_log, times,
-                  write_text)
+                  write_atomically)
 from machine import (RANK, WORLD, attempt, check_model, evenly_spaced, exchange_state,
                      gather_objects, is_lora, is_number, one_line, parse_call, parse_resolution,
                      read_prompts, share_work, whole_weights)
@@ -274,7 +274,7 @@ class Run:
         for path in [*self.out.glob("checkpoint-*.old"), self.out / "checkpoint.new"]:
             shutil.rmtree(path, ignore_errors=True)             # leftovers of a killed save
         kept = [line for line in self.lines() if line["iter"] <= self.iteration]
-        write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         (self.out / "config.json").write_text(self.settings, encoding="utf-8")
         (self.out / "samples").mkdir(exist_ok=True)
         for name in self.cfg.code:              # keep the loss that this run was made with

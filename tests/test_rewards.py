@@ -1268,23 +1268,6 @@ def test_a_list_of_specs_is_divided_at_commas_that_are_not_in_a_path():
     assert rewards.listed(" , ".join(specs[:3]) + "," + ",".join(specs[3:])) == specs
 
 
-def test_rewards_are_found_in_a_folder_with_separators_in_its_name(own, tmp_path, capsys):
-    clone = tmp_path / "k=v,a:b" / "clone"
-    (clone / "tiny").mkdir(parents=True)
-    for name in ("rewards.py", "machine.py", "tiny/scorers.py", "tiny/judge",
-                 "tiny/preference"):
-        link = clone / name
-        shutil.copytree(HERE / name, link) if (HERE / name).is_dir() else shutil.copy(
-            HERE / name, link)
-    path = own("def f(images, prompts):\n    return [0.0] * len(images)\n")
-    shutil.copy(path, clone)
-    code = (f"import rewards\nfor spec in ('judge', 'preference', {str(clone)!r} + '/own.py:f'):\n"
-            "    print(rewards.load(spec).name)\nprint(*rewards.parse("
-            f"{str(clone)!r} + '/own.py:f,judge'))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
-    assert done.stdout.split() == ["judge", "preference", "f", "f", "judge"], done.stderr[-500:]
-
-
 def test_a_run_with_your_own_reward_is_resumed_only_with_the_same_file(
         own, tmp_path, capsys):
     code = "def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n"
