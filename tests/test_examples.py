@@ -4,12 +4,14 @@ The examples do what they say. One test per sentence.
     python -m pytest -q tests/test_examples.py
 """
 import inspect, re, subprocess
+import machine                                                  # noqa: F401  (before diffusers)
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from examples import own_model, toy
+from examples import own_model, toy, video
 from examples.own_reward import redness
 from tests.conftest import HERE, TINY
 from tests.test_train import torchrun
@@ -62,6 +64,39 @@ def test_a_model_that_is_not_flux_is_aligned_by_the_same_train(tmp_path, capsys)
     saved = torch.load(tmp_path / "checkpoint-2/model.pt")              # what its `save` wrote
     assert saved.keys() == own_model.Net().state_dict().keys()
     assert Image.open(tmp_path / "samples.png").height > 256
+
+
+def test_the_reward_on_whole_videos_tells_steady_flickering_and_empty_ones_apart():
+    asked = video.videos(video.HELD_OUT)                                # (8, 9, 3, 48, 48)
+    dark = asked * (1 - 0.5 * (torch.arange(9) % 2))[:, None, None, None]
+    flicker, there = video.measure(dark, video.HELD_OUT)
+    assert_close(flicker, asked[:, 0].mean((1, 2, 3)) / 2, rtol=0.02, atol=0)   # half of the light
+    assert_close(there, torch.ones(8))                          # dark is not gone
+    assert_close(video.measure(torch.ones_like(asked), video.HELD_OUT)[1], torch.zeros(8))
+    good = video.steady(asked, video.HELD_OUT)
+    assert_close(good, torch.ones(8))
+    assert (video.steady(dark, video.HELD_OUT) < 0.3).all()
+    assert (video.steady(asked.flip(0), video.HELD_OUT) < 0.6).all()    # of other prompts
+
+
+def test_a_video_pipeline_is_made_aligned_and_saved(tmp_path, capsys):
+    short = ("--iterations 1 --prompts_per_iteration 1 --group_size 4 --num_anchors 2 "
+             "--num_rollout_steps 3 --num_train_steps 1 --threads 1").split()
+    video.main(tmp_path, short, steps=2, batch=2, heads=1, layers=1)
+    rewards = re.findall(r"(before|after): reward (-?[\d.]+)", capsys.readouterr().out)
+    assert [label for label, _ in rewards] == ["before", "after"]
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path / "run/checkpoint-1", dtype=torch.float32)
+    base = diffusers.WanPipeline.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    x = video.videos(video.HELD_OUT)
+    with torch.no_grad():                       # the VAE that nobody trained keeps the videos
+        z = base.vae.encode(2 * x.transpose(1, 2) - 1).latent_dist.mean
+        y = pipe.vae.decode(z)[0].transpose(1, 2) / 2 + 0.5
+    assert_close(y, x, rtol=0, atol=0.5)
+    assert (y - x).square().mean() < 0.003
+    assert any((a != b).any() for a, b in zip(pipe.transformer.parameters(),
+                                              base.transformer.parameters()))
+    assert Image.open(tmp_path / "before_after.png").width > 1000       # nine frames
+    assert Image.open(tmp_path / "before_after.webp").n_frames == 9
 
 
 def test_a_group_over_two_processes_makes_the_update_of_one_process(tmp_path):
