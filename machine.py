@@ -394,7 +394,11 @@ def check_model(path):
     path = Path(path)
     if (path / "model_index.json").is_file():
         check_configs(path)
-        for file in sorted(path.glob("*/*.*")):
+        tokenizers = [name for name, entry in check_file(path / "model_index.json").items()
+                      if isinstance(entry, list) and "Tokenizer" in str(entry[-1])]
+        # Without its settings a tokenizer has no greatest length. diffusers names what else lacks.
+        for file in [*(path / name / "tokenizer_config.json" for name in tokenizers),
+                     *sorted(path.glob("*/*.*"))]:
             check_file(file)
     elif path.is_file():
         raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
