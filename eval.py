@@ -174,7 +174,8 @@ def draw_curve(lines, path):
     figure = Figure(figsize=(4 * len(keys), 3), layout="constrained")
     for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         points = [line for line in lines if key in line]
-        x, y = [line["iter"] for line in points], np.array([line[key] for line in points], float)
+        column = lambda name: np.array([line.get(name) for line in points], float)  # None: nan
+        x, y = column("iter"), column(key)
         if key == "reward":
             panel.plot(x, y, color="tab:blue", alpha=0.3)
             if len(y) >= 10:
@@ -182,13 +183,11 @@ def draw_curve(lines, path):
                            label="mean of 10")
                 panel.legend()
         else:
-            stderr = np.array([line[f"{key}_stderr"] for line in points], float)    # None: nan
-            panel.errorbar(x, y, stderr, marker="o", markersize=3, capsize=2)
-            fell = [line for line in points if line.get("fallen") and
-                    (line[f"{key}_gain"] or 0) < -3 * (line[f"{key}_gain_stderr"] or 0)]
-            if fell:
-                panel.plot([line["iter"] for line in fell], [line[key] for line in fell], "rv",
-                           label="fell while the reward rose")
+            panel.errorbar(x, y, column(f"{key}_stderr"), marker="o", markersize=3, capsize=2)
+            gain, stderr = column(f"{key}_gain"), column(f"{key}_gain_stderr")
+            fell = (column("fallen") > 0) & (gain < -3 * stderr)
+            if fell.any():
+                panel.plot(x[fell], y[fell], "rv", label="fell while the reward rose")
                 panel.legend()
         origin = "on held-out prompts" if key in evaluated else "in training"
         panel.set(title=f"{key.removeprefix('eval_')} {origin}", xlabel="iteration")
@@ -388,7 +387,7 @@ def report(args, rows, chosen):
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     numbers = dict(settings=vars(args), num_prompts=len(chosen), results=results)
     (out / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    shown = [chosen[k] for k in evenly_spaced(len(chosen), args.columns)]
+    shown = [chosen[k] for k in evenly_spaced(len(chosen), 8)]
     pictures = {row.label: torch.stack([row.pictures(i)[0] for i in shown]) for row in rows}
     picture_grid(out / "grid.png", pictures, [rows[0].prompts[i] for i in shown])
     print(f"wrote {out}/: table.md, results.json, grid.png, and the pictures in "
@@ -417,7 +416,7 @@ def parse_args(argv=None):
         guidance=("", "guidance scale; empty: FLUX.1's 3.5, or the pipeline's own"),
         call=("", "more arguments of the pipeline's __call__, as JSON"),
         frames=(4, "of a video, that a scorer of images sees"),
-        batch=(None, "pictures sampled at a time"), columns=(8, "prompts in the grid"),
+        batch=(None, "pictures sampled at a time"),
         out_dir=("out/eval", "for table.md, results.json, grid.png and a folder per row"),
         device=("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu"))
     parser = argparse.ArgumentParser(
@@ -463,13 +462,12 @@ def check(args):
     cuda = torch.cuda.is_available()
     for holds, sentence in [
         (args.specs, f"scorers is empty; name at least one of {', '.join(rewards.SCORERS)}"),
-        (min(args.images_per_prompt, args.columns, args.batch, args.num_prompts + 1) >= 1,
-         "images_per_prompt, columns and batch must be at least 1, and num_prompts 0"),
+        (min(args.images_per_prompt, args.frames, args.batch, args.num_prompts + 1) >= 1,
+         "images_per_prompt, frames and batch must be at least 1, and num_prompts 0"),
         (args.solver in SOLVERS, f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
         (0 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0 to 100"),
         (args.guidance == "" or is_number(args.guidance),
          f"guidance is {args.guidance}, but must be a number, or empty"),
-        (args.frames >= 1, f"frames is {args.frames}, but must be at least 1"),
         (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
         (args.device == "cpu" or (cuda and args.device.startswith("cuda")),
          f"device is {args.device}, but must be cpu, or cuda where there is one"),

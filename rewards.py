@@ -102,11 +102,13 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        pixels, n = as_8_bit(images, prompts, self.video), 1
-        if images.ndim == 5 and not self.video:         # of a video the mean over some frames
+        one_by_one, n = images.ndim == 5 and not self.video, 1
+        if one_by_one:                                  # of a video the mean over n frames
             shown = some_frames(images.shape[1], self.frames)
-            pixels, n = pixels[:, shown].flatten(0, 1), len(shown)      # (G n, 3, H, W)
-            prompts = [prompt for prompt in prompts for _ in shown]
+            images, n = images[:, shown], len(shown)                    # (G, n, 3, H, W)
+        pixels = as_8_bit(images, prompts, self.video)
+        if one_by_one:
+            pixels, prompts = pixels.flatten(0, 1), [p for p in prompts for _ in shown]
         try:
             with undisturbed(), torch.autocast(self.device.type, enabled=False):
                 given = self.score(pixels.to(self.device), prompts)
