@@ -21,7 +21,7 @@ imported over a CPU build of torch.
 Checkpoints, FSDP2, diffusers and peft take seconds to import, so only the functions that need them
 do it.
 """
-import atexit, contextlib, csv, datetime, importlib.util, io, json, logging, math, os, re, signal
+import atexit, contextlib, datetime, importlib.util, json, logging, math, os, re, signal
 import sys, threading, time, warnings
 from pathlib import Path
 import torch
@@ -269,15 +269,13 @@ def read_prompts(source):
 
     a text file       one prompt per line, which may have commas
     JSON, JSON Lines  strings, or objects with a "prompt", as in HPDv2 and GenEval
-    csv, tsv          a table with a column named prompt or prompts, as in PartiPrompts and
-                      DrawBench; a text file with such a table is read as a table, too
     a folder          its .json files, in the order of their names
     hpdv2_train, hpdv2_test     the published prompts of HPDv2, in the places that HPDV2 names
 
     A prompt that occurs several times in a file counts once (HPDv2's train.json has each several
     times), and blank lines do not count. Spaces, zero-width letters and a byte order mark at the
     ends of a prompt are removed. ValueError, in one sentence, for a file that is missing, empty,
-    not UTF-8, or a table whose prompts have no name.
+    not UTF-8, or a table, whose lines are not prompts.
     """
     if not source:
         raise ValueError("prompts is empty; name a text file with one prompt a line, or "
@@ -290,20 +288,18 @@ def read_prompts(source):
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
             each = parse_prompts(file.read_text(encoding="utf-8-sig"), file.suffix.lower())
-            found += dict.fromkeys(prompt.strip(INVISIBLE) for prompt in each)
-        except (OSError, ValueError, csv.Error, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             said = getattr(error, "strerror", None) or one_line(error)
-            if type(error) is not ValueError:       # not one of the sentences below
-                said += ("; it must be a UTF-8 text file with one prompt a line, JSON, or a table "
-                         "with a column named prompt")
-            raise ValueError(f"{file} is not a prompt file: {said}") from None
+            raise ValueError(f"{file} is not a prompt file, UTF-8 text with one prompt a line, or "
+                             f"JSON: {said}") from None
+        found += dict.fromkeys(prompt.strip(INVISIBLE) for prompt in each)
     prompts = [prompt for prompt in found if prompt]
     if not prompts:
         raise ValueError(f"{source} has no prompts")
     return prompts
 
 def parse_prompts(text, suffix):
-    """The prompts of a file's text, of whatever kind it is."""
+    """The prompts of a file's text: JSON, or one per line."""
     is_json = suffix in (".json", ".jsonl", ".ndjson")
     try:
         if is_json or text.lstrip().startswith(("{", "[")):
@@ -311,7 +307,12 @@ def parse_prompts(text, suffix):
     except json.JSONDecodeError:
         if is_json:
             raise
-    return from_text(text, suffix)
+    lines = list(filter(None, (line.strip(INVISIBLE) for line in text.split("\n"))))
+    names = [name.strip(INVISIBLE + '"') for name in re.split("[,;\t]", "".join(lines[:1]).lower())]
+    if suffix in (".csv", ".tsv") or "\t" in "".join(lines) or (
+            len(names) > 1 and {"prompt", "prompts"}.intersection(names)):
+        raise ValueError("it looks like a table; write its prompts into a text file, one a line")
+    return lines
 
 def from_json(text):
     """The prompts of a JSON list, or of JSON Lines: one value per line."""
@@ -325,34 +326,6 @@ def from_json(text):
     if not all(isinstance(prompt, str) for prompt in found):
         raise ValueError("it is JSON, but an entry has no prompt")
     return found
-
-def from_text(text, suffix):
-    """The prompts of a table, if the first line names that column, or the suffix or a tab says that
-    it is a table. Else one per line."""
-    lines = list(filter(None, (line.strip(INVISIBLE) for line in text.split("\n"))))
-    header = lines[0] if lines else ""
-    comma = "\t" if suffix == ".tsv" else max(",;\t", key=header.count)
-    names = next(csv.reader([header], delimiter=comma), [])
-    named = [i for i, name in enumerate(names)
-             if name.strip(INVISIBLE).lower() in ("prompt", "prompts")]
-    if not (suffix in (".csv", ".tsv") or (named and len(names) > 1)
-            or any("\t" in line for line in lines)):
-        return lines
-    if not named:
-        raise ValueError(f"it looks like a table, but its first line, {header[:60]!r}, has no "
-                         "column named prompt")
-    try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True))
-    except csv.Error:
-        if comma != "\t":
-            raise
-        rows = [line.split("\t") for line in text.split("\n")]      # a tsv file without quoting
-    rows = [row for row in rows if any(cell.strip(INVISIBLE) for cell in row)]
-    for row in rows:
-        if any(row[len(names):]):
-            raise ValueError(f"the line {comma.join(row)[:60]!r} has more columns than the first "
-                             f"line; a prompt with {comma!r} in it must be quoted")
-    return [row[named[0]] for row in rows[1:] if len(row) > named[0]]
 
 # ------------------------------------------------------------------------------------------------
 # Folders of models

@@ -51,28 +51,6 @@ def test_a_text_file_has_one_prompt_per_line_and_prompts_may_have_commas(text, p
     assert read("a.txt", text) == prompts
 
 
-@pytest.mark.parametrize("name", ["p.tsv", "p.txt"])
-def test_partiprompts_is_read_by_its_column(name):
-    table = ("Prompt\tCategory\tChallenge\tNote\n"              # as it is published
-             "a photo of a cat, red\tAnimals\tBasic\t\n"
-             'a wall with "Fly" on it. \tOutdoor Scenes\tComplex\tGLIDE\n'
-             '"Hi" on a sign\tArts\tBasic\t\n')
-    assert read(name, table) == ["a photo of a cat, red", 'a wall with "Fly" on it.',
-                                 '"Hi" on a sign']
-
-
-@pytest.mark.parametrize("name, table", [
-    ("p.csv", 'id,PROMPT\r\n1,"a cat, ""red"""\r\n2,"two\nlines"\r\n3,\r\n'),
-    ("p.csv", 'prompt;id\na cat, "red";1\n"two\nlines";2\n'),
-    ("p.csv", '\ufeff Prompt ,id,\n"a cat, ""red""",1,\n"two\nlines",2\n'),
-    ("p.tsv", 'id\tPrompt\n1\t"a cat, ""red"""\n2\t"two\nlines"\n'),
-    ("p.CSV", 'prompt\n"a cat, ""red"""\n"two\nlines"\n'),
-    ("p.txt", 'Prompts,Category\n"a cat, ""red""",Colors\n"two\nlines",Text\n'),    # DrawBench's
-])
-def test_a_table_is_read_by_its_column_named_prompt_with_the_quotes_of_csv(name, table):
-    assert read(name, table) == ['a cat, "red"', "two\nlines"]
-
-
 @pytest.mark.parametrize("name, text", [
     ("p.json", '["a cat", {"Prompt": "a dog", "tag": 1}]'),
     ("p.jsonl", '"a cat"\n\n{"tag": 1, "prompt": "a dog"}\n'),
@@ -88,8 +66,6 @@ def test_json_and_json_lines_hold_strings_or_objects_with_a_prompt(name, text):
     ("p.txt", "\n".join),
     ("p.json", json.dumps),
     ("p.jsonl", lambda p: "\n".join(map(json.dumps, p))),
-    ("p.csv", lambda p: "prompt\n" + "\n".join(p)),
-    ("p.tsv", lambda p: "prompt\tx\n" + "\n".join(f"{line}\t1" for line in p)),
 ])
 def test_every_format_drops_blank_lines_invisible_letters_at_the_ends_and_repeated_prompts(
         name, form):
@@ -111,20 +87,20 @@ def test_a_prompt_counts_once_in_each_file_of_a_folder():          # hpdv2_test 
     ("hpdv2_train", None, "download it with: hf download --repo-type dataset ymhao/HPDv2 "
                           "train.json --local-dir hpdv2"),
     ("", None, "prompts is empty"),
-    ("b.txt", None, "b.txt is not a prompt file: No such file"),
+    ("b.txt", None, "b.txt is not a prompt file, .*: No such file"),
     ("a.txt", "\n \n\u200b\n", "a.txt has no prompts"),
-    ("a.txt", "a\nb".encode("utf-16"), "it must be a UTF-8 text file"),
+    ("a.txt", "a\nb".encode("utf-16"), "is not a prompt file, UTF-8 text"),
     ("a.json", '{"a": 1', "a.json is not a prompt file"),
     ("a.json", "3", "an entry has no prompt"),
     ("a.json", '[{"caption": "a"}]', "an entry has no prompt"),
     ("a.json", "[" * 100_000, "is not a prompt file"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": null}', "an entry has no prompt"),
     ("a.txt", '{"caption": "a"}\n{"caption": "b"}', "an entry has no prompt"),
-    ("a.tsv", "Text\tCategory\na cat\tAnimals\n", "has no column named prompt"),
+    ("a.tsv", "Prompt\tCategory\na cat\tAnimals\n", "a.tsv .* looks like a table"),  # PartiPrompts
+    ("a.txt", "Prompts,Category\n\"a cat\",Colors\n", "looks like a table; write its prompts"),
+    ("a.txt", "\ufeff id; Prompt \na cat;1\n", "looks like a table"),
     ("a.txt", "a cat\nwith\ta tab\n", "looks like a table"),
-    ("a.csv", "a cat\na dog\n", "'a cat', has no column named prompt"),
-    ("a.csv", "prompt\na cat, red\n", "'a cat, red' has more columns than the first line"),
-    ("a.csv", 'prompt,id\n"a cat,1\n', "unexpected end of data"),
+    ("a.csv", "a cat\na dog\n", "looks like a table"),
 ])
 def test_a_file_that_is_not_a_prompt_file_is_refused_in_one_sentence(name, content, sentence):
     if content is not None:
