@@ -433,7 +433,7 @@ def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers()
     (lambda x: rollout(None, x, schedule(4), solver="heun"), "heun"),
     (lambda x: rollout(None, x, schedule(4).flip(0)), r"0\.25"),
     (lambda x: rollout(None, x, torch.tensor([1.0, 0.5, 0.5, 0.0])), r"0\.5, 0\.5"),
-    (lambda x: rollout(None, x, torch.tensor([1.0, -0.5])), r"-0\.5"),
+    (lambda x: rollout(None, x, torch.tensor([1.0, 0.5, -0.5])), r"-0\.5"),
     (lambda x: rollout(None, x, torch.tensor([1.5, 0.0])), r"1\.5"),
     (lambda x: rollout(None, x, torch.tensor([1.0])), r"not \[1\.0\]"),
     (lambda x: rollout(None, x, torch.tensor([[1.0], [0.0]])), r"\[\[1\.0\], \[0\.0\]\]"),
