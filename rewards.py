@@ -39,18 +39,15 @@ HUB = "https://huggingface.co/"
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # of RGB in [0, 1], for OpenAI's CLIP and others
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 # ------------------------------------------------------------------------------------------------
 # What all scorers share
 
 class ScorerError(RuntimeError):
     """A scorer failed, or gave something other than one finite number per image."""
 
-
 def working_directory():
     with contextlib.suppress(OSError):          # somebody may have deleted it
         return os.getcwd()
-
 
 PROCESS = [         # (get, put) of what a reward's code may change while it runs
     (working_directory, lambda path: path and os.chdir(path)),
@@ -62,7 +59,6 @@ PROCESS = [         # (get, put) of what a reward's code may change while it run
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)]
 RANDOM = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate),
           (np.random.get_state, np.random.set_state)]
-
 
 @contextlib.contextmanager
 def undisturbed(drawn=[]):
@@ -78,7 +74,6 @@ def undisturbed(drawn=[]):
         for (get, put), value in zip(PROCESS + RANDOM, before + ours):
             if (get, put) in RANDOM or get() != value:
                 put(value)
-
 
 class Scorer:
     """Base of all scorers. A subclass loads its weights in `__init__`, and adds
@@ -128,7 +123,6 @@ class Scorer:
                 f"number for each of {len(pixels)} images, in a tensor, a list or an array")
         return scores.unflatten(0, (-1, n)).mean(1).to(images.device)       # (G,)
 
-
 def as_8_bit(images, prompts, video=False):
     """Check a scorer's input, and round it to 8 bits: (G, 3, H, W), or videos (G, frames, 3, H, W),
     in [0, 1] -> uint8. `video`: only videos will do."""
@@ -145,12 +139,10 @@ def as_8_bit(images, prompts, video=False):
         raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], but must lie in [0, 1]")
     return (images * 255).round().to(torch.uint8)
 
-
 def some_frames(count, most):
     """The indices of at most `most` of a video's frames: evenly spaced, but even and odd in turn.
     Otherwise they would miss a flicker of every other frame."""
     return [k - (k - i) % 2 for i, k in enumerate(evenly_spaced(count, most))]
-
 
 class OwnReward(Scorer):
     """f(images (G, 3, H, W) in [0, 1], prompts [G]) -> G numbers, as in examples/own_reward.py. If
@@ -163,14 +155,12 @@ class OwnReward(Scorer):
     def score(self, pixels, prompts):
         return self.function(pixels.float() / 255, list(prompts))       # copies: it may change them
 
-
 def describe(error, file=""):
     """The type and message of an exception, and the line of `file` that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f" (line {frame.lineno} of {Path(file).name})" for frame in frames
              if frame.filename == file]
     return f"{type(error).__name__}: {error}{lines[-1] if lines else ''}"
-
 
 # ------------------------------------------------------------------------------------------------
 # Published weights. All of them are found and loaded completely before a run starts.
@@ -186,7 +176,6 @@ class Published(Scorer):
     def check(cls, location):
         local_file(location, cls.source, cls.file)
 
-
 def local_file(location, source, file):
     """The path of a published file, if `location` is this file or a folder with it. None for "" and
     for a hub id, "owner/name". ValueError for anything else."""
@@ -199,7 +188,6 @@ def local_file(location, source, file):
     if location and not is_hub_id:
         raise ValueError(f"{location} should be {file} of {source}, a folder with it, or a hub id, "
                          "but is none of them")
-
 
 def fetch(location, source, file, pin):
     """The path of a published file: at `location`, as in `local_file`. If that is empty, the
@@ -221,7 +209,6 @@ def fetch(location, source, file, pin):
         raise ValueError(f"{file} of {source} could not be downloaded ({one_line(error)}); give "
                          "its path on this machine after the scorer's name and '='") from error
 
-
 def read_weights(path, source):
     """A file of tensors -> {name: tensor on the CPU}. Code hidden in the file is never run."""
     try:
@@ -234,7 +221,6 @@ def read_weights(path, source):
         raise ValueError(f"{path} cannot be read as a file that contains only tensors; it may be "
                          f"incomplete or another file than the one of {source}") from error
 
-
 def load_strictly(net, state, path, source, dtype=torch.float32):
     """Fill `net`, and return it frozen. No tensor may be missing, unexpected or reshaped."""
     try:
@@ -242,7 +228,6 @@ def load_strictly(net, state, path, source, dtype=torch.float32):
     except RuntimeError as error:
         raise ValueError(f"{path} is not the file of {source}: {one_line(error)}") from error
     return net.to(dtype).eval().requires_grad_(False)
-
 
 # ------------------------------------------------------------------------------------------------
 # CLIP and its descendants: the cosine of an image and a text
@@ -254,12 +239,10 @@ def shorter_edge_to(size):
     return image_transform(size, is_train=False, mean=MEAN, std=STD, resize_mode="shortest",
                            interpolation="bicubic")
 
-
 def prepare(pixels, transform):
     """Apply a transform of PIL images: uint8 (G, 3, H, W) -> float (G, 3, size, size)."""
     arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return torch.stack([transform(Image.fromarray(array)) for array in arrays]).to(pixels.device)
-
 
 class Cosine(Published):
     """The cosine of image and text. A subclass adds `encode_image(pixels) -> (G, D)`, and either a
@@ -285,7 +268,6 @@ class Cosine(Published):
 
     def cached_text(self, prompts):
         return torch.stack([self.encode_one(prompt) for prompt in prompts])         # (G, D)
-
 
 class HPSv2(Cosine):
     """HPSv2.1 (Wu et al., arXiv 2306.09341): a CLIP ViT-H/14, fine-tuned on which of two pictures
@@ -321,7 +303,6 @@ class HPSv2(Cosine):
             x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
         x = center_crop(x, size)                                # pads with black
         return self.net.encode_image(normalize(x, MEAN, STD))
-
 
 class PickScore(Cosine):
     """PickScore (Kirstain et al., arXiv 2305.01569): a CLIP ViT-H/14, fine-tuned on the choices of
@@ -367,7 +348,6 @@ class PickScore(Cosine):
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return self.net.get_text_features(**ids.to(self.device)).pooler_output
 
-
 def clip_tokenizer():
     """transformers' CLIPTokenizer with the vocabulary from the open_clip package, so that nothing
     is downloaded. All CLIPs share this vocabulary."""
@@ -377,7 +357,6 @@ def clip_tokenizer():
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return CLIPTokenizer(vocab={special.get(token, token): i for token, i in bpe.encoder.items()},
                          merges=list(bpe.bpe_ranks), model_max_length=77)
-
 
 class ClipScore(Cosine):
     """CLIP score, out of domain in the paper: how well the picture fits its prompt, according to a
@@ -424,14 +403,12 @@ class ClipScore(Cosine):
     def encode_image(self, pixels):
         return self.net.encode_image(prepare(pixels, self.transform))
 
-
 def mlp(width):
     """The head that LAION's aesthetic predictor and ImageReward share: linear maps with dropout
     between them, and no activation."""
     layers = [nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
               nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
     return nn.ModuleDict({"layers": nn.Sequential(*layers)})    # the files say layers.0.weight, ...
-
 
 class ImageReward(Published):
     """ImageReward (Xu et al., arXiv 2304.05977): BLIP's text encoder reads the prompt with
@@ -508,7 +485,6 @@ class ImageReward(Published):
         raw = self.net["mlp"]["layers"](hidden[:, 0]).squeeze(1)        # hidden (G, 35, 768)
         return (raw - 0.16717362830052426) / 1.0333394966054072         # (G,)
 
-
 class Aesthetic(Published):
     """LAION's aesthetic predictor V2, out of domain in the paper: how beautiful people would find
     the picture, from 1 to 10. The prompt is ignored.
@@ -549,7 +525,6 @@ class Aesthetic(Published):
         features = self.net(prepare(pixels, self.transform)).image_embeds           # (G, 768)
         return self.head["layers"](F.normalize(features, dim=1)).squeeze(1)         # (G,)
 
-
 # ------------------------------------------------------------------------------------------------
 # A reward without a model
 
@@ -559,7 +534,6 @@ def jpeg(array, quality=95):
     Image.fromarray(array).save(file, "jpeg", quality=quality)
     return file.getvalue()
 
-
 class Jpeg(Scorer):
     """Minus the size of the image as a JPEG file, in kB (quality 95): DDPO's compressibility, arXiv
     2305.13301, Section 5. The prompt is ignored. This reward needs no model. It shows what happens
@@ -568,7 +542,6 @@ class Jpeg(Scorer):
     def score(self, pixels, prompts):
         arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
         return -torch.tensor([len(jpeg(array)) for array in arrays]) / 1000         # (G,)
-
 
 # ------------------------------------------------------------------------------------------------
 # From names to scorers
@@ -590,13 +563,11 @@ TAKEN = (r"iter|reward(_std)?|first_ratio|clip_fraction|grad_norm|flat_groups|sk
 # at the first ".py:", a name has no slash, and an argument begins at the first "=" after the name.
 SPEC = re.compile(r"(?:(.*?\.py|[\w.]+):)?([^:=/\\]*)(?:=(.*))?", re.DOTALL)
 
-
 def split(spec):
     """The parts of a spec: file or module of its code, name, argument. A missing part is "":
     "hpsv2=a.pt" -> ("", "hpsv2", "a.pt"); "own.py:redness" -> ("own.py", "redness", "")."""
     parts = SPEC.fullmatch(spec)
     return tuple((part or "").strip() for part in (parts.groups() if parts else ("", spec, "")))
-
 
 def listed(specs):
     """Comma-separated specs -> a list. A path may have commas: what follows one belongs to the part
@@ -609,7 +580,6 @@ def listed(specs):
         else:
             found.append(part)
     return [spec.strip() for spec in found if spec.strip()]
-
 
 @functools.cache
 def import_source(source):
@@ -626,7 +596,6 @@ def import_source(source):
     except (Exception, SystemExit) as error:
         message = one_line(describe(error, file))
         raise ValueError(f"{source} cannot be imported: {message}") from error
-
 
 @undisturbed()
 def find(spec):
@@ -654,13 +623,11 @@ def find(spec):
         raise ValueError(f"{spec}: {error}") from error
     return scorer, argument
 
-
 def fingerprints(*specs):
     """{"SHA-256 of FILE.py": hash} for the scorers among comma-separated specs that are your own
     code. A run can be resumed only while these are the same."""
     sources = [split(spec)[0] for text in specs for spec in listed(text)]
     return {f"SHA-256 of {source}": import_source(source)[1] for source in sources if source}
-
 
 def parse(specs):
     """Comma-separated specs -> {name: spec}. ValueError as in `find`; no weights are loaded."""
@@ -672,7 +639,6 @@ def parse(specs):
         find(spec)
         parsed[name] = spec
     return parsed
-
 
 def parse_weights(text, names):
     """ "2,1" -> a weight for each of `names`, (M,); "" -> ones. ValueError for anything else."""
@@ -688,7 +654,6 @@ def parse_weights(text, names):
                          f"each of {','.join(names)}")
     return weights                                                      # (M,)
 
-
 @undisturbed()
 def load(spec, device="cpu"):
     """ "name", "name=argument" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
@@ -697,7 +662,6 @@ def load(spec, device="cpu"):
     source, scorer.name, _ = split(spec)
     scorer.code_file = import_source(source)[0].__file__ if source else ""
     return scorer
-
 
 def load_all(specs, device, prompts, frames=4):
     """{name: spec} -> {name: scorer}. Each checks all prompts and is tried on one and on two grey
@@ -714,7 +678,6 @@ def load_all(specs, device, prompts, frames=4):
             shape = (count, 4, 3, 64, 64) if scorer.video else (count, 3, 64, 64)
             scorer(torch.full(shape, 0.5), prompts[:1] * count)
     return {name: scorers[name] for name in specs}
-
 
 def forgiving(scorer):
     """The scorer, but with nan where it fails: one that is only watched must not end a run."""
