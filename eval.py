@@ -24,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
 from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
-                     gather_objects, init_processes, is_lora, is_number, parse_call,
-                     parse_resolution, read_prompts)
+                     explain_errors, gather_objects, init_processes, is_lora, is_number, parse_call,
+                     parse_resolution, read_prompts, refuse)
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -436,14 +436,8 @@ def parse_args(argv=None):
                         help="delete the pictures and scores of these rows, and make them again")
     if RANK:
         parser.error = lambda message: sys.exit(2)              # only process 0 prints it
-    args, rows, refused = parser.parse_args(argv), [], None
-    try:
-        rows = check(args)
-    except (ValueError, OSError) as error:
-        refused = str(error)
-    for message in filter(None, gather_objects(refused)):       # from any process
-        parser.error(message)
-    return args, rows
+    args = parser.parse_args(argv)
+    return args, refuse(parser, lambda: check(args))
 
 def check(args):
     """Fill in the defaults for this model, and return the rows. ValueError for bad settings."""
@@ -494,39 +488,37 @@ def load_row(args, row):
     return load_model(path, resolution=args.resolution, guidance=args.guidance, steps=args.steps,
                       call=parse_call(args.call), device=args.device, frozen=True, lora=lora)
 
+def start(args, rows):
+    prompts, n = rows[0].prompts, args.images_per_prompt
+    chosen = evenly_spaced(len(prompts), args.num_prompts or len(prompts))
+    found = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen],
+                             args.frames)
+    scorers = {key: found[name] for name, key in args.score_keys.items()}
+    if RANK == 0:
+        print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
+              f"resolution {args.resolution or 'own'}, {args.solver} {args.steps} steps, shift "
+              f"{args.shift or 'own'}, guidance {args.guidance or 'own'}, seed {args.seed}, "
+              f"on {WORLD} x {args.device.partition(':')[0]}")
+        for row in rows:
+            row.begin(args.overwrite)
+    gather_objects(None)                                    # wait until the folders exist
+    missing = [[i for i in chosen if row.lacks(i, scorers.keys())][RANK::WORLD] for row in rows]
+    gather_objects(None)                                    # wait until all have looked
+    with tqdm(total=sum(map(len, missing)), desc="eval", disable=True if RANK else None) as bar:
+        for row, indices in zip(rows, missing):
+            load = functools.cache(lambda: load_row(args, row))         # once, if it is needed
+            at_once = max(1, args.batch // n)
+            for start in range(0, len(indices), at_once):
+                row.complete(indices[start : start + at_once], args, load, scorers)
+                bar.update(len(indices[start : start + at_once]))
+    gather_objects(None)
+    if RANK == 0:
+        report(args, rows, chosen)
+
 def main(argv=None):
     init_processes()
     args, rows = parse_args(argv)
-    prompts, n = rows[0].prompts, args.images_per_prompt
-    chosen = evenly_spaced(len(prompts), args.num_prompts or len(prompts))
-    try:
-        found = rewards.load_all(args.specs, args.device, [prompts[i] for i in chosen],
-                                 args.frames)
-        scorers = {key: found[name] for name, key in args.score_keys.items()}
-        if RANK == 0:
-            print(f"{len(chosen)} prompts of {args.prompts}, {n} image{'s' * (n > 1)} each, "
-                  f"resolution {args.resolution or 'own'}, {args.solver} {args.steps} steps, shift "
-                  f"{args.shift or 'own'}, guidance {args.guidance or 'own'}, seed {args.seed}, "
-                  f"on {WORLD} x {args.device.partition(':')[0]}")
-            for row in rows:
-                row.begin(args.overwrite)
-        gather_objects(None)                                    # wait until the folders exist
-        missing = [[i for i in chosen if row.lacks(i, scorers.keys())][RANK::WORLD] for row in rows]
-        gather_objects(None)                                    # wait until all have looked
-        with tqdm(total=sum(map(len, missing)), desc="eval", disable=True if RANK else None) as bar:
-            for row, indices in zip(rows, missing):
-                load = functools.cache(lambda: load_row(args, row))         # once, if it is needed
-                at_once = max(1, args.batch // n)
-                for start in range(0, len(indices), at_once):
-                    row.complete(indices[start : start + at_once], args, load, scorers)
-                    bar.update(len(indices[start : start + at_once]))
-        gather_objects(None)
-        if RANK == 0:
-            report(args, rows, chosen)
-    except (OSError, ValueError, ArithmeticError, rewards.ScorerError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return explain_errors(lambda: start(args, rows), ValueError, rewards.ScorerError)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -19,6 +19,7 @@ What train() asks of a model, FLUX or not (examples/own_model.py has another one
     trained()               the list of trained parameters, float32
     transformer             the module that has them; its state goes into the checkpoints
     save(path, weights)     write into the folder `path` what is needed to sample again
+    cut(prompts)            how many prompts are too long, {tokenizer: n}; train.py's `start` asks
     blocks()                for several processes: the parts of `transformer` that FSDP2 divides
 """
 import contextlib, shutil

@@ -17,8 +17,8 @@ PPO's clipped objective (Eq. 9) pulls x_theta towards the candidates that scored
     ...  leading dimensions: groups, anchors        A      advantages, A' in the paper
 
 For one group: x (G, D), A (G,), x_theta (b, D). For P groups: x (P, 1, G, D), A (P, 1, G), x_theta
-(P, b, D), so that b anchors share a group. (If P = b, shapes cannot show a wrong order.) A group is
-what shares one eps*, not what shares a prompt. No function takes t: the direction and the range of
+(P, b, D), so that b anchors share a group. (If P = b, their wrong order raises no error.) A group
+is what shares one eps*, not what shares a prompt. No function takes t: the direction and the range of
 time do not matter. A training loop calls `neighbor_grpo_loss`. Any function can be pasted
 elsewhere, with those that it calls.
 """
@@ -73,7 +73,7 @@ def combine_rewards(rewards, weights):
     std = torch.where(is_flat(rewards), torch.inf, rewards.std(-1))     # (..., M)
     A = (rewards - rewards.mean(-1, keepdim=True)) / std[..., None]     # (..., M, G)   Eq. 3
     total = (weights[:, None] * A).sum(-2) / weights.sum()              # (..., G)
-    size = (weights * rewards.abs().amax(-1) / std).sum(-1) / weights.sum()     # before - mean
+    size = (weights * rewards.abs().amax(-1) / std).sum(-1) / weights.sum()     # of its terms
     return torch.where(is_flat(total, size)[..., None], 0, total)       # if they cancel
 
 def group_advantages(rewards, p=0.8):
@@ -136,7 +136,7 @@ def log_ratio(x, x_theta, x_old, tau):
     Velocity means the guided one, here as in the rollout. x_t must be, bit for bit, what the
     rollout's network saw: if your sampler rounds latents to bf16, store them rounded. Then the
     first ratio is 1. Assert that: it is not, if an SDE or dropout is on, or the step is another.
-    Wrong candidates x do not show there.
+    Wrong candidates x cannot be seen there.
 
     Let u = x_theta - x_old and gain_i = 2 (x_i - x_old) . u / tau. Then log rho_i is gain_i -
     log sum_k pi_old(k) exp(gain_k): the squared distances also contain |u|^2, which cancels. The

@@ -235,7 +235,8 @@ class Pipeline(Weights):
             seen.append((before, self.sign * v.float(), after.float()))
             return (after,)
 
-        ts, _ = self.times(self.steps), self.times(1000)
+        ts = self.times(self.steps)
+        self.times(1000)                        # fills self.nodes
         count = lambda _, args, more: sizes.append(len(more.get("hidden_states", *args[:1])))
         with self.transformer.register_forward_pre_hook(count, with_kwargs=True):
             pictures = self.start(prompts, step=watch).float()

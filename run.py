@@ -337,11 +337,10 @@ class Run:
         return (f"{found[-1]} is whole, and --resume goes on from there" if found else
                 "no checkpoint was written before")
 
-    def finite(self, latents):
-        """The latents, if they are finite; else the run ends."""
+    def check_finite(self, latents):
+        """The run ends if latents are not finite."""
         if not latents.isfinite().all():
             raise self.diverged("the model's latents are no longer finite")
-        return latents
 
     def count_update(self, norm):
         """Note an update's gradient norm. The update was skipped if it is not finite."""

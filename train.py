@@ -52,14 +52,15 @@ def train(cfg, model, scorers, run):
         with torch.no_grad():
             cond = model.encode(prompt)
             traj, vels = rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.solver)
-            images = model.decode(run.finite(traj[-1]))                 # (P G, 3, H, W)
+            run.check_finite(traj[-1])
+            images = model.decode(traj[-1])                             # (P G, 3, H, W)
         traj, vels = (y.view(len(y), P, G, -1) for y in (traj, vels))   # (T+1 and T, P, G, D)
         lap("rollout")
 
         # Score them, and turn scores into advantages
         scores = score(scorers, images, prompt)                         # {name: (P, G)}
-        r, known = stack_rewards(scores, prompt)                        # (P, M, G), (P, 1)
-        A = known * group_advantages(combine_rewards(r, weights), cfg.p)    # (P, G)  Eq. 3, 11
+        r, finite = stack_rewards(scores, prompt)                       # (P, M, G), (P, 1)
+        A = finite * group_advantages(combine_rewards(r, weights), cfg.p)   # (P, G)  Eq. 3, 11
         lap("reward")
 
         # Update: from each anchor, one DDIM step of the model being trained
@@ -92,14 +93,14 @@ def score(scorers, images, prompt):
             for name, scorer in scorers.items()}
 
 def stack_rewards(scores, prompt):
-    """The M rewards of P groups, (P, M, G), and a factor for their advantages, (P, 1): 1, or nan
-    for a group that has a reward which is not finite. Its gradient is then nan on all processes, so
+    """The M rewards of P groups, (P, M, G), and a factor of their advantages, (P, 1): 1, or nan for
+    a group with a reward that is not finite. The averaged gradient is then nan on all processes, so
     all skip the update, and none raises alone."""
     r = torch.stack(list(scores.values()), 1)                           # (P, M, G)
-    known = r.isfinite().flatten(1).all(1, keepdim=True)                # (P, 1)
-    for g in (~known).nonzero()[:, 0].tolist():
+    finite = r.isfinite().flatten(1).all(1)                             # (P,)
+    for g in (~finite).nonzero()[:, 0].tolist():
         tqdm.write(f"a reward for {prompt[g]!r} is not finite")
-    return r.nan_to_num(0, 0, 0), torch.where(known, 1.0, torch.nan)
+    return r.nan_to_num(0, 0, 0), torch.where(finite, 1.0, torch.nan)[:, None]
 
 MAX_GRAD_NORM = 1.0             # a gradient with a larger norm is cut to it
 
@@ -110,7 +111,7 @@ def update(cfg, model, run, decay=None):
     momentum alone would move the weights. `decay` replaces cfg.ema."""
     average_gradients(cfg, model)                   # all that the processes exchange
     norm = torch.nn.utils.clip_grad_norm_(model.trained(), MAX_GRAD_NORM)
-    norm = getattr(norm, "full_tensor", lambda: norm)()         # FSDP's; the same on all processes
+    norm = norm.full_tensor() if cfg.fsdp else norm             # the same on all processes
     if norm.isfinite() and norm > 0:
         run.opt.step()
         if run.ema:
@@ -170,10 +171,10 @@ class Config:
                              "empty: FLUX.1's 720, or the pipeline's own")
     guidance: str = option("", "guidance scale; it doubles the cost of most models, but not of "
                            "FLUX.1; empty: FLUX.1's 3.5, or the pipeline's own")
-    shift: float = option(0.0, "of the schedule; 0: FLUX.1's 3, or the pipeline's own times",
+    shift: float = option(0.0, "shift of the schedule; 0: FLUX.1's 3, or the pipeline's own times",
                           "[0, 100]")
     call: str = option("", "more arguments of the pipeline's __call__, as JSON")
-    frames: int = option(4, "of a video, that a scorer of images sees", "[1, inf)")
+    frames: int = option(4, "frames of each video that a scorer of images sees", "[1, inf)")
     # method
     iterations: int = option(300, "of Algorithm 1 (Sec. 4)", "[1, inf)")
     prompts_per_iteration: int = option(0, "groups in an iteration, divided among the processes; "

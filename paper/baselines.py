@@ -315,7 +315,8 @@ def train_sde(cfg, model, scorers, run):
             cond = model.encode(prompt)
             traj, vels = sde_rollout(lambda x, t: model.velocity(x, t, cond), x1, ts, levels,
                                      noise, cfg.solver)
-            images = model.decode(run.finite(traj[-1]))                 # (P G, 3, H, W)
+            run.check_finite(traj[-1])
+            images = model.decode(traj[-1])                             # (P G, 3, H, W)
         traj = traj.unflatten(1, (P, G))                                # (T+1, P, G, N, C)
         vels = vels.unflatten(1, (P, G))                                # (T, P, G, N, C)
         lap("rollout")
@@ -380,7 +381,8 @@ def train_branch(cfg, model, scorers, run):
                 nodes.append(mean + std * normal(widths[k + 1]))        # (P, w', N, C)
                 vels.append(v.unflatten(0, (P, -1)))                    # (P, w, N, C)
             x0 = x - t * v                      # of the last step, without its noise
-            images = model.decode(run.finite(x0))                       # (P G, 3, H, W)
+            run.check_finite(x0)
+            images = model.decode(x0)                                   # (P G, 3, H, W)
         lap("rollout")
 
         # Score the leaves, and turn the scores into advantages of all nodes
@@ -424,7 +426,8 @@ def images_and_times(cfg, model, run, it, prompts, ts, steps_of):
                                     cfg.num_train_steps, steps_of)
     cond = model.encode(prompt)
     traj, _ = rollout(lambda x, t: model.velocity(x, t, cond), x1.to(model.device), ts, cfg.solver)
-    x0 = run.finite(traj[-1])                                           # (P G, N, C)
+    x0 = traj[-1]                                                       # (P G, N, C)
+    run.check_finite(x0)
     t = ts[steps.T][..., None, None]                                    # (K, P G, 1, 1)
     return prompt, cond, x0, model.decode(x0), t.to(model.device), noise.to(model.device)
 
@@ -537,7 +540,8 @@ def train_fdfo(cfg, model, scorers, run):
             cond = model.encode(prompt)
             x0, states, state_ts, vels = churned_rollout(
                 lambda x, t: model.velocity(x, t, cond), x1, ts, cfg.churn, noise)
-            images = model.decode(run.finite(x0))                       # (P G, 3, H, W)
+            run.check_finite(x0)
+            images = model.decode(x0)                                   # (P G, 3, H, W)
         states, vels = states.unflatten(1, (P, G)), vels.unflatten(1, (P, G))   # (T, P, G, N, C)
         lap("rollout")
 
