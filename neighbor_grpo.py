@@ -18,8 +18,8 @@ PPO's clipped objective (Eq. 9) pulls x_theta towards the candidates that scored
 
 For one group: x (G, D), A (G,), x_theta (b, D). For P groups: x (P, 1, G, D), A (P, 1, G), x_theta
 (P, b, D), so that b anchors share a group. (If P = b, their wrong order raises no error.) A group
-is what shares one eps*, not what shares a prompt. No function takes t: the direction and the range of
-time do not matter. A training loop calls `neighbor_grpo_loss`. Any function can be pasted
+is what shares one eps*, not what shares a prompt. No function takes t: the direction and the range
+of time do not matter. A training loop calls `neighbor_grpo_loss`. Any function can be pasted
 elsewhere, with those that it calls.
 """
 import torch
