@@ -407,6 +407,7 @@ def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers()
     (lambda x: group_advantages(x[:, :1]), "G > 1"),
     (lambda x: combine_rewards(x[0], torch.ones(3)), r"\(3,\) must be"),
     (lambda x: combine_rewards(x, torch.ones(3)), r"\(4, 3\)"),
+    (lambda x: combine_rewards(x[0], torch.tensor(1.0)), r"\(3,\) must be"),
     (lambda x: combine_rewards(x, torch.tensor([1.0, 1.0, 1.0, -1.0])), r"-1\.0"),
     (lambda x: combine_rewards(x, torch.zeros(4)), "not all 0"),
     (lambda x: log_policy(x, x[0, :2], 1), r"\(2,\)"),
@@ -421,6 +422,7 @@ def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers()
     # b anchors of P = b groups, without the dimension that shares a group: x (P, G, D)
     (lambda x: log_ratio(*[x.expand(4, 4, 3)] * 3, 1), r"\(4, 4, 3\) and x_theta \(4, 4, 3\)"),
     (lambda x: log_ratio(x.expand(2, 4, 3), x, x, 1), r"\(2, 4, 3\)"),
+    (lambda x: log_policy(x.expand(2, 3, 4, 3), x.expand(2, 4, 3), 1), r"x is \(2, 3, 4, 3\)"),
     (lambda x: clipped_objective(x[:, 0], x[:3, 0], 0.2), r"\(3,\)"),
     (lambda x: clipped_objective(x[:, 0], x[:, 0], -0.2), "clip_eps is -0.2"),
     (lambda x: clipped_objective(x[:, 0], x[:, 0], math.nan), "clip_eps is nan"),

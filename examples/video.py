@@ -5,9 +5,8 @@ videos, as it would align Wan 2.1.
     python examples/video.py            # makes out/video/base first, if it is not there yet
 
 A video shows an emoji that moves: "a red heart, moving left". Half of the videos that the base
-learns from flicker: every other frame is dark, and the prompt does not say so. `steady` is the
-reward, and `main` has the command. out/video/before_after.png shows all frames of some held-out
-prompts, before and after, from the same noise. before_after.webp moves.
+learns from flicker: every other frame is dark, and no prompt says so. `steady` is the reward.
+out/video/before_after.png has all frames of some held-out prompts, on the same noise; .webp moves.
 """
 import functools, json, sys
 from pathlib import Path
@@ -144,7 +143,8 @@ def main(out="out/video", more=(), **size):
     diffusers.logging.set_verbosity_error()     # WanPipeline warns of 8 frames in every call
     if not (out / "base/model_index.json").exists():
         make_base(out / "base", **size)
-    (out / "train.txt").write_text("\n".join(p for p in PROMPTS if p not in HELD_OUT), "utf-8")
+    (out / "train.txt").write_text("\n".join(p for p in PROMPTS if p not in HELD_OUT),
+                                   encoding="utf-8")
     call = dict(num_frames=FRAMES - 1)          # WanPipeline adds one
     settings = dict(model=out / "base", out_dir=out / "run", prompts=out / "train.txt", lr=5e-5,
                     eval_prompts=out / "train.txt", rewards=f"{__file__}:steady", eval_scorers="",
