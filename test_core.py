@@ -424,7 +424,7 @@ def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers()
     (lambda x: log_ratio(x.expand(2, 4, 3), x, x, 1), r"\(2, 4, 3\)"),
     (lambda x: log_policy(x.expand(2, 3, 4, 3), x.expand(2, 4, 3), 1), r"x is \(2, 3, 4, 3\)"),
     (lambda x: clipped_objective(x[:, 0], x[:3, 0], 0.2), r"\(3,\)"),
-    (lambda x: clipped_objective(x[:, 0], x[:, 0], -0.2), "clip_eps is -0.2"),
+    (lambda x: clipped_objective(x[:, 0], x[:, 0], 0), "clip_eps is 0"),
     (lambda x: clipped_objective(x[:, 0], x[:, 0], math.nan), "clip_eps is nan"),
     (lambda x: clipped_objective(x.expand(4, 4, 3), x, 0.2), r"A \(4, 3\)"),
     (lambda x: clipped_objective(x, x.expand(4, 4, 3), 0.2), r"A \(4, 4, 3\)"),
