@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
 from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
-                     gather_objects, init_processes, is_lora, is_number, parse_call,
+                     gather_objects, init_processes, is_lora, is_number, one_line, parse_call,
                      parse_resolution, read_prompts)
 from solvers import rollout, schedule
 
@@ -227,6 +227,14 @@ def label_of(path):
     """The last two parts of a checkpoint's path, as in "tiny-checkpoint-50"."""
     path = Path(path).resolve() if Path(path).exists() else Path(path)
     return "-".join(path.relative_to(path.anchor).parts[-2:]) or "root"
+
+def other_base(lora, model):
+    """A warning, if adapters come from a run on a model of another name; else "". (The same model
+    may have moved, so it is no error.)"""
+    before = read_json(Path(lora) / "state/config.json").get("model") if is_lora(lora) else None
+    if before and label_of(before) != label_of(model):
+        return f"{lora} was trained on {before}; make sure that {model} is the same"
+    return ""
 
 def write_atomically(file, content):
     """Write text or bytes under another name, then rename it: a file that exists is complete."""
@@ -509,6 +517,8 @@ def main(argv=None):
                   f"{args.shift or 'own'}, guidance {args.guidance or 'own'}, seed {args.seed}, "
                   f"on {WORLD} x {args.device.partition(':')[0]}")
             for row in rows:
+                if warning := other_base(row.path, args.model):
+                    print(warning)
                 row.begin(args.overwrite)
         gather_objects(None)                                    # wait until the folders exist
         missing = [[i for i in chosen if row.lacks(i, scorers.keys())][RANK::WORLD] for row in rows]
@@ -523,8 +533,9 @@ def main(argv=None):
         gather_objects(None)
         if RANK == 0:
             report(args, rows, chosen)
-    except (OSError, ValueError, ArithmeticError, rewards.ScorerError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+    except (OSError, ValueError, ArithmeticError, rewards.ScorerError, torch.OutOfMemoryError,
+            KeyboardInterrupt) as error:
+        print(f"eval.py: {one_line(error)}; the same command goes on", file=sys.stderr)
         return 1
     return 0
 

@@ -45,7 +45,8 @@ def declare_operators():
 
 declare_operators()
 torch.backends.cuda.enable_cudnn_sdp(False)     # see above, attention
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if WORLD > 1 and "RANK" in os.environ else 0     # alone: not for us
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK % (torch.cuda.device_count() or 1)))
 
 # ------------------------------------------------------------------------------------------------
@@ -73,7 +74,11 @@ def init_processes():
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = datetime.timedelta(hours=2)                      # the others wait while one saves
-    dist.init_process_group(backend, timeout=patience, **where)
+    try:
+        dist.init_process_group(backend, timeout=patience, **where)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"WORLD_SIZE is {WORLD}, but these processes did not find each other; start them "
+                 f"with torchrun, or unset WORLD_SIZE: {one_line(error)}")
 
 def gather_objects(mine):
     """A small object of every process, as a list in the order of ranks. It is also a barrier."""
@@ -439,9 +444,13 @@ def load_pipeline(name, folder, dtype):
     logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
     said, heard = [], logging.Handler(logging.WARNING)
     heard.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    loggers = {logging.getLogger(library): logging.getLogger(library).level
+               for library in ("diffusers", "transformers")}
+    silenced = logging.root.manager.disable     # an own reward, say, or DIFFUSERS_VERBOSITY=error
+    logging.disable(logging.NOTSET)             # would leave us deaf
     for logger in loggers:
         logger.addHandler(heard)
+        logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
     try:
         pipe = getattr(diffusers, name).from_pretrained(folder, dtype=dtype,
                                                         variant=find_variant(folder))
@@ -455,8 +464,10 @@ def load_pipeline(name, folder, dtype):
         said = re.sub(r"\x1b\[\d*m", "", " ".join([str(error), *said]))
         raise ValueError(f"{folder} could not be loaded: {' '.join(said.split())}") from error
     finally:
-        for logger in loggers:
+        logging.disable(silenced)
+        for logger, level in loggers.items():
             logger.removeHandler(heard)
+            logger.setLevel(level)
 
 def find_variant(folder):
     """The variant of the weights, such as fp16, where a component has no others; or None."""

@@ -26,6 +26,7 @@ largest networks run in float16 (`half` in HPSv2 and ClipScore), but their score
 """
 from machine import attempt, evenly_spaced, one_line            # before open_clip
 import contextlib, functools, hashlib, importlib, io, os, random, re, sys, traceback, types
+import warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -52,12 +53,23 @@ def working_directory():
         return os.getcwd()
 
 
+def warnings_that_raise():
+    return [rule for rule in warnings.filters if rule[0] == "error"]
+
+
+def let_raise(kept):
+    warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error" or rule in kept]
+
+
 PROCESS = [         # (get, put) of what a reward's code may change while it runs
     (working_directory, lambda path: path and os.chdir(path)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device,                  # None is the CPU, too, and costs no time
      lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (warnings_that_raise, let_raise),           # torch warns in a save, say
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),      # slow
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)]
 RANDOM = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate),
@@ -102,6 +114,8 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
+        if self.video and images.ndim == 4:
+            raise ScorerError(f"scorer {self.name!r} takes videos, but the model makes pictures")
         one_by_one, n = images.ndim == 5 and not self.video, 1
         if one_by_one:                                  # of a video the mean over n frames
             shown = some_frames(images.shape[1], self.frames)
@@ -693,9 +707,15 @@ def parse_weights(text, names):
 def load(spec, device="cpu"):
     """ "name", "name=argument" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
     found, argument = find(spec)
-    scorer = found(argument, device) if isinstance(found, type) else OwnReward(found, device)
-    source, scorer.name, _ = split(spec)
-    scorer.code_file = import_source(source)[0].__file__ if source else ""
+    source, name, _ = split(spec)
+    file = import_source(source)[0].__file__ if source else ""
+    try:
+        scorer = found(argument, device) if isinstance(found, type) else OwnReward(found, device)
+    except (ValueError, OSError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:    # of a class of your own
+        raise ValueError(f"{spec} could not be loaded: {describe(error, file)}") from error
+    scorer.name, scorer.code_file = name, file
     return scorer
 
 

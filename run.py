@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 import rewards
-from eval import (draw_curve, evaluate, mean_and_stderr, picture_grid, read_log, times,
+from eval import (draw_curve, evaluate, mean_and_stderr, other_base, picture_grid, read_log, times,
                   write_atomically)
 from machine import (RANK, WORLD, attempt, check_model, evenly_spaced, exchange_state,
                      gather_objects, is_lora, is_number, one_line, parse_call, parse_resolution,
@@ -49,6 +49,8 @@ def check(c):
         (not (c.init_lora and c.lora_rank), "init_lora has its own rank; leave lora_rank out"),
         (not c.init_lora or is_lora(c.init_lora), f"init_lora {c.init_lora} holds no adapters; it "
          "must be a .safetensors file, or a folder with one that diffusers or PEFT wrote"),
+        (not any(Path(source).is_fifo() for source in (c.prompts, c.eval_prompts)),
+         "prompts come from a pipe, which can be read only once; write them into a file"),
         (c.guidance == "" or is_number(c.guidance),
          f"guidance is {c.guidance}, but must be a number, or empty"),
         (c.device == "cpu" or c.device.startswith("cuda") and torch.cuda.is_available(),
@@ -201,18 +203,28 @@ def start_watchers(out, project, settings, iteration):
 def announce(c, model, run, cut):
     """Say what will happen, and what it costs."""
     size, P = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
+    prompts = read_prompts(c.prompts)
+    both = len({*prompts} & {*run.prompts}) if c.eval_prompts else 0
+    left = (f"iterations {run.iteration + 1} to {c.iterations}" if run.iteration < c.iterations else
+            f"{run.iteration} iterations are done, and --iterations is {c.iterations}")
     lines = [
         f"model      {c.model}: {size / 1e6:.3g} M trained parameters"
         + " of adapters" * bool(c.lora_rank or c.init_lora) + f", {c.resolution or 'own'} pixels, "
         f"latent {' x '.join(map(str, model.latent_shape))}, on {c.device}",
-        f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
+        f"prompts    {len(prompts)} to train on, {len(run.prompts)} "
         f"{'held out' if c.eval_prompts else 'of them to watch'}"
+        + f"; {both} are in both" * bool(both)
         + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n),
         f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers),
         f"iteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1),
-        f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
-        f"{c.out_dir}/" + (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} "
-                           "groups each") * (WORLD > 1)]
+        f"run        {left}, seed {c.seed}, into {c.out_dir}/" + (
+            f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} groups "
+            "each") * (WORLD > 1)]
+    lines += filter(None, [other_base(c.init_lora, c.model)])
+    need, free = 16 * size, shutil.disk_usage(run.out).free     # weights twice, and two moments
+    if need > free:
+        lines += [f"disk       {free / 1e9:.1f} GB are free, but a checkpoint takes "
+                  f"{need / 1e9:.1f} GB or more"]
     if c.resume:
         lines += [f"resume     continues from {run.resumed}" if run.resumed else
                   f"resume     no checkpoint in {c.out_dir}, so the run begins"]

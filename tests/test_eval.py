@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import eval as evaluation
 import rewards
 from diffusers import FluxPipeline
-from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_stderr, picture_grid,
-                  sample)
+from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_stderr, other_base,
+                  picture_grid, sample)
 from machine import read_prompts
 from model import Flux
 from solvers import schedule
@@ -204,7 +204,7 @@ def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of
 # files in --out_dir
 
 def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
-        finished, aligned, tmp_path, monkeypatch, sampled):
+        finished, aligned, tmp_path, monkeypatch, sampled, capsys):
     judge = rewards.find("judge")[0]
     scored, score = [], judge.score
 
@@ -215,8 +215,8 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
         return score(self, pixels, prompts)
 
     monkeypatch.setattr(judge, "score", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, aligned)
+    assert run(tmp_path, aligned) == (1, None)
+    assert "KeyboardInterrupt; the same command goes on" in capsys.readouterr().err
     assert sampled and not (tmp_path / "results.json").exists()
     assert numbers(run(tmp_path, aligned)[1]) == numbers(finished[1])
     assert len(sampled) == 10                                   # five prompts, two models
@@ -225,6 +225,17 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
     assert len(scored) == before + 2                            # only load_all's two trials
     results = run(tmp_path, aligned, "--scorers", "preference,judge,jpeg")[1]
     assert len(sampled) == 10 and "jpeg" in results[0]          # a new scorer needs no new pictures
+
+
+def test_adapters_of_a_run_on_a_model_of_another_name_are_shown_with_a_warning(aligned, tmp_path):
+    lora = tmp_path / "run/checkpoint-1"
+    (lora / "state").mkdir(parents=True)
+    (lora / "pytorch_lora_weights.safetensors").touch()
+    assert other_base(lora, FLUX) == other_base(aligned, FLUX) == other_base("", FLUX) == ""
+    for base, warned in (("elsewhere/tiny/flux", False), (str(aligned), True), ("a/flux", True)):
+        (lora / "state/config.json").write_text(json.dumps(dict(model=base)), encoding="utf-8")
+        said = f"{lora} was trained on {base}; make sure that {FLUX} is the same" if warned else ""
+        assert other_base(lora, FLUX) == said
 
 
 def test_several_processes_divide_the_missing_prompts_and_not_all_prompts(

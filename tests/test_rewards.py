@@ -1204,6 +1204,9 @@ CHANGES = {
     "torch.set_default_dtype(torch.float64)": torch.get_default_dtype,
     "torch.set_default_device('meta')": torch.get_default_device,
     "torch.set_num_threads(3)": torch.get_num_threads,
+    "torch.autograd.set_detect_anomaly(True)": torch.is_anomaly_enabled,
+    "torch.use_deterministic_algorithms(True)": torch.are_deterministic_algorithms_enabled,
+    "import warnings; warnings.simplefilter('error')": rewards.warnings_that_raise,
     "torch.manual_seed(5)": torch.initial_seed, "torch.rand(3)": lambda: str(torch.get_rng_state()),
     "random.seed(5)": random.getstate, "np.random.seed(5)": lambda: str(np.random.get_state()),
     "torch.set_float32_matmul_precision('medium')": torch.get_float32_matmul_precision}
@@ -1224,6 +1227,22 @@ def test_a_reward_changes_nothing_of_the_process_at_its_import_nor_in_a_call_nor
     with pytest.raises(rewards.ScorerError, match="'g' failed on"):
         g(torch.rand(2, 3, 4, 4), ["a", "b"])
     assert CHANGES[change]() == before
+
+
+def test_a_reward_for_videos_refuses_pictures_in_a_sentence(own):
+    path = own("def f(videos, prompts):\n    return [1] * len(videos)\nf.video = True\n")
+    f = rewards.load(f"{path}:f")
+    assert f(torch.rand(2, 4, 3, 8, 8), ["a", "b"]).tolist() == [1, 1]
+    with pytest.raises(rewards.ScorerError, match="'f' takes videos, but the model makes pictures"):
+        f(torch.rand(2, 3, 8, 8), ["a", "b"])
+
+
+def test_a_class_of_your_own_that_fails_when_it_is_made_is_named_with_its_line(own):
+    path = own("import rewards\nclass Mine(rewards.Scorer):\n    def __init__(self, *_):\n"
+               "        import no_such_package\n")
+    with pytest.raises(ValueError, match=r"own.py:Mine could not be loaded: ModuleNotFoundError: "
+                                         r"No module .* \(line 4 of own.py\)"):
+        rewards.load(f"{path}:Mine")
 
 
 def test_the_random_numbers_of_a_reward_go_on_from_call_to_call(own):

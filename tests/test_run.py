@@ -97,6 +97,7 @@ REFUSED = [
     ("--frames 0", "frames is 0, but must lie in [1, inf)"),
     ("--wandb project", "wandb is not installed"),
     ("--prompts nowhere.txt", "nowhere.txt is"),
+    ("--prompts {pipe}", "prompts come from a pipe, which can be read only once; write them into"),
     ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
     ("--model {folder}", "is not a FluxPipeline directory"),
     ("--model tiny/nothing", "is not a FluxPipeline directory"),
@@ -127,13 +128,16 @@ def test_a_bad_setting_gets_one_sentence_and_exit_code_2_before_anything_is_load
     (tmp_path / "other/checkpoint-2").mkdir(parents=True)       # of another program
     for name in ("file", "used/log.jsonl", "other/checkpoint-2/optimizer.bin", "a.safetensors"):
         (tmp_path / name).touch()
+    reader, writer = os.pipe()
+    os.close(writer)
     names = {name: tmp_path / name for name in ("file", "used", "other")}
-    names.update(folder=tmp_path, adapters=tmp_path / "a.safetensors")
+    names.update(folder=tmp_path, adapters=tmp_path / "a.safetensors", pipe=f"/dev/fd/{reader}")
     monkeypatch.setattr(train, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a, **k: pytest.fail("a scorer was loaded"))
     with pytest.raises(SystemExit) as exit:
         train.main(f"--out_dir {tmp_path / 'new'} {settings}".format(**names).split())
     said = capsys.readouterr().err
+    os.close(reader)
     assert exit.value.code == 2 and not (tmp_path / "new").exists()
     assert sentence in said.splitlines()[-1] and "Traceback" not in said
 
@@ -260,7 +264,9 @@ def test_the_same_command_with_resume_begins_a_run_and_continues_it_with_its_own
     assert f"resume     no checkpoint in {tmp_path}, so the run begins" in capsys.readouterr().out
     first = iterations_of(tmp_path)
     assert main(tmp_path, "--iterations 2 --resume", *five) is None     # the run has ended
-    assert f"resume     continues from {tmp_path}/checkpoint-2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resume     continues from {tmp_path}/checkpoint-2" in said
+    assert "run        2 iterations are done, and --iterations is 2, seed 0" in said
     assert iterations_of(tmp_path) == first
     with pytest.raises(SystemExit) as exit:
         main(tmp_path, "--iterations 3 --resume --lr 1e-3", *five)
@@ -269,6 +275,20 @@ def test_the_same_command_with_resume_begins_a_run_and_continues_it_with_its_own
     assert main(tmp_path, "--iterations 3 --resume", *five) is None     # now it should go on
     assert "run        iterations 3 to 3" in capsys.readouterr().out
     assert iterations_of(tmp_path)[:2] == first
+
+
+def test_the_first_lines_count_prompts_in_both_files_and_warn_of_another_base_and_a_full_disk(
+        scorers, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    (tmp_path / "held_out.txt").write_text("c\nd\n", encoding="utf-8")
+    monkeypatch.setattr(run, "other_base", lambda lora, model: f"other base than {model}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1))
+    assert main(tmp_path / "run", "--iterations 1", "--prompts", str(tmp_path / "prompts.txt"),
+                "--eval_prompts", str(tmp_path / "held_out.txt")) is None
+    said = capsys.readouterr().out
+    assert "3 to train on, 2 held out; 1 are in both" in said
+    assert f"\nother base than {FLUX}\n" in said
+    assert "disk       0.0 GB are free, but a checkpoint takes 0.0 GB or more" in said
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
