@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
-from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
+from machine import (LOCAL_RANK, RANK, WORLD, attempt, check_model, evenly_spaced, exit_process,
                      gather_objects, init_processes, is_lora, is_number, one_line, parse_call,
                      parse_resolution, read_prompts)
 from solvers import rollout, schedule
@@ -209,7 +209,8 @@ def read_log(out):
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
         with contextlib.suppress(ValueError, TypeError):
-            lines.append(dict(json.loads(line)))
+            found = dict(json.loads(line))
+            lines += [found] * ("iter" in found)
     return lines
 
 def fingerprint(path, pattern="*"):
@@ -397,7 +398,8 @@ def report(args, rows, chosen):
     (out / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     shown = [chosen[k] for k in evenly_spaced(len(chosen), 8)]
     pictures = {row.label: torch.stack([row.pictures(i)[0] for i in shown]) for row in rows}
-    picture_grid(out / "grid.png", pictures, [rows[0].prompts[i] for i in shown])
+    attempt("grid.png", lambda: picture_grid(out / "grid.png", pictures,
+                                             [rows[0].prompts[i] for i in shown]))
     print(f"wrote {out}/: table.md, results.json, grid.png, and the pictures in "
           f"{', '.join(row.label for row in rows)}")
 

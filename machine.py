@@ -432,6 +432,8 @@ def find_pipeline(path):
     from huggingface_hub import snapshot_download
     name = check_configs(Path(snapshot_download(str(path), allow_patterns=[
         "model_index.json", "transformer/config.json"])))
+    if not hasattr(diffusers, str(name)):
+        raise ValueError(f"{path} is a {name}, which this version of diffusers does not have")
     return name, Path(getattr(diffusers, name).download(str(path)))
 
 def load_pipeline(name, folder, dtype):

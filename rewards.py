@@ -133,7 +133,7 @@ class Scorer:
             scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError):
             scores = torch.tensor(torch.nan)            # no numbers
-        shape, finite = tuple(scores.shape), scores.abs() < 1e30        # nan is not, either
+        shape, finite = tuple(scores.shape), scores.abs() < 1e18        # as their squares; not nan
         if shape != (len(pixels),) or not finite.all():
             bad = finite.int().argmin() if shape == (len(pixels),) else 0
             raise ScorerError(

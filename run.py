@@ -221,6 +221,9 @@ def announce(c, model, run, cut):
             f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} groups "
             "each") * (WORLD > 1)]
     lines += filter(None, [other_base(c.init_lora, c.model)])
+    if (share := c.ema ** (c.iterations * c.updates_per_iteration)) > 0.1:
+        lines += [f"ema        {share:.0%} of what is saved is still the base; a smaller --ema "
+                  "leaves less of it"]
     need, free = 16 * size, shutil.disk_usage(run.out).free     # weights twice, and two moments
     if need > free:
         lines += [f"disk       {free / 1e9:.1f} GB are free, but a checkpoint takes "
@@ -266,6 +269,8 @@ class Run:
             try:
                 state = torch.load(self.resumed / "state/state.pt", map_location="cpu")
                 self.iteration, self.before = state["iteration"], state["before"]
+                if self.resumed.name != f"checkpoint-{self.iteration}":     # or it stays the newest
+                    raise ValueError(f"it is that of iteration {self.iteration}, renamed")
                 exchange_state(self.resumed / "state/sharded", model, self.opt, self.ema, load=True)
             except Exception as error:
                 raise OSError(broken(self.resumed, error)) from error

@@ -227,6 +227,12 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
     assert len(sampled) == 10 and "jpeg" in results[0]          # a new scorer needs no new pictures
 
 
+def test_a_grid_that_cannot_be_drawn_is_left_out(copied, aligned, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "draw_grid", lambda *_: 1 / 0)
+    assert run(copied, aligned)[0] == 0
+    assert "grid.png is left out: division by zero" in capsys.readouterr().err
+
+
 def test_adapters_of_a_run_on_a_model_of_another_name_are_shown_with_a_warning(aligned, tmp_path):
     lora = tmp_path / "run/checkpoint-1"
     (lora / "state").mkdir(parents=True)

@@ -275,6 +275,14 @@ def test_a_model_that_cannot_be_aligned_is_refused_by_its_configuration(
         check_model(tmp_path / "flux")
 
 
+def test_a_pipeline_of_the_hub_that_this_diffusers_does_not_have_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    changed(tmp_path / "flux/model_index.json", _class_name="Flux9Pipeline")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: tmp_path / "flux")
+    with pytest.raises(ValueError, match="a Flux9Pipeline, which this version of diffusers"):
+        load_model("a/b")
+
+
 def test_guidance_that_would_be_ignored_is_refused(tmp_path):
     shutil.copytree(FLUX, tmp_path / "flux")
     changed(tmp_path / "flux/transformer/config.json", guidance_embeds=False)   # as schnell

@@ -1180,6 +1180,7 @@ def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
     ("return images[:, 0, 0, 0].squeeze()", r"of shape \(\)"),
     ("return images.std((1, 2, 3)) / images.std((1, 2, 3))", r"returned a Tensor, tensor\(\[nan\]"),
     ("return [1e39] * len(images)", r"returned a list, \[1e\+39\]"),
+    ("return [-1e20] * len(images)", r"returned a list, \[-1e\+20\]"),   # its square is infinite
     ("pass", "returned a NoneType, None, .* must return one finite number for each of 1 images"),
     ("return ['good'] * len(images)", r"returned a list, \['good'\]"),
     ("return {'score': 1}", "returned a dict, {'score': 1}"),

@@ -277,17 +277,19 @@ def test_the_same_command_with_resume_begins_a_run_and_continues_it_with_its_own
     assert iterations_of(tmp_path)[:2] == first
 
 
-def test_the_first_lines_count_prompts_in_both_files_and_warn_of_another_base_and_a_full_disk(
+def test_the_first_lines_count_prompts_in_both_files_and_warn_of_what_will_be_in_vain(
         scorers, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n", encoding="utf-8")
     (tmp_path / "held_out.txt").write_text("c\nd\n", encoding="utf-8")
     monkeypatch.setattr(run, "other_base", lambda lora, model: f"other base than {model}")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1))
-    assert main(tmp_path / "run", "--iterations 1", "--prompts", str(tmp_path / "prompts.txt"),
+    assert main(tmp_path / "run", "--iterations 2 --ema 0.9", "--prompts",
+                str(tmp_path / "prompts.txt"),
                 "--eval_prompts", str(tmp_path / "held_out.txt")) is None
     said = capsys.readouterr().out
     assert "3 to train on, 2 held out; 1 are in both" in said
     assert f"\nother base than {FLUX}\n" in said
+    assert "ema        81% of what is saved is still the base" in said
     assert "disk       0.0 GB are free, but a checkpoint takes 0.0 GB or more" in said
 
 
@@ -575,18 +577,21 @@ def test_untrained_parts_are_copied_from_the_base_byte_by_byte(alone):
     assert len(names) > 10
 
 
-@pytest.mark.parametrize("damage", ["state/state.pt", "state/config.json",
+@pytest.mark.parametrize("damage", ["renamed", "state/state.pt", "state/config.json",
                                     "state/sharded/.metadata", "state/sharded/__0_0.distcp"])
 def test_the_error_for_a_damaged_checkpoint_names_it_and_says_what_to_do(
         damage, scorers, tmp_path, capsys):
     assert main(tmp_path, "--iterations 2") is None
-    os.truncate(tmp_path / "checkpoint-2" / damage, 10)
+    if damage == "renamed":                     # checkpoint-3 would be older, and never resumed
+        (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-7")
+    else:
+        os.truncate(tmp_path / "checkpoint-2" / damage, 10)
     try:
         assert main(tmp_path, "--iterations 3 --resume") == 1
     except SystemExit as exit:
         assert exit.code == 2
     said = capsys.readouterr().err
-    assert "checkpoint-2 is broken" in said
+    assert f"checkpoint-{7 if damage == 'renamed' else 2} is broken" in said
     assert "--resume goes on from the checkpoint before it" in said
 
 
@@ -597,7 +602,7 @@ def test_a_run_continues_from_the_checkpoint_before_even_if_a_crash_garbled_the_
     for after in (4, 5):
         shutil.rmtree(tmp_path / f"checkpoint-{after}")
     with open(tmp_path / "log.jsonl", "ab") as log:
-        log.write(b'{"iter": 3, "reward": 7}\n\nnull\n\xff\xfe\n{"iter": 4, "rew')
+        log.write(b'{"iter": 3, "reward": 7}\n{"note": 1}\n\nnull\n\xff\xfe\n{"iter": 4, "rew')
     assert main(tmp_path, "--iterations 5 --resume") is None
     assert lines_of(tmp_path, seconds=False) == whole
 
