@@ -48,7 +48,11 @@ def times(shift, model, steps):
 
 def sample(model, *how, **more):
     """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1]. The arguments are `follow`'s."""
-    return model.decode(follow(model, *how, **more)[0])
+    images = model.decode(follow(model, *how, **more)[0])
+    if not images.isfinite().all():             # nan would be stored as black
+        raise ArithmeticError("the decoder's pictures are not finite; its weights are broken, or "
+                              "it overflows")
+    return images
 
 @torch.no_grad()
 def follow(model, prompts, indices, ts, solver, n=1, seed=0):

@@ -597,7 +597,7 @@ SCORERS = dict(                                 # {name: a class, or FILE.py:CLA
     judge=f"{TINY}:Judge", named=f"{TINY}:Named", flawless=f"{TINY}:Flawless")
 # Your own cannot have the name of another number in log.jsonl or results.json.
 TAKEN = (r"iter|reward(_std)?|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|fallen|"
-         r"velocity_ratio|peak_gb|label|path|solver|trained_on|diversity|"
+         r"velocity_ratio|peak_gb|label|path|solver|trained_on|diversity|images|"
          r"(nfe_|eval_|seconds).*|.*(_gain|_stderr)")
 
 # A spec is [FILE.py: or module:]NAME[=argument]. Paths may have all of its separators: a file ends

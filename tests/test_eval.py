@@ -18,6 +18,7 @@ from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_st
                   picture_grid, sample)
 from machine import read_prompts
 from model import Flux
+from safetensors.torch import load_file, save_file
 from solvers import schedule
 
 torch.set_num_threads(1)
@@ -375,12 +376,12 @@ def test_pictures_may_be_wider_than_high_and_the_grid_keeps_their_shape(aligned,
     assert width == 96 + 2 * (128 + 6) and 64 < height < 128    # a row of two, prompts below
 
 
-def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned, tmp_path, capsys):
-    with torch.no_grad():
-        broken = Flux(FLUX, 64)
-        for w in broken.transformer.parameters():
-            w.fill_(math.nan)
-        broken.save(tmp_path / "broken")
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(
+        part, aligned, tmp_path, capsys):
+    shutil.copytree(FLUX, tmp_path / "broken")
+    file = tmp_path / f"broken/{part}/diffusion_pytorch_model.safetensors"
+    save_file({name: w * math.nan for name, w in load_file(file).items()}, file)
     prompts = str(aligned.parents[1] / "prompts.txt")
     assert run(tmp_path / "out", tmp_path / "broken", "--prompts", prompts)[0] == 1
     assert "are not finite" in capsys.readouterr().err

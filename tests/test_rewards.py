@@ -1149,7 +1149,7 @@ OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
                                   "prompts) or a subclass of rewards.Scorer"),
     (OWN.replace("f(", "judge("), "{file}:judge", "the name 'judge' belongs to another scorer"),
     *((OWN, f"{{file}}:{name}", "or to another number in the log") for name in
-      "reward judge_gain x_stderr eval_x nfe_old seconds seconds_x peak_gb label".split()),
+      "reward judge_gain x_stderr eval_x nfe_old seconds seconds_x peak_gb label images".split()),
     ("\nimport nothing_like_it\n", "{file}:f", "{file} cannot be imported: ModuleNotFoundError: No "
                                      "module named 'nothing_like_it' (line 2 of own.py)"),
     ("def f(:\n", "{file}:f", "{file} cannot be imported: SyntaxError: invalid syntax (own.py, "
