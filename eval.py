@@ -489,6 +489,7 @@ def check(args):
     ]:
         if not holds:
             raise ValueError(sentence)
+    rewards.refuse_changed(args.scorers)
     args.score_keys = {}                    # for saved scores; new weights or code get a new key
     for name, spec in args.specs.items():
         argument = rewards.split(spec)[2]

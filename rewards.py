@@ -676,6 +676,17 @@ def fingerprints(*specs):
     return {f"SHA-256 of {source}": import_source(source)[1] for source in sources if source}
 
 
+def refuse_changed(*specs):
+    """ValueError for a file of your own code that was changed after this process imported it, in a
+    notebook say: the old code would run."""
+    for source in {split(spec)[0] for text in specs for spec in listed(text)}:
+        if source.endswith(".py"):
+            code = Path(os.path.expanduser(source)).read_bytes()
+            if hashlib.sha256(code).hexdigest() != import_source(source)[1]:
+                raise ValueError(f"{source} was changed after this process imported it; start a "
+                                 "new process")
+
+
 def parse(specs):
     """Comma-separated specs -> {name: spec}. ValueError as in `find`; no weights are loaded."""
     parsed = {}

@@ -65,6 +65,7 @@ def check(c):
             raise ValueError(sentence)
     parse_weights(c.reward_weights, rewards.parse(c.rewards))
     rewards.parse(f"{c.rewards},{c.eval_scorers}")
+    rewards.refuse_changed(c.rewards, c.eval_scorers)
     for source in (c.prompts, c.eval_prompts or c.prompts):
         read_prompts(source)
     if c.resolution:
@@ -146,7 +147,8 @@ def check_resumed(cfg, path):
                              f"{', '.join(MAY_CHANGE)} may change")
     now = contents(cfg)
     for name in sorted({*now, *began}) if began else ():
-        if now.get(name) != began.get(name):
+        known = name != "model" or now.keys() & began.keys() & {name}   # not of a hub id
+        if known and now.get(name) != began.get(name):
             raise ValueError(f"{name} differs from the run to resume: the contents of its file "
                              "were changed; give it as it was")
     if cfg.eval_every and not before["eval_every"]:
@@ -154,8 +156,15 @@ def check_resumed(cfg, path):
                          "leave it 0, and use eval.py")
 
 def contents(cfg):
-    """Hashes of the files that settings point to: prompts, and the code of your own rewards."""
+    """Hashes of the files that settings point to: prompts, the code of your own rewards, and of the
+    model's weights the beginnings."""
     found = rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
+    starts = []
+    for file in sorted(Path(cfg.model).glob("transformer/*.safetensors")):
+        with open(file, "rb") as weights:
+            starts.append(weights.read(2**20))
+    if starts:
+        found["model"] = hashlib.sha256(b"".join(starts)).hexdigest()
     for name, path in (("prompts", cfg.prompts), ("eval_prompts", cfg.eval_prompts)):
         if path:
             found[name] = hashlib.sha256(json.dumps(read_prompts(path)).encode()).hexdigest()

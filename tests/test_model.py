@@ -76,6 +76,15 @@ def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):
 
 # ==================================================================== memory and speed
 
+def test_a_base_that_is_gone_is_said_at_a_save_and_the_weights_are_saved(tmp_path, capsys):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    model = Flux(tmp_path / "flux", 64)
+    shutil.rmtree(tmp_path / "flux")
+    model.save(tmp_path / "saved")
+    assert f"{tmp_path}/flux is gone, so {tmp_path}/saved has nothing" in capsys.readouterr().err
+    assert (tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("blocks, recomputed", [(-1, 6), (2, 2), (100, 6)])
 def test_checkpointing_recomputes_as_many_blocks_as_are_asked_for_and_changes_no_numbers(
         flux, blocks, recomputed):

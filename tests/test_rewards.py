@@ -1295,6 +1295,17 @@ def test_a_run_with_your_own_reward_is_resumed_only_with_the_same_file(
         assert line["reward"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.parametrize("main, option", [
+    (train.main, "--rewards"), (evaluation.main, "--scorers")])
+def test_code_that_was_changed_after_its_import_is_refused(main, option, own, tmp_path, capsys):
+    path = own("def f(images, prompts):\n    return [1] * len(images)\n")
+    rewards.parse(f"{path}:f")                                  # a first run in this notebook
+    path.write_text("def f(images, prompts):\n    return [2] * len(images)\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([option, f"{path}:f", "--out_dir", str(tmp_path / "out")])
+    assert f"{path} was changed after this process imported it" in capsys.readouterr().err
+
+
 def test_eval_has_a_column_for_your_own_reward_and_scores_again_after_its_file_has_changed(
         own, tmp_path):
     code = "def blue(images, prompts):\n    return images[:, 2].mean((1, 2))\n"

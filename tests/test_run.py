@@ -372,6 +372,21 @@ def test_the_prompts_of_a_resumed_run_may_be_in_another_file_but_must_be_the_sam
             run.check_resumed(changed, begun.out / "checkpoint-1")
 
 
+def test_a_run_is_not_resumed_on_a_model_of_the_same_name_with_other_weights(tmp_path):
+    for place, size in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / place / "x/y/transformer").mkdir(parents=True)
+        save_file({"w": torch.ones(size)}, tmp_path / place / "x/y/transformer/w.safetensors")
+    cfg = dataclasses.replace(saved(tmp_path).cfg, model=str(tmp_path / "a/x/y"))
+    begun = Run(cfg, Saved(), {})
+    begun.iteration = 1
+    begun.save()
+    for model in (str(tmp_path / "b/x/y"), "x/y"):              # moved, or on the hub
+        run.check_resumed(dataclasses.replace(begun.cfg, model=model), begun.out / "checkpoint-1")
+    with pytest.raises(ValueError, match="^model differs from the run to resume"):
+        run.check_resumed(dataclasses.replace(begun.cfg, model=str(tmp_path / "c/x/y")),
+                          begun.out / "checkpoint-1")
+
+
 # ==================================================================== the log, pictures, watchers
 
 def test_a_line_of_the_log_has_the_weighted_reward_its_spread_and_every_scorer(tmp_path):
