@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
-from machine import (LOCAL_RANK, RANK, WORLD, check_model, evenly_spaced, exit_process,
+from machine import (LOCAL_RANK, RANK, WORLD, attempt, check_model, evenly_spaced, exit_process,
                      explain_errors, gather_objects, init_processes, is_lora, is_number, parse_call,
                      parse_resolution, read_prompts, refuse)
 from solvers import rollout, schedule
@@ -48,7 +48,11 @@ def times(shift, model, steps):
 
 def sample(model, *how, **more):
     """n pictures of each of p prompts -> (p n, 3, H, W) in [0, 1]. The arguments are `follow`'s."""
-    return model.decode(follow(model, *how, **more)[0])
+    images = model.decode(follow(model, *how, **more)[0])
+    if not images.isfinite().all():             # nan would be stored as black
+        raise ArithmeticError("the decoder's pictures are not finite; its weights are broken, or "
+                              "it overflows")
+    return images
 
 @torch.no_grad()
 def follow(model, prompts, indices, ts, solver, n=1, seed=0):
@@ -209,7 +213,8 @@ def read_log(out):
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
         with contextlib.suppress(ValueError, TypeError):
-            lines.append(dict(json.loads(line)))
+            found = dict(json.loads(line))
+            lines += [found] * ("iter" in found)
     return lines
 
 def fingerprint(path, pattern="*"):
@@ -389,7 +394,8 @@ def report(args, rows, chosen):
     (out / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     shown = [chosen[k] for k in evenly_spaced(len(chosen), 8)]
     pictures = {row.label: torch.stack([row.pictures(i)[0] for i in shown]) for row in rows}
-    picture_grid(out / "grid.png", pictures, [rows[0].prompts[i] for i in shown])
+    attempt("grid.png", lambda: picture_grid(out / "grid.png", pictures,
+                                             [rows[0].prompts[i] for i in shown]))
     print(f"wrote {out}/: table.md, results.json, grid.png, and the pictures in "
           f"{', '.join(row.label for row in rows)}")
 

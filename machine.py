@@ -45,7 +45,8 @@ def declare_operators():
 
 declare_operators()
 torch.backends.cuda.enable_cudnn_sdp(False)     # see above, attention
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if WORLD > 1 and "RANK" in os.environ else 0     # alone: not for us
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK % (torch.cuda.device_count() or 1)))
 
 # ------------------------------------------------------------------------------------------------
@@ -428,6 +429,8 @@ def find_pipeline(path):
     from huggingface_hub import snapshot_download
     name = check_configs(Path(snapshot_download(str(path), allow_patterns=[
         "model_index.json", "transformer/config.json"])))
+    if not hasattr(diffusers, str(name)):
+        raise ValueError(f"{path} is a {name}, which this version of diffusers does not have")
     return name, Path(getattr(diffusers, name).download(str(path)))
 
 def load_pipeline(name, folder, dtype):
@@ -440,9 +443,13 @@ def load_pipeline(name, folder, dtype):
     logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
     said, heard = [], logging.Handler(logging.WARNING)
     heard.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    loggers = {logging.getLogger(library): logging.getLogger(library).level
+               for library in ("diffusers", "transformers")}
+    silenced = logging.root.manager.disable     # an own reward, say, or DIFFUSERS_VERBOSITY=error
+    logging.disable(logging.NOTSET)             # would leave us deaf
     for logger in loggers:
         logger.addHandler(heard)
+        logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
     try:
         pipe = getattr(diffusers, name).from_pretrained(folder, dtype=dtype,
                                                         variant=find_variant(folder))
@@ -456,8 +463,10 @@ def load_pipeline(name, folder, dtype):
         said = re.sub(r"\x1b\[\d*m", "", " ".join([str(error), *said]))
         raise ValueError(f"{folder} could not be loaded: {' '.join(said.split())}") from error
     finally:
-        for logger in loggers:
+        logging.disable(silenced)
+        for logger, level in loggers.items():
             logger.removeHandler(heard)
+            logger.setLevel(level)
 
 def find_variant(folder):
     """The variant of the weights, such as fp16, where a component has no others; or None."""

@@ -22,7 +22,7 @@ What train() asks of a model, FLUX or not (examples/own_model.py has another one
     cut(prompts)            how many prompts are too long, {tokenizer: n}; train.py's `start` asks
     blocks()                for several processes: the parts of `transformer` that FSDP2 divides
 """
-import contextlib, shutil
+import contextlib, shutil, sys
 from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -152,6 +152,9 @@ class Weights:
         # The rest is the base's, byte for byte: what loads the base then loads this, too.
         if self.folder is None:
             raise ValueError("a model that was not loaded from a folder cannot be saved")
+        if not (self.folder / "model_index.json").is_file():
+            print(f"{self.folder} is gone, so {path} has nothing but the transformer and the state",
+                  file=sys.stderr)
         files = [self.folder / "model_index.json", self.folder / "transformer/config.json"]
         for name in self.pipe.components:
             if name != "transformer":

@@ -29,7 +29,10 @@ def load_model(path, resolution="", guidance="", steps=8, call=None, **settings)
         return Pipeline(path, resolution, guidance, steps, call, **settings)
     if call:
         raise ValueError(f"call has {next(iter(call))}, but FLUX.1 has settings for all it takes")
-    return Flux(path, resolution or 720, guidance=3.5 if guidance == "" else guidance, **settings)
+    flux = Flux(path, resolution or 720, guidance=3.5 if guidance == "" else guidance, **settings)
+    if guidance != "" and not flux.transformer.config.guidance_embeds:          # FLUX.1-schnell
+        raise ValueError("guidance has no effect on this FLUX.1; leave it out")
+    return flux
 
 class Stop(Exception):
     """Ends a pipeline's __call__ early, and carries what it had reached."""

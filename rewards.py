@@ -97,6 +97,8 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
+        if self.video and images.ndim == 4:
+            raise ScorerError(f"scorer {self.name!r} takes videos, but the model makes pictures")
         one_by_one, n = images.ndim == 5 and not self.video, 1
         if one_by_one:                                  # of a video the mean over n frames
             shown = some_frames(images.shape[1], self.frames)
@@ -114,7 +116,7 @@ class Scorer:
             scores = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError):
             scores = torch.tensor(torch.nan)            # no numbers
-        shape, finite = tuple(scores.shape), scores.abs() < 1e30        # nan is not, either
+        shape, finite = tuple(scores.shape), scores.abs() < 1e18        # as their squares; not nan
         if shape != (len(pixels),) or not finite.all():
             bad = finite.int().argmin() if shape == (len(pixels),) else 0
             raise ScorerError(
@@ -556,7 +558,7 @@ SCORERS = dict(                                 # {name: a class, or FILE.py:CLA
     judge=f"{TINY}:Judge", named=f"{TINY}:Named", flawless=f"{TINY}:Flawless")
 # Your own cannot have the name of another number in log.jsonl or results.json.
 TAKEN = (r"iter|reward(_std)?|first_ratio|clip_fraction|grad_norm|flat_groups|skipped|fallen|"
-         r"velocity_ratio|peak_gb|label|path|solver|trained_on|diversity|"
+         r"velocity_ratio|peak_gb|label|path|solver|trained_on|diversity|images|"
          r"(nfe_|eval_|seconds).*|.*(_gain|_stderr)")
 
 # A spec is [FILE.py: or module:]NAME[=argument]. Paths may have all of its separators: a file ends
@@ -658,9 +660,15 @@ def parse_weights(text, names):
 def load(spec, device="cpu"):
     """ "name", "name=argument" or "FILE.py:FUNCTION" -> a scorer, ready to be called."""
     found, argument = find(spec)
-    scorer = found(argument, device) if isinstance(found, type) else OwnReward(found, device)
-    source, scorer.name, _ = split(spec)
-    scorer.code_file = import_source(source)[0].__file__ if source else ""
+    source, name, _ = split(spec)
+    file = import_source(source)[0].__file__ if source else ""
+    try:
+        scorer = found(argument, device) if isinstance(found, type) else OwnReward(found, device)
+    except (ValueError, OSError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:    # of a class of your own
+        raise ValueError(f"{spec} could not be loaded: {describe(error, file)}") from error
+    scorer.name, scorer.code_file = name, file
     return scorer
 
 def load_all(specs, device, prompts, frames=4):

@@ -49,6 +49,8 @@ def check(c):
         (not (c.init_lora and c.lora_rank), "init_lora has its own rank; leave lora_rank out"),
         (not c.init_lora or is_lora(c.init_lora), f"init_lora {c.init_lora} holds no adapters; it "
          "must be a .safetensors file, or a folder with one that diffusers or PEFT wrote"),
+        (not any(Path(source).is_fifo() for source in (c.prompts, c.eval_prompts)),
+         "prompts come from a pipe, which can be read only once; write them into a file"),
         (c.guidance == "" or is_number(c.guidance),
          f"guidance is {c.guidance}, but must be a number, or empty"),
         (c.device == "cpu" or c.device.startswith("cuda") and torch.cuda.is_available(),
@@ -144,7 +146,8 @@ def check_resumed(cfg, path):
                              f"{', '.join(MAY_CHANGE)} may change")
     now = contents(cfg)
     for name in sorted({*now, *began}) if began else ():
-        if now.get(name) != began.get(name):
+        known = name != "model" or now.keys() & began.keys() & {name}   # not of a hub id
+        if known and now.get(name) != began.get(name):
             raise ValueError(f"{name} differs from the run to resume: the contents of its file "
                              "were changed; give it as it was")
     if cfg.eval_every and not before["eval_every"]:
@@ -152,8 +155,15 @@ def check_resumed(cfg, path):
                          "leave it 0, and use eval.py")
 
 def contents(cfg):
-    """Hashes of the files that settings point to: prompts, and the code of your own rewards."""
+    """Hashes of the files that settings point to: prompts, the code of your own rewards, and of the
+    model's weights the beginnings."""
     found = rewards.fingerprints(cfg.rewards, cfg.eval_scorers)
+    starts = []
+    for file in sorted(Path(cfg.model).glob("transformer/*.safetensors")):
+        with open(file, "rb") as weights:
+            starts.append(weights.read(2**20))
+    if starts:
+        found["model"] = hashlib.sha256(b"".join(starts)).hexdigest()
     for name, path in (("prompts", cfg.prompts), ("eval_prompts", cfg.eval_prompts)):
         if path:
             found[name] = hashlib.sha256(json.dumps(read_prompts(path)).encode()).hexdigest()
@@ -201,18 +211,25 @@ def start_watchers(out, project, settings, iteration):
 def announce(c, model, run, cut):
     """Say what will happen, and what it costs."""
     size, P = sum(w.numel() for w in model.trained()), c.prompts_per_iteration // WORLD
+    prompts = read_prompts(c.prompts)
+    both = len({*prompts} & {*run.prompts}) if c.eval_prompts else 0
     lines = [
         f"model      {c.model}: {size / 1e6:.3g} M trained parameters"
         + " of adapters" * bool(c.lora_rank or c.init_lora) + f", {c.resolution or 'own'} pixels, "
         f"latent {' x '.join(map(str, model.latent_shape))}, on {c.device}",
-        f"prompts    {len(read_prompts(c.prompts))} to train on, {len(run.prompts)} "
+        f"prompts    {len(prompts)} to train on, {len(run.prompts)} "
         f"{'held out' if c.eval_prompts else 'of them to watch'}"
+        + f"; {both} are in both" * bool(both)
         + "".join(f"; {name} truncates {n}" for name, n in cut.items() if n),
         f"rewards    {c.rewards}" + f"; watched: {c.eval_scorers}" * bool(c.eval_scorers),
         f"iteration  {c.plan()}" + f"; guidance: {model.nfe} each" * (model.nfe > 1),
         f"run        iterations {run.iteration + 1} to {c.iterations}, seed {c.seed}, into "
         f"{c.out_dir}/" + (f", {WORLD} processes ({'FSDP2' if c.fsdp else 'a copy each'}) with {P} "
                            "groups each") * (WORLD > 1)]
+    need, free = 16 * size, shutil.disk_usage(run.out).free     # weights twice, and two moments
+    if need > free:
+        lines += [f"disk       {free / 1e9:.1f} GB are free, but a checkpoint takes "
+                  f"{need / 1e9:.1f} GB or more"]
     if c.resume:
         lines += [f"resume     continues from {run.resumed}" if run.resumed else
                   f"resume     no checkpoint in {c.out_dir}, so the run begins"]
@@ -254,6 +271,8 @@ class Run:
             try:
                 state = torch.load(self.resumed / "state/state.pt", map_location="cpu")
                 self.iteration, self.before = state["iteration"], state["before"]
+                if self.resumed.name != f"checkpoint-{self.iteration}":     # or it stays the newest
+                    raise ValueError(f"it is that of iteration {self.iteration}, renamed")
                 exchange_state(self.resumed / "state/sharded", model, self.opt, self.ema, load=True)
             except Exception as error:
                 raise OSError(broken(self.resumed, error)) from error

@@ -18,6 +18,7 @@ from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_st
                   sample)
 from machine import read_prompts
 from model import Flux
+from safetensors.torch import load_file, save_file
 from solvers import schedule
 
 torch.set_num_threads(1)
@@ -204,7 +205,7 @@ def test_a_mean_has_a_standard_error_over_prompts_and_diversity_is_a_distance_of
 # files in --out_dir
 
 def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
-        finished, aligned, tmp_path, monkeypatch, sampled):
+        finished, aligned, tmp_path, monkeypatch, sampled, capsys):
     judge = rewards.find("judge")[0]
     scored, score = [], judge.score
 
@@ -215,8 +216,8 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
         return score(self, pixels, prompts)
 
     monkeypatch.setattr(judge, "score", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, aligned)
+    assert run(tmp_path, aligned) == (1, None)
+    assert "stopped at once" in capsys.readouterr().err
     assert sampled and not (tmp_path / "results.json").exists()
     assert numbers(run(tmp_path, aligned)[1]) == numbers(finished[1])
     assert len(sampled) == 10                                   # five prompts, two models
@@ -225,6 +226,12 @@ def test_a_stopped_evaluation_continues_and_makes_nothing_twice(
     assert len(scored) == before + 2                            # only load_all's two trials
     results = run(tmp_path, aligned, "--scorers", "preference,judge,jpeg")[1]
     assert len(sampled) == 10 and "jpeg" in results[0]          # a new scorer needs no new pictures
+
+
+def test_a_grid_that_cannot_be_drawn_is_left_out(copied, aligned, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "draw_grid", lambda *_: 1 / 0)
+    assert run(copied, aligned)[0] == 0
+    assert "grid.png is left out: division by zero" in capsys.readouterr().err
 
 
 def test_several_processes_divide_the_missing_prompts_and_not_all_prompts(
@@ -358,12 +365,12 @@ def test_pictures_may_be_wider_than_high_and_the_grid_keeps_their_shape(aligned,
     assert width == 96 + 2 * (128 + 6) and 64 < height < 128    # a row of two, prompts below
 
 
-def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(aligned, tmp_path, capsys):
-    with torch.no_grad():
-        broken = Flux(FLUX, 64)
-        for w in broken.transformer.parameters():
-            w.fill_(math.nan)
-        broken.save(tmp_path / "broken")
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_broken_model_ends_the_evaluation_and_draws_no_black_pictures(
+        part, aligned, tmp_path, capsys):
+    shutil.copytree(FLUX, tmp_path / "broken")
+    file = tmp_path / f"broken/{part}/diffusion_pytorch_model.safetensors"
+    save_file({name: w * math.nan for name, w in load_file(file).items()}, file)
     prompts = str(aligned.parents[1] / "prompts.txt")
     assert run(tmp_path / "out", tmp_path / "broken", "--prompts", prompts)[0] == 1
     assert "are not finite" in capsys.readouterr().err

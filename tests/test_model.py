@@ -5,7 +5,7 @@ model.py: FLUX as it is shipped in tiny/, against diffusers' own pipeline.
     python -m tests.test_model --flux_dev       # FLUX.1-dev's published shapes, one layer of each
                                                 # kind: some minutes, 16 GB of memory, 12 GB of disk
 """
-import argparse, functools, json, math, shutil, tempfile
+import argparse, functools, json, logging, math, shutil, tempfile
 from pathlib import Path
 import pytest
 import torch
@@ -20,6 +20,7 @@ import train
 from machine import check_model, find_variant, is_lora
 from model import Flux
 from paper.counts import VAE
+from pipeline import load_model
 from run import read_log
 from solvers import rollout, schedule
 from tests.conftest import FLUX, PROMPTS, SHORT, TINY, assert_near, check_numbers
@@ -74,6 +75,15 @@ def test_what_is_saved_is_a_pipeline_with_the_same_velocity(flux, tmp_path):
 
 
 # ==================================================================== memory and speed
+
+def test_a_base_that_is_gone_is_said_at_a_save_and_the_weights_are_saved(tmp_path, capsys):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    model = Flux(tmp_path / "flux", 64)
+    shutil.rmtree(tmp_path / "flux")
+    model.save(tmp_path / "saved")
+    assert f"{tmp_path}/flux is gone, so {tmp_path}/saved has nothing" in capsys.readouterr().err
+    assert (tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors").is_file()
+
 
 @pytest.mark.parametrize("blocks, recomputed", [(-1, 6), (2, 2), (100, 6)])
 def test_checkpointing_recomputes_as_many_blocks_as_are_asked_for_and_changes_no_numbers(
@@ -274,6 +284,22 @@ def test_a_model_that_cannot_be_aligned_is_refused_by_its_configuration(
         check_model(tmp_path / "flux")
 
 
+def test_a_pipeline_of_the_hub_that_this_diffusers_does_not_have_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    changed(tmp_path / "flux/model_index.json", _class_name="Flux9Pipeline")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: tmp_path / "flux")
+    with pytest.raises(ValueError, match="a Flux9Pipeline, which this version of diffusers"):
+        load_model("a/b")
+
+
+def test_guidance_that_would_be_ignored_is_refused(tmp_path):
+    shutil.copytree(FLUX, tmp_path / "flux")
+    changed(tmp_path / "flux/transformer/config.json", guidance_embeds=False)   # as schnell
+    assert load_model(tmp_path / "flux", 64).latent_shape == (16, 64)
+    with pytest.raises(ValueError, match="guidance has no effect on this FLUX.1; leave it out"):
+        load_model(tmp_path / "flux", 64, 3.5)
+
+
 @pytest.mark.parametrize("damage, file", [
     (pointer, "text_encoder/model.safetensors"), (pointer, "tokenizer/vocab.json"),
     (pointer, "tokenizer/merges.txt"), (pointer, "model_index.json"),
@@ -332,8 +358,11 @@ def test_shards_variants_null_parts_and_tokenizers_of_one_file_are_whole(flux, t
     ("transformer", "diffusion_pytorch_model")])
 @pytest.mark.parametrize("reshape", [False, True])
 def test_weights_that_lack_a_tensor_or_have_another_shape_are_refused_and_never_made_up(
-        part, file, reshape, tmp_path):
+        part, file, reshape, tmp_path, caplog):
     shutil.copytree(FLUX, tmp_path / "flux")
+    for library in (diffusers, transformers):                   # DIFFUSERS_VERBOSITY=error
+        caplog.set_level("ERROR", library.__name__)
+    logging.disable()                                           # in the file of a reward
     path = tmp_path / "flux" / part / f"{file}.safetensors"
     state = load_file(path)
     name = next(name for name, w in state.items() if w.ndim > 1)
@@ -341,6 +370,8 @@ def test_weights_that_lack_a_tensor_or_have_another_shape_are_refused_and_never_
     save_file(state | ({name: w[:1].clone()} if reshape else {}), path)
     with pytest.raises(ValueError, match=f"could not be loaded: .*{name.split('.', 1)[1]}"):
         Flux(tmp_path / "flux", 64)
+    assert logging.root.manager.disable == logging.CRITICAL
+    assert logging.getLogger("transformers").level == logging.ERROR
 
 
 def test_a_tokenizer_that_makes_the_same_of_all_prompts_is_refused(tmp_path):

@@ -1149,7 +1149,7 @@ OWN = "def f(images, prompts):\n    return [0.0] * len(images)\n"
                                   "prompts) or a subclass of rewards.Scorer"),
     (OWN.replace("f(", "judge("), "{file}:judge", "the name 'judge' belongs to another scorer"),
     *((OWN, f"{{file}}:{name}", "or to another number in the log") for name in
-      "reward judge_gain x_stderr eval_x nfe_old seconds seconds_x peak_gb label".split()),
+      "reward judge_gain x_stderr eval_x nfe_old seconds seconds_x peak_gb label images".split()),
     ("\nimport nothing_like_it\n", "{file}:f", "{file} cannot be imported: ModuleNotFoundError: No "
                                      "module named 'nothing_like_it' (line 2 of own.py)"),
     ("def f(:\n", "{file}:f", "{file} cannot be imported: SyntaxError: invalid syntax (own.py, "
@@ -1180,6 +1180,7 @@ def test_a_wrong_name_or_file_gets_one_sentence_before_anything_is_loaded(
     ("return images[:, 0, 0, 0].squeeze()", r"of shape \(\)"),
     ("return images.std((1, 2, 3)) / images.std((1, 2, 3))", r"returned a Tensor, tensor\(\[nan\]"),
     ("return [1e39] * len(images)", r"returned a list, \[1e\+39\]"),
+    ("return [-1e20] * len(images)", r"returned a list, \[-1e\+20\]"),   # its square is infinite
     ("pass", "returned a NoneType, None, .* must return one finite number for each of 1 images"),
     ("return ['good'] * len(images)", r"returned a list, \['good'\]"),
     ("return {'score': 1}", "returned a dict, {'score': 1}"),
@@ -1224,6 +1225,22 @@ def test_a_reward_changes_nothing_of_the_process_at_its_import_nor_in_a_call_nor
     with pytest.raises(rewards.ScorerError, match="'g' failed on"):
         g(torch.rand(2, 3, 4, 4), ["a", "b"])
     assert CHANGES[change]() == before
+
+
+def test_a_reward_for_videos_refuses_pictures_in_a_sentence(own):
+    path = own("def f(videos, prompts):\n    return [1] * len(videos)\nf.video = True\n")
+    f = rewards.load(f"{path}:f")
+    assert f(torch.rand(2, 4, 3, 8, 8), ["a", "b"]).tolist() == [1, 1]
+    with pytest.raises(rewards.ScorerError, match="'f' takes videos, but the model makes pictures"):
+        f(torch.rand(2, 3, 8, 8), ["a", "b"])
+
+
+def test_a_class_of_your_own_that_fails_when_it_is_made_is_named_with_its_line(own):
+    path = own("import rewards\nclass Mine(rewards.Scorer):\n    def __init__(self, *_):\n"
+               "        import no_such_package\n")
+    with pytest.raises(ValueError, match=r"own.py:Mine could not be loaded: ModuleNotFoundError: "
+                                         r"No module .* \(line 4 of own.py\)"):
+        rewards.load(f"{path}:Mine")
 
 
 def test_the_random_numbers_of_a_reward_go_on_from_call_to_call(own):

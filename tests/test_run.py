@@ -97,6 +97,7 @@ REFUSED = [
     ("--frames 0", "frames is 0, but must lie in [1, inf)"),
     ("--wandb project", "wandb is not installed"),
     ("--prompts nowhere.txt", "nowhere.txt is"),
+    ("--prompts {pipe}", "prompts come from a pipe, which can be read only once; write them into"),
     ("--preset dpm8", "prompts is empty; name a text file with one prompt a line, or hpdv2_train"),
     ("--model {folder}", "is not a FluxPipeline directory"),
     ("--model tiny/nothing", "is not a FluxPipeline directory"),
@@ -127,13 +128,16 @@ def test_a_bad_setting_gets_one_sentence_and_exit_code_2_before_anything_is_load
     (tmp_path / "other/checkpoint-2").mkdir(parents=True)       # of another program
     for name in ("file", "used/log.jsonl", "other/checkpoint-2/optimizer.bin", "a.safetensors"):
         (tmp_path / name).touch()
+    reader, writer = os.pipe()
+    os.close(writer)
     names = {name: tmp_path / name for name in ("file", "used", "other")}
-    names.update(folder=tmp_path, adapters=tmp_path / "a.safetensors")
+    names.update(folder=tmp_path, adapters=tmp_path / "a.safetensors", pipe=f"/dev/fd/{reader}")
     monkeypatch.setattr(train, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(rewards, "load", lambda *a, **k: pytest.fail("a scorer was loaded"))
     with pytest.raises(SystemExit) as exit:
         train.main(f"--out_dir {tmp_path / 'new'} {settings}".format(**names).split())
     said = capsys.readouterr().err
+    os.close(reader)
     assert exit.value.code == 2 and not (tmp_path / "new").exists()
     assert sentence in said.splitlines()[-1] and "Traceback" not in said
 
@@ -271,6 +275,19 @@ def test_the_same_command_with_resume_begins_a_run_and_continues_it_with_its_own
     assert iterations_of(tmp_path)[:2] == first
 
 
+def test_the_first_lines_count_prompts_in_both_files_and_warn_of_a_disk_that_is_too_small(
+        scorers, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    (tmp_path / "held_out.txt").write_text("c\nd\n", encoding="utf-8")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1))
+    assert main(tmp_path / "run", "--iterations 2", "--prompts",
+                str(tmp_path / "prompts.txt"),
+                "--eval_prompts", str(tmp_path / "held_out.txt")) is None
+    said = capsys.readouterr().out
+    assert "3 to train on, 2 held out; 1 are in both" in said
+    assert "disk       0.0 GB are free, but a checkpoint takes 0.0 GB or more" in said
+
+
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
 def test_a_run_that_begins_in_a_folder_deletes_what_a_run_wrote_and_nothing_else(how, tmp_path):
     out, finished = tmp_path / "run", ["checkpoint-1/state/state.pt"] * (how == "overwrite")
@@ -348,6 +365,21 @@ def test_the_prompts_of_a_resumed_run_may_be_in_another_file_but_must_be_the_sam
         run.check_resumed(moved, begun.out / "checkpoint-1")
         with pytest.raises(ValueError, match=f"^{name} differs from the run to resume"):
             run.check_resumed(changed, begun.out / "checkpoint-1")
+
+
+def test_a_run_is_not_resumed_on_a_model_of_the_same_name_with_other_weights(tmp_path):
+    for place, size in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / place / "x/y/transformer").mkdir(parents=True)
+        save_file({"w": torch.ones(size)}, tmp_path / place / "x/y/transformer/w.safetensors")
+    cfg = dataclasses.replace(saved(tmp_path).cfg, model=str(tmp_path / "a/x/y"))
+    begun = Run(cfg, Saved(), {})
+    begun.iteration = 1
+    begun.save()
+    for model in (str(tmp_path / "b/x/y"), "x/y"):              # moved, or on the hub
+        run.check_resumed(dataclasses.replace(begun.cfg, model=model), begun.out / "checkpoint-1")
+    with pytest.raises(ValueError, match="^model differs from the run to resume"):
+        run.check_resumed(dataclasses.replace(begun.cfg, model=str(tmp_path / "c/x/y")),
+                          begun.out / "checkpoint-1")
 
 
 # ==================================================================== the log, pictures, watchers
@@ -555,18 +587,21 @@ def test_untrained_parts_are_copied_from_the_base_byte_by_byte(alone):
     assert len(names) > 10
 
 
-@pytest.mark.parametrize("damage", ["state/state.pt", "state/config.json",
+@pytest.mark.parametrize("damage", ["renamed", "state/state.pt", "state/config.json",
                                     "state/sharded/.metadata", "state/sharded/__0_0.distcp"])
 def test_the_error_for_a_damaged_checkpoint_names_it_and_says_what_to_do(
         damage, scorers, tmp_path, capsys):
     assert main(tmp_path, "--iterations 2") is None
-    os.truncate(tmp_path / "checkpoint-2" / damage, 10)
+    if damage == "renamed":                     # checkpoint-3 would be older, and never resumed
+        (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-7")
+    else:
+        os.truncate(tmp_path / "checkpoint-2" / damage, 10)
     try:
         assert main(tmp_path, "--iterations 3 --resume") == 1
     except SystemExit as exit:
         assert exit.code == 2
     said = capsys.readouterr().err
-    assert "checkpoint-2 is broken" in said
+    assert f"checkpoint-{7 if damage == 'renamed' else 2} is broken" in said
     assert "--resume goes on from the checkpoint before it" in said
 
 
@@ -577,7 +612,7 @@ def test_a_run_continues_from_the_checkpoint_before_even_if_a_crash_garbled_the_
     for after in (4, 5):
         shutil.rmtree(tmp_path / f"checkpoint-{after}")
     with open(tmp_path / "log.jsonl", "ab") as log:
-        log.write(b'{"iter": 3, "reward": 7}\n\nnull\n\xff\xfe\n{"iter": 4, "rew')
+        log.write(b'{"iter": 3, "reward": 7}\n{"note": 1}\n\nnull\n\xff\xfe\n{"iter": 4, "rew')
     assert main(tmp_path, "--iterations 5 --resume") is None
     assert lines_of(tmp_path, seconds=False) == whole
 

@@ -6,7 +6,7 @@ train.py: Algorithm 1 on a stub, several processes, averages of weights, adapter
                                                     # moment, again and again; some minutes
     python -m tests.test_train --kills 20 --in_saves        # only while checkpoints are written
 """
-import argparse, math, os, random, shutil, signal, subprocess, sys, tempfile, time
+import argparse, math, os, random, runpy, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import psutil                                                   # comes with accelerate
 import pytest
@@ -238,6 +238,15 @@ def test_a_launcher_need_only_set_the_rank_and_the_world_size(monkeypatch):
     machine.init_processes()
     (backend, settings), = joined
     assert "gloo" in backend[0] and list(settings) == ["timeout"]       # the rest: env
+
+
+@pytest.mark.parametrize("given, rank", [("1", 0), ("gold", 0), ("1 2", 1)])
+def test_a_rank_without_a_world_size_is_not_ours(given, rank, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in zip(("RANK", "WORLD_SIZE"), given.split()):
+        monkeypatch.setenv(name, value)
+    assert runpy.run_path(machine.__file__)["RANK"] == rank
 
 
 CASES = {"ddp": [], "fsdp2": ["--fsdp"], "sigterm": ["--iterations", "1000"],
