@@ -524,7 +524,7 @@ def start(args, rows):
 def main(argv=None):
     init_processes()
     args, rows = parse_args(argv)
-    return explain_errors(lambda: start(args, rows), ValueError, rewards.ScorerError)
+    return explain_errors(lambda: start(args, rows), ValueError, rewards.ScorerError) or 0
 
 if __name__ == "__main__":
     exit_process(main())

@@ -26,6 +26,7 @@ largest networks run in float16 (`half` in HPSv2 and ClipScore), but their score
 """
 from machine import attempt, evenly_spaced, one_line            # before open_clip
 import contextlib, functools, hashlib, importlib, io, os, random, re, sys, traceback, types
+import warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -55,6 +56,9 @@ PROCESS = [         # (get, put) of what a reward's code may change while it run
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device,                  # None is the CPU, too, and costs no time
      lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (lambda: warnings.filters[:], lambda kept: warnings.filters.__setitem__(slice(None), kept)),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)]
 RANDOM = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate),

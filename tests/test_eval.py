@@ -16,6 +16,7 @@ import rewards
 from diffusers import FluxPipeline
 from eval import (diversity, draw_curve, evaluate, follow, label_of, mean_and_stderr, picture_grid,
                   sample)
+import machine
 from machine import read_prompts
 from model import Flux
 from safetensors.torch import load_file, save_file
@@ -453,13 +454,15 @@ def test_eval_refuses_bad_settings_in_one_sentence_before_anything_is_loaded(
 
 def test_only_process_0_prints_bad_settings_even_if_another_process_finds_them(
         tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "RANK", 1)
+    for module in (evaluation, machine):
+        monkeypatch.setattr(module, "RANK", 1)
     for bad in (["--steps", "0"], ["--steps", "many"], ["--nothing"]):
         with pytest.raises(SystemExit) as exit:
             evaluation.parse_args([*bad, "--out_dir", str(tmp_path)])
         assert exit.value.code == 2 and capsys.readouterr() == ("", "")
-    monkeypatch.setattr(evaluation, "RANK", 0)
-    monkeypatch.setattr(evaluation, "gather_objects", lambda mine: [mine, "no such disk"])
+    for module in (evaluation, machine):
+        monkeypatch.setattr(module, "RANK", 0)
+    monkeypatch.setattr(machine, "gather_objects", lambda mine: [mine, "no such disk"])
     with pytest.raises(SystemExit) as exit:
         evaluation.parse_args(["--out_dir", str(tmp_path)])
     assert exit.value.code == 2 and "error: no such disk" in capsys.readouterr().err

@@ -21,7 +21,7 @@ The architectures are small versions of the published ones. Other tests show tha
 files fit, by the names and shapes of all their tensors. Tests that need an optional package are
 skipped without it.
 """
-import ast, base64, functools, http.server, io, json, math, os, random, re, sys, threading
+import ast, base64, functools, http.server, io, json, math, os, random, re, sys, threading, warnings
 from pathlib import Path
 import numpy as np
 import pytest
@@ -1207,13 +1207,16 @@ CHANGES = {
     "torch.set_num_threads(3)": torch.get_num_threads,
     "torch.manual_seed(5)": torch.initial_seed, "torch.rand(3)": lambda: str(torch.get_rng_state()),
     "random.seed(5)": random.getstate, "np.random.seed(5)": lambda: str(np.random.get_state()),
-    "torch.set_float32_matmul_precision('medium')": torch.get_float32_matmul_precision}
+    "torch.set_float32_matmul_precision('medium')": torch.get_float32_matmul_precision,
+    "torch.autograd.set_detect_anomaly(True)": torch.is_anomaly_enabled,
+    "torch.use_deterministic_algorithms(True)": torch.are_deterministic_algorithms_enabled,
+    "warnings.simplefilter('error')": lambda: warnings.filters[:]}      # no save would be possible
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_reward_changes_nothing_of_the_process_at_its_import_nor_in_a_call_nor_when_it_fails(
         change, own):
-    code = f"import os, random\nimport numpy as np\nimport torch\n{change}\n"
+    code = f"import os, random, warnings\nimport numpy as np\nimport torch\n{change}\n"
     path = own(f"{code}def f(images, prompts):\n    {change}\n    return [0.5, 1 / len(prompts)]\n"
                f"def g(images, prompts):\n    {change}\n    1 / 0\n")
     before = CHANGES[change]()
