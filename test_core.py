@@ -405,7 +405,6 @@ def test_a_reward_with_small_numbers_is_not_flat_beside_one_with_large_numbers()
     (lambda x: group_advantages(torch.tensor([1.0, math.inf])), "inf"),
     (lambda x: group_advantages(x[0, 0]), "one for each of the G"),
     (lambda x: group_advantages(x[:, :1]), "G > 1"),
-    (lambda x: combine_rewards(x[0], torch.ones(3)), r"\(3,\) must be"),
     (lambda x: combine_rewards(x, torch.ones(3)), r"\(4, 3\)"),
     (lambda x: combine_rewards(x[0], torch.tensor(1.0)), r"\(3,\) must be"),
     (lambda x: combine_rewards(x, torch.tensor([1.0, 1.0, 1.0, -1.0])), r"-1\.0"),
