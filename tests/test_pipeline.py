@@ -180,6 +180,21 @@ def test_what_is_no_function_of_latents_and_time_is_refused_in_a_sentence(name, 
         Pipeline(pipe, steps=8, **settings | change)
 
 
+def test_a_guider_with_a_memory_is_refused():
+    model = load("sd3")
+    step, memory = model.transformer.forward, []
+
+    def remembers(*args, **kwargs):             # as adaptive projected guidance does
+        v, = step(*args, **kwargs)
+        memory[:] = [v if not memory or len(memory[0]) != len(v) else v + 0.5 * memory[0].detach()]
+        return memory[0],
+
+    with patch.object(model.transformer, "forward", remembers):
+        with pytest.raises(ValueError, match="does not come from latents and time alone"):
+            model.check()
+    model.check()
+
+
 def test_a_pipeline_without_one_transformer_is_refused():
     pipe, settings = build("wan")
     pipe.register_modules(transformer_2=pipe.transformer)
@@ -217,6 +232,18 @@ def test_tiny_flux_through_its_pipeline_has_model_pys_velocities_pictures_and_gr
         assert_near(*(model.velocity(x, t, model.encode(PROMPTS)) for model in (ours, theirs)))
     assert ours.cut(["a", "a " * 99]) == dict(tokenizer=1, tokenizer_2=1)
     assert theirs.cut(["a", "a " * 99]) == dict(CLIP=1, T5=1)
+
+
+@pytest.mark.slow
+def test_ten_iterations_through_the_pipeline_give_model_pys_rewards(tmp_path, monkeypatch):
+    words = "--iterations 10 --eval_every 0 --threads 1 --prompts_per_iteration 2".split()
+    for name in ("model", "pipeline"):
+        if name == "pipeline":
+            monkeypatch.setattr(train, "load", lambda cfg: Pipeline(cfg.model, cfg.resolution))
+        train.main([*words, "--out_dir", str(tmp_path / name)])
+    ours, theirs = (lines_of(tmp_path / name) for name in ("pipeline", "model"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=0.005)
 
 
 def test_the_class_is_chosen_by_what_the_folder_has(tmp_path):
@@ -342,6 +369,15 @@ def test_two_processes_train_as_one_does(name, how, tmp_path):
     a, b = (load_file(tmp_path / which / "checkpoint-2/transformer" / WEIGHTS)
             for which in ("one", "two"))
     assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+
+
+def test_a_few_step_model_trains_with_four_steps_of_which_three_are_trained(tmp_path):
+    words = save("klein", tmp_path / "base", distilled=True)
+    train.main([*RUN, *words, "--num_rollout_steps", "4", "--num_train_steps", "3", "--lora_rank",
+                "4", "--out_dir", str(tmp_path / "run")])
+    for line in lines_of(tmp_path / "run"):
+        assert (line["nfe_old"], line["nfe_theta"], line["skipped"]) == (4, 3, 0)
+        assert line["first_ratio"] < 1e-4 and line["grad_norm"] > 0
 
 
 # ==================================================================== videos
