@@ -364,16 +364,36 @@ def is_number(text):
     except ValueError:
         return False
 
+VOCABULARIES = ("vocab.json merges.txt", "tokenizer.json", "vocab.txt", "spiece.model",
+                "tokenizer.model", "sentencepiece.bpe.model")           # one of them is enough
+
 def check_model(path):
     """Refuse, before anything is loaded, what is neither the folder of a pipeline nor a hub id."""
     path = Path(path)
     if (path / "model_index.json").is_file():
         check_configs(path)
-        tokenizers = [name for name, entry in check_file(path / "model_index.json").items()
-                      if isinstance(entry, list) and "Tokenizer" in str(entry[-1])]
-        # Without its settings a tokenizer has no greatest length. diffusers names what else lacks.
-        for file in [*(path / name / "tokenizer_config.json" for name in tokenizers),
-                     *sorted(path.glob("*/*.*"))]:
+        for name, entry in check_file(path / "model_index.json").items():
+            kind, here = str(entry[-1]) if isinstance(entry, list) else "", path / name
+            if "Scheduler" in kind:
+                check_file(here / "scheduler_config.json")
+            elif "Tokenizer" in kind:
+                check_file(here / "tokenizer_config.json")
+                lack = [[file for file in files.split() if not (here / file).is_file()]
+                        for files in VOCABULARIES]
+                if min(map(len, lack)) and not kind.startswith("ByT5"):
+                    check_file(here / min(lack, key=len)[0])
+            elif kind not in ("", "None") and not re.search("Processor|Extractor", kind):
+                check_file(here / "config.json")
+                weights = [*here.glob("*.safetensors"), *here.glob("*.bin")]
+                for index in here.glob("*.index.json"):
+                    weights += [here / file for file in check_file(index)["weight_map"].values()]
+                shards = [file.name for file in weights if "-of-" in file.name]
+                if shards and not any(here.glob("*.index.json")):
+                    name = re.sub(r"-\d+-of-\d+", "", shards[0])
+                    check_file(here / f"{name}.index.json")
+                for file in dict.fromkeys(weights or [here / "model.safetensors"]):
+                    check_file(file)
+        for file in sorted(path.glob("*/*.*")):
             check_file(file)
     elif path.is_file():
         raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
