@@ -24,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 import rewards
 from machine import (LOCAL_RANK, RANK, WORLD, attempt, check_model, evenly_spaced, exit_process,
-                     explain_errors, gather_objects, init_processes, is_lora, is_number, parse_call,
-                     parse_resolution, read_prompts, refuse)
+                     explain_errors, gather_objects, init_processes, is_lora, parse_call,
+                     parse_resolution, read_prompts, refuse, shared_rules)
 from solvers import rollout, schedule
 
 HERE = Path(__file__).resolve().parent
@@ -459,18 +459,14 @@ def check(args):
     args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     prompts, args.specs = read_prompts(args.prompts), rewards.parse(args.scorers)
     schedule(args.steps, args.shift or 1)
-    cuda = torch.cuda.is_available()
     for holds, sentence in [
         (args.specs, f"scorers is empty; name at least one of {', '.join(rewards.SCORERS)}"),
         (min(args.images_per_prompt, args.frames, args.batch, args.num_prompts + 1) >= 1,
          "images_per_prompt, frames and batch must be at least 1, and num_prompts 0"),
         (args.solver in SOLVERS, f"solver is {args.solver}, but must be ddim or dpmpp_2m"),
         (0 <= args.shift <= 100, f"shift is {args.shift:g}, but must be 0 to 100"),
-        (args.guidance == "" or is_number(args.guidance),
-         f"guidance is {args.guidance}, but must be a number, or empty"),
+        *shared_rules(args),
         (0 <= args.seed < 2**40, f"seed is {args.seed}, but must lie between 0 and 2^40"),
-        (args.device == "cpu" or (cuda and args.device.startswith("cuda")),
-         f"device is {args.device}, but must be cpu, or cuda where there is one"),
         (args.out_dir, "out_dir is empty; name a directory"),
     ]:
         if not holds:

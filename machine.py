@@ -357,6 +357,14 @@ def parse_resolution(text):
         raise ValueError(f"resolution is {text}, but its sides must be multiples of 16, up to 8192")
     return height, width
 
+def shared_rules(c):
+    """[(holds, the sentence if it does not)] for what train.py and eval.py check alike."""
+    return [
+        (c.guidance == "" or is_number(c.guidance),
+         f"guidance is {c.guidance}, but must be a number, or empty"),
+        (c.device == "cpu" or c.device.startswith("cuda") and torch.cuda.is_available(),
+         f"device is {c.device}, but must be cpu, or cuda where there is one")]
+
 def is_number(text):
     """Whether a text is a finite number."""
     try:
@@ -372,28 +380,11 @@ def check_model(path):
     path = Path(path)
     if (path / "model_index.json").is_file():
         check_configs(path)
+        needed = []
         for name, entry in check_file(path / "model_index.json").items():
-            kind, here = str(entry[-1]) if isinstance(entry, list) else "", path / name
-            if "Scheduler" in kind:
-                check_file(here / "scheduler_config.json")
-            elif "Tokenizer" in kind:
-                check_file(here / "tokenizer_config.json")
-                lack = [[file for file in files.split() if not (here / file).is_file()]
-                        for files in VOCABULARIES]
-                if min(map(len, lack)) and not kind.startswith("ByT5"):
-                    check_file(here / min(lack, key=len)[0])
-            elif kind not in ("", "None") and not re.search("Processor|Extractor", kind):
-                check_file(here / "config.json")
-                weights = [*here.glob("*.safetensors"), *here.glob("*.bin")]
-                for index in here.glob("*.index.json"):
-                    weights += [here / file for file in check_file(index)["weight_map"].values()]
-                shards = [file.name for file in weights if "-of-" in file.name]
-                if shards and not any(here.glob("*.index.json")):
-                    name = re.sub(r"-\d+-of-\d+", "", shards[0])
-                    check_file(here / f"{name}.index.json")
-                for file in dict.fromkeys(weights or [here / "model.safetensors"]):
-                    check_file(file)
-        for file in sorted(path.glob("*/*.*")):
+            if isinstance(entry, list) and entry[-1]:           # a part, and not one that is null
+                needed += needed_files(path / name, str(entry[-1]))
+        for file in dict.fromkeys([*needed, *sorted(path.glob("*/*.*"))]):
             check_file(file)
     elif path.is_file():
         raise ValueError(f"{path} is a single file; name a FluxPipeline directory, which "
@@ -401,6 +392,25 @@ def check_model(path):
     elif path.exists() or len(path.parts) != 2 or path.parent.exists():
         raise ValueError(f"{path} is not a FluxPipeline directory, nor another pipeline's; it must "
                          "hold model_index.json, or be a hub id like black-forest-labs/FLUX.1-dev")
+
+def needed_files(folder, kind):
+    """The files without which a part of a pipeline, of the class `kind`, cannot be loaded."""
+    if "Scheduler" in kind:
+        return [folder / "scheduler_config.json"]
+    if "Tokenizer" in kind:
+        lacking = [[folder / file for file in files.split() if not (folder / file).is_file()]
+                   for files in VOCABULARIES if not kind.startswith("ByT5")]
+        return [folder / "tokenizer_config.json", *min(lacking, key=len, default=[])]
+    if re.search("Processor|Extractor", kind):
+        return []
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    indexes = [*folder.glob("*.index.json")]
+    shards = [file.name for file in weights if "-of-" in file.name]
+    if shards and not indexes:
+        indexes = [folder / (re.sub(r"-\d+-of-\d+", "", shards[0]) + ".index.json")]
+    for index in indexes:
+        weights += [folder / file for file in check_file(index)["weight_map"].values()]
+    return [folder / "config.json", *(weights or [folder / "model.safetensors"])]
 
 def check_configs(path):
     """The class of a pipeline, by name. Refuses other classes, and a transformer that cannot be

@@ -14,8 +14,8 @@ import rewards
 from eval import (draw_curve, evaluate, mean_and_stderr, picture_grid, read_log, times,
                   write_atomically)
 from machine import (RANK, WORLD, attempt, check_model, evenly_spaced, exchange_state,
-                     gather_objects, is_lora, is_number, one_line, parse_call, parse_resolution,
-                     read_prompts, share_work, whole_weights)
+                     gather_objects, is_lora, one_line, parse_call, parse_resolution, read_prompts,
+                     share_work, shared_rules, whole_weights)
 from neighbor_grpo import clip_fraction
 from rewards import parse_weights
 
@@ -51,10 +51,7 @@ def check(c):
          "must be a .safetensors file, or a folder with one that diffusers or PEFT wrote"),
         (not any(Path(source).is_fifo() for source in (c.prompts, c.eval_prompts)),
          "prompts come from a pipe, which can be read only once; write them into a file"),
-        (c.guidance == "" or is_number(c.guidance),
-         f"guidance is {c.guidance}, but must be a number, or empty"),
-        (c.device == "cpu" or c.device.startswith("cuda") and torch.cuda.is_available(),
-         f"device is {c.device}, but must be cpu, or cuda where there is one"),
+        *shared_rules(c),
         (not c.wandb or importlib.util.find_spec("wandb"),
          "wandb is not installed; pip install wandb, or leave --wandb out"),
         (rewards.parse(c.rewards), f"rewards is empty; name some of {', '.join(rewards.SCORERS)}"),
